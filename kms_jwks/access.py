@@ -1,0 +1,120 @@
+"""Permissions, roles, scopes and the one question `allow`. Pure; who calls is found in authn/, asked in service/guard.
+
+A grant gives a client a role within a scope: everything, a key set, or a key. What no grant allows is denied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+from kms_jwks.model import Grant, Id
+
+
+class Permission(StrEnum):
+    """One verb on one kind of thing. Every use case asks for exactly one."""
+
+    JWT_SIGN = "jwt:sign"
+    JWS_SIGN = "jws:sign"
+    RAW_SIGN = "raw:sign"
+    TOKEN_VERIFY = "token:verify"
+    JWKS_READ = "jwks:read"
+    KEY_SET_READ = "key-set:read"
+    KEY_SET_CREATE = "key-set:create"
+    KEY_SET_UPDATE = "key-set:update"
+    KEY_READ = "key:read"
+    KEY_CREATE = "key:create"
+    KEY_UPDATE = "key:update"
+    KEY_ROTATE = "key:rotate"
+    KEY_DISABLE = "key:disable"
+    KEY_ENABLE = "key:enable"
+    VERSION_ACTIVATE = "version:activate"
+    VERSION_REVOKE = "version:revoke"
+    VERSION_DESTROY = "version:destroy"
+    EXTERNAL_KEY_MANAGE = "external-key:manage"
+    CLIENT_READ = "client:read"
+    CLIENT_MANAGE = "client:manage"
+    GRANT_MANAGE = "grant:manage"
+    BACKEND_READ = "backend:read"
+    NODE_READ = "node:read"
+    NODE_MANAGE = "node:manage"
+
+
+class Role(StrEnum):
+    """A named set of permissions; the sets are in `ROLES`."""
+
+    SIGNER = "signer"
+    RAW_SIGNER = "raw-signer"
+    VERIFIER = "verifier"
+    OPERATOR = "operator"
+    AUDITOR = "auditor"
+    ADMIN = "admin"
+
+
+_P = Permission
+_LOOK = frozenset({_P.KEY_SET_READ, _P.KEY_READ, _P.JWKS_READ})
+_WATCH = _LOOK | {_P.BACKEND_READ, _P.NODE_READ, _P.TOKEN_VERIFY}
+_OPERATE = _WATCH | {
+    _P.KEY_ROTATE,
+    _P.KEY_DISABLE,
+    _P.KEY_ENABLE,
+    _P.VERSION_ACTIVATE,
+    _P.VERSION_REVOKE,
+    _P.NODE_MANAGE,
+}
+_SIGN = frozenset({_P.JWT_SIGN, _P.JWS_SIGN, _P.RAW_SIGN})
+
+ROLES: Mapping[Role, frozenset[Permission]] = MappingProxyType(
+    {
+        Role.SIGNER: frozenset({_P.JWT_SIGN, _P.KEY_READ, _P.JWKS_READ, _P.TOKEN_VERIFY}),
+        Role.RAW_SIGNER: frozenset({_P.JWS_SIGN, _P.RAW_SIGN, _P.KEY_READ, _P.JWKS_READ}),
+        Role.VERIFIER: frozenset({_P.JWKS_READ, _P.TOKEN_VERIFY}),
+        Role.OPERATOR: _OPERATE,
+        Role.AUDITOR: _WATCH | {_P.CLIENT_READ},
+        # Duties stay apart: who runs the keys does not sign with them.
+        Role.ADMIN: frozenset(_P) - _SIGN,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a use case touches. Both None: the installation. `key_id` goes with its `key_set_id`."""
+
+    key_set_id: Id | None = None
+    key_id: Id | None = None
+
+
+EVERYTHING = Scope()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An authenticated client with its grants, as one transaction or snapshot saw them."""
+
+    client_id: Id
+    client: str
+    token_id: Id | None
+    """The API token it came with; None for the node's own operator on the command line."""
+    grants: tuple[Grant, ...]
+
+    @property
+    def tag(self) -> str:
+        """How logs name it."""
+        return self.client
+
+
+def covers(grant: Grant, scope: Scope) -> bool:
+    """Whether a grant's scope holds `scope`. A narrower grant never covers a wider scope."""
+    if grant.key_set_id is None:
+        return True
+    if grant.key_set_id != scope.key_set_id:
+        return False
+    return grant.key_id is None or grant.key_id == scope.key_id
+
+
+def allow(grants: Iterable[Grant], permission: Permission, scope: Scope) -> bool:
+    """Whether one of `grants` has a role with `permission` in a scope that covers `scope`."""
+    return any(permission in ROLES[Role(grant.role)] and covers(grant, scope) for grant in grants)

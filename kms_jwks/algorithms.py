@@ -1,0 +1,74 @@
+"""JOSE signature algorithms: one frozen row each (RFC 7518 §3, RFC 8037, RFC 8812, RFC 9864).
+
+Nothing here signs. No other file parses an algorithm's name or guesses one from a key's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+
+class Family(StrEnum):
+    """What a module does with the message: selects the mechanism."""
+
+    RSA_PKCS1 = "rsa-pkcs1"
+    RSA_PSS = "rsa-pss"
+    ECDSA = "ecdsa"
+    EDDSA = "eddsa"
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """One JOSE algorithm.
+
+    `name` is the `alg` value; `kty` and `crv` those of its JWKs; `hash` the hashlib name the signature is made over
+    (None for EdDSA, which takes the message itself); `coordinate` the length in bytes of one EC coordinate and of
+    each of r and s; `rsa_bits` the modulus sizes allowed; `exclusive` marks an algorithm that widespread verifiers
+    do not know, so that its keys live in key sets of their own (I5).
+    """
+
+    name: str
+    family: Family
+    kty: str
+    hash: str | None = None
+    crv: str | None = None
+    coordinate: int = 0
+    rsa_bits: tuple[int, ...] = ()
+    exclusive: bool = False
+
+    @property
+    def is_rsa(self) -> bool:
+        return self.kty == "RSA"
+
+    def signature_length(self, rsa_bits: int | None = None) -> int:
+        """Length in bytes of the JOSE-form signature."""
+        if self.is_rsa:
+            if rsa_bits is None:
+                raise ValueError("the length of an RSA signature depends on the modulus")
+            return rsa_bits // 8
+        return 64 if self.family is Family.EDDSA else 2 * self.coordinate
+
+
+RSA_BITS = (2048, 3072, 4096)
+DEFAULT_RSA_BITS = 3072
+
+_ROWS = (
+    Algorithm("RS256", Family.RSA_PKCS1, "RSA", hash="sha256", rsa_bits=RSA_BITS),
+    Algorithm("RS384", Family.RSA_PKCS1, "RSA", hash="sha384", rsa_bits=RSA_BITS),
+    Algorithm("RS512", Family.RSA_PKCS1, "RSA", hash="sha512", rsa_bits=RSA_BITS),
+    Algorithm("PS256", Family.RSA_PSS, "RSA", hash="sha256", rsa_bits=RSA_BITS),
+    Algorithm("PS384", Family.RSA_PSS, "RSA", hash="sha384", rsa_bits=RSA_BITS),
+    Algorithm("PS512", Family.RSA_PSS, "RSA", hash="sha512", rsa_bits=RSA_BITS),
+    Algorithm("ES256", Family.ECDSA, "EC", hash="sha256", crv="P-256", coordinate=32),
+    Algorithm("ES384", Family.ECDSA, "EC", hash="sha384", crv="P-384", coordinate=48),
+    Algorithm("ES512", Family.ECDSA, "EC", hash="sha512", crv="P-521", coordinate=66),
+    Algorithm("ES256K", Family.ECDSA, "EC", hash="sha256", crv="secp256k1", coordinate=32, exclusive=True),
+    Algorithm("EdDSA", Family.EDDSA, "OKP", crv="Ed25519", coordinate=32),
+    Algorithm("Ed25519", Family.EDDSA, "OKP", crv="Ed25519", coordinate=32),
+)
+
+ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType({row.name: row for row in _ROWS})
+"""Every algorithm the service knows, by its `alg` value."""

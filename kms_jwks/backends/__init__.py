@@ -1,0 +1,43 @@
+"""The explicit table of backends: one row per kind of module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kms_jwks import errors
+from kms_jwks.backends.base import Backend
+
+
+def _pkcs11(name: str, options: Any, state_dir: Path) -> Backend:
+    from kms_jwks.backends.pkcs11 import Pkcs11Backend, Pkcs11Options, PinSource
+
+    return Pkcs11Backend(
+        name,
+        Pkcs11Options(
+            module=options.module,
+            token_label=options.token_label,
+            token_serial=options.token_serial,
+            slot=options.slot,
+            expected_serial=options.expected_serial,
+            pin=PinSource.of(file=options.pin_file, env=options.pin_env, stdin=options.pin_stdin),
+            sessions=options.sessions,
+            locking=options.locking,
+            sign_in_place=options.sign_in_place,
+            lock_dir=state_dir / "pkcs11",
+            environment=options.environment,
+        ),
+    )
+
+
+BACKENDS: Mapping[str, Callable[[str, Any, Path], Backend]] = {"pkcs11": _pkcs11}
+"""The configuration's `type` → how its backend is made from (name, options, state_dir). Nothing is opened."""
+
+
+def make_backend(name: str, options: Any, state_dir: Path) -> Backend:
+    """The backend that a configuration section describes. Raises ConfigurationError for an unknown type."""
+    make = BACKENDS.get(options.type)
+    if make is None:
+        raise errors.ConfigurationError(f"backends.{name}.type: {options.type!r} is none of {', '.join(BACKENDS)}")
+    return make(name, options, state_dir)

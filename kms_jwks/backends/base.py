@@ -1,0 +1,164 @@
+"""The backend contract: what the service asks of a module that holds private keys. No module is named here.
+
+A backend is bound to one module (a token serial, an account and region). It is made before the fork and opens nothing
+until its first call; it is thread-safe. Every method raises `kms_jwks.errors.BackendError` subclasses and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from kms_jwks.algorithms import Algorithm
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRef:
+    """Where a key pair is inside its module: strings that the backend alone understands, kept in the registry.
+
+    `locator` is a sorted tuple of (name, value) pairs, so that a reference is hashable and can key a handle cache.
+    """
+
+    locator: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, **parts: str) -> KeyRef:
+        return cls(tuple(sorted(parts.items())))
+
+    def __getitem__(self, name: str) -> str:
+        return dict(self.locator)[name]
+
+    def as_dict(self) -> dict[str, str]:
+        return dict(self.locator)
+
+
+PublicJwk = Mapping[str, str]
+"""The parameters of a public JWK: kty and its members (RFC 7518 §6), without kid, use or alg."""
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedKey:
+    """A fresh or adopted key pair: its reference and the public half as read back from the module."""
+
+    ref: KeyRef
+    public_jwk: PublicJwk
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The bytes to sign; the backend or the module hashes them."""
+
+    data: bytes
+
+    def digest(self, alg: Algorithm) -> bytes:
+        """The hash that `alg` signs. Raises ValueError for EdDSA, which has none."""
+        if alg.hash is None:
+            raise ValueError(f"{alg.name} signs the message itself")
+        return hashlib.new(alg.hash, self.data).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A hash made by the caller, of the length that the key's algorithm signs. Never used with EdDSA."""
+
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Promise 1 as read back from the module: the vendor's attribute names and values, and our judgement of them.
+
+    `generated_in_module`, `non_extractable` and `sign_only` are True only when the module itself said so.
+    `attributes` holds the vendor's names (CKA_…, Origin, …) with booleans, strings or integers.
+    """
+
+    attributes: Mapping[str, bool | str | int | None]
+    generated_in_module: bool
+    non_extractable: bool
+    sign_only: bool
+
+    @property
+    def holds(self) -> bool:
+        return self.generated_in_module and self.non_extractable and self.sign_only
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A key pair that the module holds, as `list_keys` found it: for orphans."""
+
+    ref: KeyRef
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The answer of `ping`: which module answered, in words for people (`description`) and as facts."""
+
+    description: str
+    facts: Mapping[str, str]
+
+
+class Backend(Protocol):
+    """One module. `deadline` is an instant of `time.monotonic()`."""
+
+    name: str
+    kind: str
+    """The configuration's `type`, e.g. "pkcs11"."""
+    sign_in_place: bool
+    """True where a signature is so quick that the calling thread may make it; else the service uses its pool."""
+
+    def capabilities(self) -> frozenset[str]:
+        """The `alg` names the module offers. Raises BackendUnavailable, BackendRefused."""
+        ...
+
+    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
+        """Make a key pair in the module: non-extractable, sign-only, read back. `label` is ASCII, at most 40 bytes.
+
+        Raises KeyExists when the label is in use, UnsupportedAlgorithm, BackendRefused, BackendUnavailable.
+        """
+        ...
+
+    def adopt(self, locator: str) -> GeneratedKey:
+        """Find a key pair that somebody else made. Raises KeyNotFound, UnsupportedAlgorithm, BackendRefused."""
+        ...
+
+    def public_key(self, ref: KeyRef) -> PublicJwk:
+        """The public half as the module holds it now. Raises KeyNotFound, BackendUnavailable."""
+        ...
+
+    def attributes(self, ref: KeyRef) -> Evidence:
+        """The evidence of promise 1. Raises KeyNotFound, BackendUnavailable."""
+        ...
+
+    def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
+        """The signature in JOSE form: r‖s for ECDSA (RFC 7518 §3.4), PSS with salt length = hash length (§3.5).
+
+        Raises KeyNotFound, UnsupportedAlgorithm, BackendRefused, BackendUnavailable, BackendThrottled, BackendTimeout.
+        """
+        ...
+
+    def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
+        """Ask the module to destroy the key in `days`; False where it cannot and `destroy` is called when due."""
+        ...
+
+    def cancel_destroy(self, ref: KeyRef) -> None:
+        """Take `schedule_destroy` back; nothing where there is nothing scheduled."""
+        ...
+
+    def destroy(self, ref: KeyRef) -> None:
+        """Remove both halves from the module. Idempotent: a key that is gone is no error."""
+        ...
+
+    def list_keys(self, label_prefix: str) -> list[StoredKey]:
+        """Every private key whose label starts with the prefix: how orphans are found."""
+        ...
+
+    def ping(self) -> Health:
+        """Ask the module for a sign of life. Raises BackendUnavailable, BackendRefused."""
+        ...
+
+    def close(self) -> None:
+        """Give up sessions and threads. No method is called afterwards."""
+        ...

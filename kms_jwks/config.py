@@ -1,0 +1,416 @@
+"""The settings of one node: read once, validated, frozen.
+
+Sources, the first that names a setting wins: constructor arguments, environment variables (`KMS_JWKS_…`, nested with
+`__`), secret files (a folder of files named like those variables, `KMS_JWKS_SECRETS_DIR`), the TOML file, defaults.
+Nothing here opens a module, a database or a socket. `config/kms-jwks.toml` documents every setting; a test keeps it so.
+"""
+
+import ipaddress
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from kms_jwks.errors import ConfigurationError
+
+ENV_PREFIX = "KMS_JWKS_"
+"""Every environment variable that the program reads begins with this."""
+
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
+"""Names the TOML file when no path is given."""
+
+SECRETS_VARIABLE = f"{ENV_PREFIX}SECRETS_DIR"
+"""Names the folder of secret files."""
+
+NOT_SETTINGS = frozenset(
+    {CONFIG_VARIABLE, SECRETS_VARIABLE}
+    | {f"{ENV_PREFIX}{name}" for name in ("ADDR", "TOKEN", "CACERT", "CLIENT_CERT", "CLIENT_KEY", "VECTORS")}
+)
+"""Variables that share the prefix and belong to the command line, to the client or to the tests."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
+_MAX_PORT = 65535
+
+_config_file: ContextVar[Path | None] = ContextVar("_config_file", default=None)
+
+
+# --- kinds of values --------------------------------------------------------------------------------------------------
+
+
+def _split(value: object) -> object:
+    """A list in an environment variable or a secret file is separated by commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("must be 1 to 63 of a-z, 0-9 and '-', not beginning with '-'")
+    return value
+
+
+def _public_url(value: str) -> str:
+    url = urlsplit(value)
+    if url.scheme not in {"http", "https"} or not url.hostname:
+        raise ValueError("must be an http or https URL with a host")
+    if url.username is not None or url.password is not None:
+        raise ValueError("must not carry a user name or a password")
+    if "?" in value or "#" in value or value.endswith("/") or any(ch.isspace() for ch in value):
+        raise ValueError("must have no query, no fragment, no space and no slash at its end")
+    return value
+
+
+def _address(value: str) -> str:
+    if value.startswith("unix:/"):
+        return value
+    match = _ADDRESS.fullmatch(value)
+    if match is None or int(match["port"]) > _MAX_PORT:
+        raise ValueError("must be HOST:PORT, [IPv6]:PORT or unix:/path")
+    return value
+
+
+def _proxy(value: str) -> str:
+    if value == "*":
+        raise ValueError("must name addresses: with '*' anyone could forge the address of a caller")
+    try:
+        ipaddress.ip_network(value)
+    except ValueError:
+        raise ValueError("must be an IP address or a network such as 10.0.0.0/8") from None
+    return value
+
+
+def _not_empty(values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values:
+        raise ValueError("must have at least one entry")
+    return values
+
+
+def _default_node_name() -> str:
+    """This machine's host name, made to fit the grammar of names."""
+    return re.sub(r"[^a-z0-9]+", "-", socket.gethostname().lower()).strip("-")[:63].rstrip("-") or "node"
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""A name as DESIGN's grammar has it: `[a-z0-9][a-z0-9-]{0,62}`."""
+
+PublicUrl = Annotated[str, AfterValidator(_public_url)]
+Address = Annotated[str, AfterValidator(_address)]
+Proxy = Annotated[str, AfterValidator(_proxy)]
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+class Pkcs11Backend(BaseModel):
+    """A token behind a PKCS#11 module: SoftHSM, or any HSM whose vendor ships such a module."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    type: Literal["pkcs11"]
+    module: Path = Field(description="The vendor's shared object.")
+    token_label: str | None = Field(default=None, min_length=1, max_length=32)
+    token_serial: str | None = Field(default=None, min_length=1, max_length=16)
+    slot: int | None = Field(default=None, ge=0, description="The slot's number, for modules that keep them stable.")
+    expected_serial: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=16,
+        description="Refuse a token with another serial, whatever its label.",
+    )
+    pin_file: Path | None = None
+    pin_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    pin_stdin: bool = False
+    sessions: int = Field(default=1, ge=1, le=64, description="Sessions of one process that may sign at once.")
+    locking: Literal["os", "process"] = Field(
+        default="os",
+        description="os: the module locks for itself (CKF_OS_LOCKING_OK); process: one call at a time.",
+    )
+    sign_in_place: bool = Field(
+        default=True,
+        description="Sign on the calling thread: right for a module that answers in well under a millisecond.",
+    )
+    sign_timeout_ms: int = Field(default=2000, ge=50, le=30_000, description="Milliseconds.")
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Variables set before the module is loaded; a module may keep secrets here.",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.token_label is None and self.token_serial is None and self.slot is None:
+            raise ValueError("one of token_label, token_serial, slot must say which token to use")
+        if (self.pin_file is not None) + (self.pin_env is not None) + self.pin_stdin != 1:
+            raise ValueError("exactly one of pin_file, pin_env, pin_stdin must say where the PIN comes from")
+        if self.token_serial and self.expected_serial and self.token_serial != self.expected_serial:
+            raise ValueError("token_serial and expected_serial name different tokens")
+        return self
+
+
+Backend = Pkcs11Backend
+"""One row per type of backend. With the second row this becomes a union that `type` tells apart:
+`Annotated[Pkcs11Backend | AwsKmsBackend, Field(discriminator="type")]`."""
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+class Settings(BaseSettings):
+    """Everything that one node is told. Durations are whole seconds unless the name ends in `_ms`; sizes are bytes."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        hide_input_in_errors=True,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+    )
+
+    public_url: PublicUrl = "http://127.0.0.1:8080"
+    default_key_set: Name = "default"
+    node_name: Name = Field(default_factory=_default_node_name)
+    database_url: str = Field(default="sqlite:///var/registry.sqlite3", min_length=1, repr=False)
+    state_dir: Path = Path("var/state")
+
+    bind: Annotated[tuple[Address, ...], BeforeValidator(_split), AfterValidator(_not_empty)] = ("127.0.0.1:8080",)
+    routes: Literal["public", "private", "all"] = "all"
+    workers: int = Field(default=2, ge=1, le=64)
+    threads: int = Field(default=8, ge=1, le=64)
+    request_timeout: int = Field(default=30, ge=1, le=300)
+    graceful_timeout: int = Field(default=30, ge=1, le=600)
+    keepalive: int = Field(default=75, ge=1, le=3600)
+    max_body: int = Field(default=65_536, ge=1024, le=16_777_216)
+    max_batch_body: int = Field(default=1_048_576, ge=1024, le=67_108_864)
+    forwarded_allow_ips: Annotated[tuple[Proxy, ...], BeforeValidator(_split)] = ()
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    signing_lease: int = Field(default=10, ge=1, le=60)
+    poll_interval_ms: int = Field(default=250, ge=50, le=5000)
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+
+    default_backend: Name | None = None
+    backends: dict[Name, Backend] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_backend_is_default(cls, data: Any) -> Any:
+        backends = data.get("backends") if isinstance(data, dict) else None
+        if isinstance(backends, Mapping) and len(backends) == 1 and data.get("default_backend") is None:
+            return data | {"default_backend": next(iter(backends))}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.default_backend is not None and self.default_backend not in self.backends:
+            raise ValueError("default_backend names no configured backend")
+        if self.max_batch_body < self.max_body:
+            raise ValueError("max_batch_body must not be smaller than max_body")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if self.poll_interval_ms * 2 > self.signing_lease * 1000:
+            raise ValueError(
+                "poll_interval_ms must be at most half of signing_lease, or a lease ends between two polls"
+            )
+        if sum(backend.pin_stdin for backend in self.backends.values()) > 1:
+            raise ValueError("only one backend can read its PIN from standard input (pin_stdin)")
+        self._refuse_contradicting_environments()
+        return self
+
+    def _refuse_contradicting_environments(self) -> None:
+        seen: dict[str, str] = {}
+        for backend in self.backends.values():
+            for variable, value in backend.environment.items():
+                if seen.setdefault(variable, value) != value:
+                    raise ValueError(f"backends set {variable} to different values, and a process has one environment")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The order of the sources, the strongest first."""
+        del env_settings, dotenv_settings, file_secret_settings  # see _Variables for what they lack
+        return (
+            init_settings,
+            _Variables(settings_cls, os.environ.items()),
+            _Variables(settings_cls, _secret_files()),
+            TomlConfigSettingsSource(settings_cls, toml_file=_toml_file()),
+        )
+
+
+class _Variables(PydanticBaseSettingsSource):
+    """Variables and secret files, as `KMS_JWKS_A__B__C=value` → `{"a": {"b": {"c": "value"}}}`.
+
+    pydantic-settings' own source folds the case of the whole name, which would spoil the names inside
+    `environment`, cannot name a backend with a hyphen (write it as `_`), and does not say which names it ignored.
+    Empty values count as unset, as Compose and Kubernetes pass them for what was left out.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings], variables: Iterable[tuple[str, str]]) -> None:
+        super().__init__(settings_cls)
+        self._values: dict[str, Any] = {}
+        for variable, value in variables:
+            path = _path(variable)
+            if path and path[0] in settings_cls.model_fields and value:
+                self._put(path, value)
+
+    def _put(self, path: tuple[str, ...], value: str) -> None:
+        inner = self._values
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                break
+        else:
+            if not isinstance(inner.get(path[-1]), dict):
+                inner[path[-1]] = value
+                return
+        raise ConfigurationError(f"{variable_name(path)}: both a value and a group of values are given")
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Part of the base class's contract; `__call__` answers for all fields at once."""
+        del field
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._values
+
+
+def _path(variable: str) -> tuple[str, ...]:
+    """Where in the settings a variable points; empty for variables that are not ours."""
+    if not variable.upper().startswith(ENV_PREFIX) or variable.upper() in NOT_SETTINGS:
+        return ()
+    path = variable[len(ENV_PREFIX) :].split("__")
+    backend, inner = path[1:2], path[2:3]
+    return (
+        path[0].lower(),
+        *(part.lower().replace("_", "-") for part in backend),
+        *(part.lower() for part in inner),
+        *path[3:],  # the names inside `environment` keep their case
+    )
+
+
+def variable_name(path: Iterable[str | int]) -> str:
+    """The environment variable of a setting: `("backends", "hsm", "slot")` → `KMS_JWKS_BACKENDS__HSM__SLOT`."""
+    parts = [str(part) for part in path]
+    return ENV_PREFIX + "__".join([part.upper().replace("-", "_") for part in parts[:3]] + parts[3:])
+
+
+def _secret_files() -> Iterator[tuple[str, str]]:
+    folder = os.environ.get(SECRETS_VARIABLE)
+    if not folder:
+        return
+    try:
+        for file in sorted(Path(folder).iterdir()):
+            if file.name.upper().startswith(ENV_PREFIX) and file.is_file():
+                yield file.name, file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{SECRETS_VARIABLE}: {folder} cannot be read: {_reason(error)}") from None
+
+
+def _toml_file() -> Path | None:
+    if (path := _config_file.get()) is not None:
+        return path
+    named = os.environ.get(CONFIG_VARIABLE)
+    return Path(named) if named else None
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read and validate the settings; `path` is the TOML file, else the one that `KMS_JWKS_CONFIG` names.
+
+    Raises `ConfigurationError`, which names every setting at fault and never repeats a value: it could be a secret.
+    """
+    token = _config_file.set(path)
+    try:
+        _check_file(_toml_file())
+        settings = Settings()
+    except ValidationError as error:
+        raise ConfigurationError(_describe(error)) from None
+    finally:
+        _config_file.reset(token)
+    _refuse_unknown(settings)
+    return settings
+
+
+def prepare_state_dir(settings: Settings) -> Path:
+    """Make the folder for locks and the cached JWKS, readable by its owner alone, and return it."""
+    folder = settings.state_dir
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise ConfigurationError(f"state_dir: {folder} cannot be made or kept private: {_reason(error)}") from error
+    return folder
+
+
+def _check_file(path: Path | None) -> None:
+    """Read the file once more than pydantic-settings does: it passes over a missing file without a word."""
+    if path is None:
+        return
+    try:
+        tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path}: not valid TOML{_position(error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {_reason(error)}") from None
+
+
+def _position(error: tomllib.TOMLDecodeError) -> str:
+    """Line and column; the rest of the message may quote the file."""
+    match = re.search(r"\((at line \d+, column \d+|at end of document)\)", str(error))
+    return f" ({match[1]})" if match else ""
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else "not UTF-8"
+
+
+def _refuse_unknown(settings: Settings) -> None:
+    """A misspelt variable is an error, not a default: it may be the one that was to make things safe."""
+    known = NOT_SETTINGS | {backend.pin_env for backend in settings.backends.values() if backend.pin_env}
+    unknown = sorted(
+        name
+        for name in {*os.environ, *(name for name, _ in _secret_files())}
+        if name.upper().startswith(ENV_PREFIX) and name not in known and _path(name)[:1] not in _fields()
+    )
+    if unknown:
+        raise ConfigurationError(f"unknown settings in the environment or the secret files: {', '.join(unknown)}")
+
+
+def _fields() -> set[tuple[str, ...]]:
+    return {(name,) for name in Settings.model_fields}
+
+
+def _describe(error: ValidationError) -> str:
+    return "; ".join(_line(item["loc"], item["msg"]) for item in error.errors(include_input=False, include_url=False))
+
+
+def _line(location: tuple[str | int, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{'.'.join(map(str, location))} ({variable_name(location)}): {message}"

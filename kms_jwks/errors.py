@@ -1,0 +1,535 @@
+"""The domain's errors: one class per problem type. This file knows no HTTP.
+
+::
+
+    Error
+    ├── InvalidRequest            the caller sent something that can never work
+    │   ├── MalformedBody · InvalidField · BodyTooLarge · UnsupportedMediaType · LengthMismatch
+    │   ├── ClaimsRefused · SigningInputRefused · InvalidPayload · InvalidDigest
+    │   └── InvalidJwk · InvalidBatch · UnsupportedAlgorithmRequested · PolicyRefused
+    ├── TokenRejected             `verify`: the token that was shown is not good
+    │   └── TokenMalformed · TokenSignatureInvalid · TokenExpired · TokenNotYetValid · TokenIssuerMismatch ·
+    │       TokenAudienceMismatch · TokenTypeMismatch · TokenKeyUnknown · TokenKeyRevoked
+    ├── Unauthenticated           nobody we know is calling
+    │   └── CredentialsMissing · CredentialsMalformed · CredentialsUnknown · CredentialsExpired · CredentialsRevoked
+    ├── Forbidden                 somebody we know, who may not
+    ├── NotFound                  KeySetNotFound · KeyUnknown · VersionNotFound · ClientNotFound · ApiTokenNotFound ·
+    │                             GrantNotFound · ExternalKeyNotFound · WorkerNotFound · BackendUnknown · NotPublished ·
+    │                             RouteNotFound
+    ├── MethodNotAllowed
+    ├── Conflict                  right in itself, not in this state
+    │   ├── NameTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
+    │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
+    │   └── ActiveKidMismatch
+    ├── RevisionMismatch · RevisionRequired
+    ├── Unavailable               retry later: RegistryStale · StoreUnavailable · CustodianUnavailable
+    ├── BackendError              what may leave a backend, and nothing else
+    │   ├── KeyExists · KeyNotFound · UnsupportedAlgorithm
+    │   ├── BackendUnavailable · BackendThrottled      (retryable)
+    │   └── BackendTimeout · BackendRefused
+    ├── ConfigurationError        settings, files, PINs: said at start or by `doctor`
+    ├── SchemaMismatch            the registry's schema is not the one this program was built for
+    ├── ClientError               only in kms_jwks.client: ServiceUnreachable · UnexpectedAnswer
+    └── InternalError             a defect of ours; details stay in the log
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class Error(Exception):
+    """Base of every error the service raises on purpose.
+
+    `code` is the stable name that ends in the problem type ``urn:kms-jwks:problem:<code>``; `title` the fixed human
+    title; `detail` what happened this time; `next_step` what the reader can do about it; `fields` further members
+    for programs (strings, integers, lists of these). None of them ever holds a secret, a token or a signature.
+    """
+
+    code: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    next_step: str = ""
+
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        next_step: str | None = None,
+        retry_after: int | None = None,
+        fields: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(detail or self.title)
+        self.detail = detail or self.title
+        if next_step is not None:
+            self.next_step = next_step
+        self.retry_after = retry_after
+        """Whole seconds after which the same call may succeed; None where waiting does not help."""
+        self.fields: dict[str, object] = dict(fields or {})
+
+
+# --- the request -----------------------------------------------------------------------------------------------------
+
+
+class InvalidRequest(Error):
+    code = "invalid_request"
+    title = "The request is not valid"
+    next_step = "Correct the request; sending it again unchanged gives the same answer."
+
+
+class MalformedBody(InvalidRequest):
+    code = "malformed_body"
+    title = "The body is not the JSON that was expected"
+    next_step = "Send one JSON object in UTF-8, without duplicate names, NaN, infinities or lone surrogates."
+
+
+class InvalidField(InvalidRequest):
+    code = "invalid_field"
+    title = "A field is missing, unknown or has a wrong value"
+
+
+class BodyTooLarge(InvalidRequest):
+    code = "body_too_large"
+    title = "The body is larger than the service reads"
+    next_step = "Send less, or several requests."
+
+
+class UnsupportedMediaType(InvalidRequest):
+    code = "unsupported_media_type"
+    title = "The body's media type is not application/json"
+    next_step = "Send Content-Type: application/json."
+
+
+class LengthMismatch(InvalidRequest):
+    code = "length_mismatch"
+    title = "The body is not as long as its Content-Length says, or the length is missing"
+    next_step = "Send a correct Content-Length, or use chunked transfer coding."
+
+
+class ClaimsRefused(InvalidRequest):
+    code = "claims_refused"
+    title = "The signing profile does not allow these claims"
+
+
+class SigningInputRefused(InvalidRequest):
+    code = "signing_input_refused"
+    title = "The signing input's header or claims break the rules of this key"
+
+
+class InvalidPayload(InvalidRequest):
+    code = "invalid_payload"
+    title = "The payload or input is not base64url without padding"
+
+
+class InvalidDigest(InvalidRequest):
+    code = "invalid_digest"
+    title = "The digest does not fit the key's algorithm"
+
+
+class InvalidJwk(InvalidRequest):
+    code = "invalid_jwk"
+    title = "The public key cannot be used"
+
+
+class InvalidBatch(InvalidRequest):
+    code = "invalid_batch"
+    title = "The batch is empty or too long"
+    next_step = "Send between 1 and 256 items."
+
+
+class UnsupportedAlgorithmRequested(InvalidRequest):
+    code = "unsupported_algorithm_requested"
+    title = "No configured module offers this algorithm or size"
+
+
+class PolicyRefused(InvalidRequest):
+    code = "policy_refused"
+    title = "The policy breaks a rule"
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+class TokenRejected(Error):
+    code = "token_rejected"
+    title = "The token is not valid"
+    next_step = "Do not trust the token."
+
+
+class TokenMalformed(TokenRejected):
+    code = "token_malformed"
+    title = "The token is not a JWS in compact form with a JSON header and claims"
+
+
+class TokenSignatureInvalid(TokenRejected):
+    code = "token_signature_invalid"
+    title = "The token's signature does not match"
+
+
+class TokenExpired(TokenRejected):
+    code = "token_expired"
+    title = "The token has expired"
+
+
+class TokenNotYetValid(TokenRejected):
+    code = "token_not_yet_valid"
+    title = "The token is not valid yet"
+
+
+class TokenIssuerMismatch(TokenRejected):
+    code = "token_issuer_mismatch"
+    title = "The token's issuer is not the key set's"
+
+
+class TokenAudienceMismatch(TokenRejected):
+    code = "token_audience_mismatch"
+    title = "The token is not meant for this audience"
+
+
+class TokenTypeMismatch(TokenRejected):
+    code = "token_type_mismatch"
+    title = "The token's typ is not the expected one"
+
+
+class TokenKeyUnknown(TokenRejected):
+    code = "token_key_unknown"
+    title = "The token names a key that the key set does not publish"
+
+
+class TokenKeyRevoked(TokenRejected):
+    code = "token_key_revoked"
+    title = "The token names a key that was revoked"
+
+
+# --- the caller ------------------------------------------------------------------------------------------------------
+
+
+class Unauthenticated(Error):
+    code = "unauthenticated"
+    title = "The caller is not authenticated"
+    next_step = "Send a valid API token as Authorization: Bearer."
+
+
+class CredentialsMissing(Unauthenticated):
+    code = "credentials_missing"
+    title = "The request carries no credentials"
+
+
+class CredentialsMalformed(Unauthenticated):
+    code = "credentials_malformed"
+    title = "The Authorization header is not a bearer API token"
+
+
+class CredentialsUnknown(Unauthenticated):
+    code = "credentials_unknown"
+    title = "The API token is not known"
+
+
+class CredentialsExpired(Unauthenticated):
+    code = "credentials_expired"
+    title = "The API token has expired"
+    next_step = "Ask an administrator for a new token."
+
+
+class CredentialsRevoked(Unauthenticated):
+    code = "credentials_revoked"
+    title = "The API token was revoked"
+    next_step = "Ask an administrator for a new token."
+
+
+class Forbidden(Error):
+    code = "forbidden"
+    title = "The caller may not do this"
+    next_step = "Ask an administrator for a grant whose role and scope cover this."
+
+
+# --- things that are not there ---------------------------------------------------------------------------------------
+
+
+class NotFound(Error):
+    code = "not_found"
+    title = "There is nothing under this name"
+
+
+class RouteNotFound(NotFound):
+    code = "route_not_found"
+    title = "There is no such route"
+    next_step = "See /docs for the routes."
+
+
+class KeySetNotFound(NotFound):
+    code = "key_set_not_found"
+    title = "There is no such key set"
+
+
+class KeyUnknown(NotFound):
+    code = "key_not_found"
+    title = "There is no such key in the key set"
+
+
+class VersionNotFound(NotFound):
+    code = "version_not_found"
+    title = "There is no such key version"
+
+
+class ExternalKeyNotFound(NotFound):
+    code = "external_key_not_found"
+    title = "There is no such external key"
+
+
+class ClientNotFound(NotFound):
+    code = "client_not_found"
+    title = "There is no such client"
+
+
+class ApiTokenNotFound(NotFound):
+    code = "api_token_not_found"
+    title = "There is no such API token"
+
+
+class GrantNotFound(NotFound):
+    code = "grant_not_found"
+    title = "There is no such grant"
+
+
+class WorkerNotFound(NotFound):
+    code = "worker_not_found"
+    title = "There is no such worker"
+
+
+class BackendUnknown(NotFound):
+    code = "backend_not_found"
+    title = "There is no such backend in the configuration"
+
+
+class NotPublished(NotFound):
+    code = "not_published"
+    title = "The key set has not published anything yet"
+    next_step = "Create a key in it and wait until its first version is published."
+
+
+class MethodNotAllowed(Error):
+    code = "method_not_allowed"
+    title = "The route does not know this method"
+    next_step = "Use one of the methods that the Allow header names."
+
+
+# --- the state of things ---------------------------------------------------------------------------------------------
+
+
+class Conflict(Error):
+    code = "conflict"
+    title = "The present state does not allow this"
+
+
+class NameTaken(Conflict):
+    code = "name_taken"
+    title = "The name is in use, or was once"
+    next_step = "Choose another name."
+
+
+class KidTaken(Conflict):
+    code = "kid_taken"
+    title = "The kid is bound to a key already, and a kid is never bound again"
+
+
+class KeyDisabled(Conflict):
+    code = "key_disabled"
+    title = "The key is disabled"
+    next_step = "An operator can enable it."
+
+
+class NoActiveVersion(Conflict):
+    code = "no_active_version"
+    title = "The key has no active version"
+    next_step = "Wait until its first version is active, or activate one."
+
+
+class KidNotActive(Conflict):
+    code = "kid_not_active"
+    title = "The pinned kid neither is active nor within its handover"
+    next_step = "Take the active kid named here, build the signing input again with it, and repeat the call."
+
+
+class NotYetUsable(Conflict):
+    code = "not_yet_usable"
+    title = "Verifiers could not have fetched this version for long enough (I1)"
+    next_step = "Repeat the call at usable_at or later."
+
+
+class NoStandby(Conflict):
+    code = "no_standby"
+    title = "The key has no published standby version to rotate to"
+    next_step = "Wait until the custodian has made one."
+
+
+class RotationInProgress(Conflict):
+    code = "rotation_in_progress"
+    title = "The keys of a key set rotate one at a time (I5)"
+    next_step = "Repeat the call once the retiring version has left the JWKS."
+
+
+class ActiveKidMismatch(Conflict):
+    code = "active_kid_mismatch"
+    title = "The active version is not the expected one"
+    next_step = "Somebody else rotated; read the key again."
+
+
+class TransitionRefused(Conflict):
+    code = "transition_refused"
+    title = "A version in this state cannot become that"
+
+
+class LimitReached(Conflict):
+    code = "limit_reached"
+    title = "The key set's document has no room for this (I5)"
+    next_step = "Use another key set."
+
+
+class PurposeMismatch(Conflict):
+    code = "purpose_mismatch"
+    title = "The key set's purpose does not allow this route"
+    next_step = "Raw signatures need a key set with purpose raw, JWTs one with purpose jwt."
+
+
+class Immutable(Conflict):
+    code = "immutable"
+    title = "The field cannot be changed any more"
+
+
+class RevisionMismatch(Error):
+    code = "revision_mismatch"
+    title = "The object has changed since it was read"
+    next_step = "Read it again and repeat the change with its new ETag in If-Match."
+
+
+class RevisionRequired(Error):
+    code = "revision_required"
+    title = "A change needs If-Match"
+    next_step = "Read the object and send its ETag in If-Match."
+
+
+# --- retry later -----------------------------------------------------------------------------------------------------
+
+
+class Unavailable(Error):
+    code = "unavailable"
+    title = "The service cannot do this now"
+    next_step = "Repeat the call after Retry-After."
+
+
+class RegistryStale(Unavailable):
+    code = "registry_stale"
+    title = "This worker could not confirm the registry's state within its signing lease"
+
+
+class StoreUnavailable(Unavailable):
+    code = "store_unavailable"
+    title = "The registry's database cannot be reached"
+
+
+class CustodianUnavailable(Unavailable):
+    code = "custodian_unavailable"
+    title = "No custodian is acting"
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+
+class BackendError(Error):
+    """What may leave a backend. Vendor exceptions are translated with ``raise … from`` and go no further."""
+
+    code = "backend_error"
+    title = "The module reported an error"
+    retryable: ClassVar[bool] = False
+
+
+class KeyExists(BackendError):
+    code = "backend_key_exists"
+    title = "The module already holds a key under this label"
+
+
+class KeyNotFound(BackendError):
+    """The module is healthy and does not hold the key. Never raised while the module's health is in doubt."""
+
+    code = "backend_key_not_found"
+    title = "The module does not hold this key"
+    next_step = "Run `kms-jwks doctor`; revoke the version and rotate if the key is gone."
+
+
+class UnsupportedAlgorithm(BackendError):
+    code = "backend_unsupported_algorithm"
+    title = "The module does not offer this algorithm or size"
+
+
+class BackendUnavailable(BackendError):
+    code = "backend_unavailable"
+    title = "The module cannot be reached"
+    next_step = "Repeat the call after Retry-After; the service recovers by itself once the module is back."
+    retryable = True
+
+
+class BackendThrottled(BackendError):
+    code = "backend_throttled"
+    title = "The module is at its rate limit"
+    next_step = "Repeat the call after Retry-After."
+    retryable = True
+
+
+class BackendTimeout(BackendError):
+    code = "backend_timeout"
+    title = "The module did not answer in time"
+    next_step = "Repeat the call; if it persists look at the module."
+
+
+class BackendRefused(BackendError):
+    """Wrong PIN, no permission, wrong key state: repeating the call changes nothing."""
+
+    code = "backend_refused"
+    title = "The module refused the operation"
+    next_step = "Run `kms-jwks doctor` on the node."
+
+
+# --- operation -------------------------------------------------------------------------------------------------------
+
+
+class ConfigurationError(Error):
+    code = "configuration_error"
+    title = "The configuration is not usable"
+    next_step = "Correct the setting and start again."
+
+
+class SchemaMismatch(Error):
+    code = "schema_mismatch"
+    title = "The registry's schema is not the one this program needs"
+    next_step = "Run `kms-jwks db upgrade`."
+
+
+class ClientError(Error):
+    code = "client_error"
+    title = "The service could not be used"
+
+
+class ServiceUnreachable(ClientError):
+    code = "service_unreachable"
+    title = "The service cannot be reached"
+    next_step = "Check KMS_JWKS_ADDR and that the service runs."
+
+
+class UnexpectedAnswer(ClientError):
+    code = "unexpected_answer"
+    title = "The service answered something this client does not understand"
+
+
+class InternalError(Error):
+    code = "internal_error"
+    title = "Something went wrong inside the service"
+    next_step = "Report the request_id; the cause is in the service's log under it."
+
+
+def _walk(cls: type[Error]) -> list[type[Error]]:
+    return [cls, *(c for sub in cls.__subclasses__() for c in _walk(sub))]
+
+
+BY_CODE: Mapping[str, type[Error]] = {cls.code: cls for cls in _walk(Error) if cls.code}
+"""Every problem code → its class. The client raises from it, the docs list it, a test proves the codes distinct."""

@@ -1,0 +1,422 @@
+"""JOSE without keys that sign: base64url, JWS assembly, public JWKs, thumbprints, PEM and DER, signature verification.
+
+Everywhere base64url is without padding (RFC 7515 §2) and an ECDSA signature is r‖s (RFC 7518 §3.4). A public JWK here
+is `kty` and its parameters, all strings. Cryptography is joserfc's and cryptography's; what a token may say is
+decided in profiles.py and verification.py.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+import re
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from joserfc.jwa import JWS_ALGORITHMS
+from joserfc.jwk import ECKey, OKPKey, RSAKey
+from joserfc.jwk import thumbprint as _rfc7638
+
+from kms_jwks import strictjson
+from kms_jwks.algorithms import Algorithm, Family
+from kms_jwks.errors import InvalidJwk, TokenSignatureInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+PublicKey: TypeAlias = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | Ed25519PublicKey
+
+# --- base64url and JWS ------------------------------------------------------------------------------------------------
+
+_TO_URL: Final = bytes.maketrans(b"+/", b"-_")
+# What base64 knows and base64url does not becomes a byte that the strict decoder refuses.
+_FROM_URL: Final = bytes.maketrans(b"-_+/=", b"+/\0\0\0")
+_LAST_OF_TWO: Final = frozenset("AQgw")
+_LAST_OF_THREE: Final = frozenset("AEIMQUYcgkosw048")
+
+
+def b64u_encode(data: bytes) -> str:
+    """Bytes as base64url without padding (RFC 7515 §2)."""
+    return binascii.b2a_base64(data, newline=False).translate(_TO_URL).rstrip(b"=").decode("ascii")
+
+
+def b64u_decode(text: str) -> bytes:
+    """Bytes of base64url without padding (RFC 7515 §2). One text per value.
+
+    Raises ValueError for padding, characters outside the alphabet (white space too), an impossible length, and
+    trailing bits that are not zero. The message never repeats the text.
+    """
+    tail = len(text) % 4
+    if tail == 1:
+        raise ValueError(f"base64url is never {len(text)} characters long")
+    if (tail == 2 and text[-1] not in _LAST_OF_TWO) or (tail == 3 and text[-1] not in _LAST_OF_THREE):
+        raise ValueError(_alphabet_problem(text) or "the trailing bits of the base64url are not zero")
+    try:
+        return binascii.a2b_base64(
+            text.encode("ascii").translate(_FROM_URL) + b"=="[: -len(text) % 4], strict_mode=True
+        )
+    except ValueError:  # UnicodeEncodeError and binascii.Error both are
+        raise ValueError(_alphabet_problem(text) or "not base64url") from None
+
+
+def _alphabet_problem(text: str) -> str | None:
+    if "=" in text:
+        return "base64url carries no padding here"
+    wrong = re.search(r"[^A-Za-z0-9_-]", text)
+    return wrong and f"character {wrong.start()} is outside the base64url alphabet"
+
+
+def header_segment(*, alg: str, kid: str, typ: str | None, cty: str | None = None) -> str:
+    """The encoded JOSE header: alg, kid, and typ and cty where given, in this order (RFC 7515 §4.1)."""
+    header = {"alg": alg, "kid": kid}
+    if typ is not None:
+        header["typ"] = typ
+    if cty is not None:
+        header["cty"] = cty
+    return b64u_encode(strictjson.dumps(header))
+
+
+def signing_input(header_segment: str, payload: bytes) -> bytes:
+    """``header.payload`` as the ASCII bytes that are signed (RFC 7515 §5.1)."""
+    return f"{header_segment}.{b64u_encode(payload)}".encode("ascii")
+
+
+def compact(signing_input: bytes, signature: bytes, *, detached: bool = False) -> str:
+    """The compact serialisation (RFC 7515 §7.1); with `detached` the payload is left out (appendix F)."""
+    text = signing_input.decode("ascii")
+    if detached:
+        text = text[: text.index(".") + 1]
+    return f"{text}.{b64u_encode(signature)}"
+
+
+# --- public keys ------------------------------------------------------------------------------------------------------
+
+_CURVES: Final[Mapping[str, tuple[ec.EllipticCurve, int]]] = MappingProxyType(
+    {
+        "P-256": (ec.SECP256R1(), 32),
+        "P-384": (ec.SECP384R1(), 48),
+        "P-521": (ec.SECP521R1(), 66),
+        "secp256k1": (ec.SECP256K1(), 32),
+    }
+)
+_CRV_OF_CURVE: Final = {curve.name: crv for crv, (curve, _) in _CURVES.items()}
+_PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"RSA": ("n", "e"), "EC": ("crv", "x", "y"), "OKP": ("crv", "x")}
+)
+_PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv")
+
+RSA_MODULUS_BITS: Final = (2048, 8192)
+"""The smallest and largest modulus `check_public_jwk` accepts, in bits."""
+RSA_EXPONENT_BITS: Final = 64
+"""OpenSSL verifies with no longer exponent once the modulus exceeds 3072 bits."""
+
+
+def thumbprint(jwk: Mapping[str, object]) -> str:
+    """The JWK's SHA-256 thumbprint in base64url (RFC 7638 §3); members that are no key parameters do not count."""
+    return _rfc7638(dict(_required(jwk)))
+
+
+def public_key(jwk: Mapping[str, object]) -> PublicKey:
+    """The key object of a public JWK. Raises InvalidJwk where the JWK is no well-formed key on its curve."""
+    parameters = _required(jwk)
+    if parameters["kty"] == "RSA":
+        return _rsa_key(_unsigned(parameters, "n"), _unsigned(parameters, "e"))
+    if parameters["kty"] == "EC":
+        return _ec_key(parameters)
+    return _ed25519_key(parameters)
+
+
+def public_jwk(key: object) -> dict[str, str]:
+    """The JWK of a public key: `kty` and its parameters alone (RFC 7518 §6, RFC 8037 §2).
+
+    Raises InvalidJwk for a key type or curve the service does not know.
+    """
+    if isinstance(key, rsa.RSAPublicKey):
+        rsa_numbers = key.public_numbers()
+        return {"kty": "RSA", "n": _encode_unsigned(rsa_numbers.n), "e": _encode_unsigned(rsa_numbers.e)}
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        crv = _CRV_OF_CURVE.get(key.curve.name)
+        if crv is None:
+            raise InvalidJwk(f"The curve {key.curve.name} is none of {', '.join(_CURVES)}.")
+        size = _CURVES[crv][1]
+        numbers = key.public_numbers()
+        x, y = (b64u_encode(value.to_bytes(size, "big")) for value in (numbers.x, numbers.y))
+        return {"kty": "EC", "crv": crv, "x": x, "y": y}
+    if isinstance(key, Ed25519PublicKey):
+        return {"kty": "OKP", "crv": "Ed25519", "x": b64u_encode(key.public_bytes_raw())}
+    raise InvalidJwk(f"A {type(key).__name__} is no RSA, EC or Ed25519 public key.")
+
+
+def to_pem(jwk: Mapping[str, object]) -> str:
+    """SubjectPublicKeyInfo as PEM (RFC 7468 §13). Raises InvalidJwk."""
+    return _spki(jwk, serialization.Encoding.PEM).decode("ascii")
+
+
+def to_der(jwk: Mapping[str, object]) -> bytes:
+    """SubjectPublicKeyInfo as DER (RFC 5280 §4.1). Raises InvalidJwk."""
+    return _spki(jwk, serialization.Encoding.DER)
+
+
+def _spki(jwk: Mapping[str, object], encoding: serialization.Encoding) -> bytes:
+    return public_key(jwk).public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+_PEM_LABEL: Final = re.compile(r"-----BEGIN ([^-\r\n]{1,64})-----")
+
+
+def jwk_from_pem(pem: str) -> dict[str, str]:
+    """The public JWK of exactly one PEM block, ``PUBLIC KEY`` or ``RSA PUBLIC KEY``.
+
+    Raises InvalidJwk for anything else; a private key is refused by name, a certificate too: what it says about
+    validity and use would be lost.
+    """
+    labels = _PEM_LABEL.findall(pem)
+    if any("PRIVATE" in label for label in labels):
+        raise InvalidJwk(
+            "The PEM holds a private key.",
+            next_step="Treat the key as compromised: it has been sent. Send the public key of a new one.",
+        )
+    if len(labels) != 1:
+        raise InvalidJwk(f"One PEM block is expected, {len(labels)} were found.")
+    if "CERTIFICATE" in labels[0]:
+        raise InvalidJwk(
+            "The PEM holds a certificate, not a public key.",
+            next_step="Extract the key: openssl x509 -in cert.pem -pubkey -noout",
+        )
+    if labels[0] not in ("PUBLIC KEY", "RSA PUBLIC KEY"):
+        raise InvalidJwk(f"A PEM block labelled {labels[0]!r} is no public key.")
+    try:
+        key = serialization.load_pem_public_key(pem.encode("utf-8"))
+    except (ValueError, UnsupportedAlgorithm):
+        raise InvalidJwk("The PEM block holds no public key that can be read.") from None
+    return public_jwk(key)
+
+
+def check_public_jwk(jwk: Mapping[str, object], alg: Algorithm) -> dict[str, str]:
+    """The validated parameters (`kty` first) of a public JWK that is to verify `alg`; other members are dropped.
+
+    Raises InvalidJwk for private members, a kty or crv that is not the algorithm's, `use`, `key_ops` or `alg` that
+    contradict it, missing, mistyped or non-canonical parameters (RFC 7518 §6.2.1, §6.3.1), points off the curve or of
+    small order, and weak RSA keys: modulus outside 2048 to 8192 bits, even or with small factors, exponent below
+    3, even or beyond 64 bits, or with the ROCA fingerprint (CVE-2017-15361).
+    """
+    for name in _PRIVATE_MEMBERS:
+        if name in jwk:
+            raise InvalidJwk(
+                f"The JWK holds the private member {name!r}.",
+                next_step="Treat the key as compromised: it has been sent. Send the public part of a new one.",
+            )
+    _check_purpose(jwk, alg)
+    parameters = _required(jwk)
+    if parameters["kty"] != alg.kty:
+        raise InvalidJwk(f"{alg.name} needs kty {alg.kty}, not {parameters['kty']}.")
+    if alg.crv is not None and parameters["crv"] != alg.crv:
+        raise InvalidJwk(f"{alg.name} needs crv {alg.crv}, not {_shown(parameters['crv'])}.")
+    key = public_key(parameters)
+    if isinstance(key, rsa.RSAPublicKey):
+        _check_rsa_strength(key.public_numbers())
+    return parameters
+
+
+def _check_purpose(jwk: Mapping[str, object], alg: Algorithm) -> None:
+    if "use" in jwk and jwk["use"] != "sig":
+        raise InvalidJwk(f"The JWK's use is {_shown(jwk['use'])}, not 'sig'.")
+    if "alg" in jwk and jwk["alg"] != alg.name:
+        raise InvalidJwk(f"The JWK's alg is {_shown(jwk['alg'])}, not {alg.name!r}.")
+    if "key_ops" in jwk:
+        operations = jwk["key_ops"]
+        if not isinstance(operations, list) or not all(isinstance(name, str) for name in operations):
+            raise InvalidJwk("The JWK's key_ops is no array of strings.")
+        if "verify" not in operations or len(set(operations)) != len(operations):
+            raise InvalidJwk("The JWK's key_ops does not hold 'verify', or an operation twice.")
+
+
+def _required(jwk: Mapping[str, object]) -> dict[str, str]:
+    """`kty` and the parameters it requires, as strings."""
+    kty = jwk.get("kty")
+    if kty == "oct":
+        raise InvalidJwk("A symmetric key (kty oct) is no public key.")
+    names = _PARAMETERS.get(kty) if isinstance(kty, str) else None
+    if names is None or not isinstance(kty, str):
+        raise InvalidJwk(f"The JWK's kty is {_shown(kty)}, not one of {', '.join(_PARAMETERS)}.")
+    parameters = {"kty": kty}
+    for name in names:
+        value = jwk.get(name)
+        if not isinstance(value, str):
+            raise InvalidJwk(f"The JWK's {name} is {'missing' if name not in jwk else 'no string'}.")
+        parameters[name] = value
+    return parameters
+
+
+def _octets(jwk: Mapping[str, str], name: str) -> bytes:
+    try:
+        return b64u_decode(jwk[name])
+    except ValueError as error:
+        raise InvalidJwk(f"The JWK's {name}: {error}.") from None
+
+
+def _exactly(size: int, jwk: Mapping[str, str], name: str) -> bytes:
+    octets = _octets(jwk, name)
+    if len(octets) != size:
+        raise InvalidJwk(f"The JWK's {name} has {len(octets)} octets; {jwk['crv']} needs exactly {size}.")
+    return octets
+
+
+def _unsigned(jwk: Mapping[str, str], name: str) -> int:
+    """A Base64urlUInt: no leading zero octet (RFC 7518 §2)."""
+    octets = _octets(jwk, name)
+    if not octets or octets[0] == 0:
+        raise InvalidJwk(f"The JWK's {name} is empty, zero, or begins with a zero octet.")
+    return int.from_bytes(octets, "big")
+
+
+def _encode_unsigned(value: int) -> str:
+    return b64u_encode(value.to_bytes((value.bit_length() + 7) // 8, "big"))
+
+
+def _rsa_key(n: int, e: int) -> rsa.RSAPublicKey:
+    if n.bit_length() > RSA_MODULUS_BITS[1]:
+        raise InvalidJwk(f"The modulus has {n.bit_length()} bits, more than {RSA_MODULUS_BITS[1]}.")
+    if e < 3 or e % 2 == 0 or e.bit_length() > RSA_EXPONENT_BITS:
+        raise InvalidJwk(f"The exponent is even, below 3, or longer than {RSA_EXPONENT_BITS} bits.")
+    try:
+        return rsa.RSAPublicNumbers(e, n).public_key()
+    except ValueError:
+        raise InvalidJwk("The modulus and exponent are no RSA public key.") from None
+
+
+def _ec_key(jwk: Mapping[str, str]) -> ec.EllipticCurvePublicKey:
+    if jwk["crv"] not in _CURVES:
+        raise InvalidJwk(f"The JWK's crv is {_shown(jwk['crv'])}, not one of {', '.join(_CURVES)}.")
+    curve, size = _CURVES[jwk["crv"]]
+    x, y = (int.from_bytes(_exactly(size, jwk, name), "big") for name in ("x", "y"))
+    try:
+        return ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
+    except ValueError:
+        raise InvalidJwk(f"The point is not on {jwk['crv']}.") from None
+
+
+_ED25519_P: Final = 2**255 - 19
+_ED25519_D: Final = -121665 * pow(121666, -1, _ED25519_P) % _ED25519_P
+
+
+def _ed25519_key(jwk: Mapping[str, str]) -> Ed25519PublicKey:
+    if jwk["crv"] != "Ed25519":
+        raise InvalidJwk(f"The JWK's crv is {_shown(jwk['crv'])}, not Ed25519.")
+    octets = _exactly(32, jwk, "x")
+    # OpenSSL looks at the point only when it verifies, and not at its order: a key of small order would verify
+    # signatures that nobody made. 0, ±1 and the roots of d·y⁴ + 2y² = 1 are the y of the eight points of small order.
+    y = int.from_bytes(octets, "little") & (1 << 255) - 1
+    y2 = y * y % _ED25519_P
+    x2 = (y2 - 1) * pow(_ED25519_D * y2 + 1, -1, _ED25519_P) % _ED25519_P
+    on_curve = y < _ED25519_P and pow(x2, (_ED25519_P - 1) // 2, _ED25519_P) in (0, 1)
+    if not on_curve:
+        raise InvalidJwk("The point is not on Ed25519, or not encoded canonically (RFC 8032 §5.1.3).")
+    if y2 in (0, 1) or (_ED25519_D * y2 * y2 + 2 * y2 - 1) % _ED25519_P == 0:
+        raise InvalidJwk("The point is of small order.")
+    return Ed25519PublicKey.from_public_bytes(octets)
+
+
+# --- weak RSA keys ----------------------------------------------------------------------------------------------------
+
+
+def _primes_below(limit: int) -> tuple[int, ...]:
+    return tuple(n for n in range(2, limit) if all(n % d for d in range(2, math.isqrt(n) + 1)))
+
+
+_SMALL_FACTORS: Final = math.prod(_primes_below(752))
+"""The primes that SP 800-56B §6.4.2.2 has a public key tried against."""
+
+
+def _powers_of_65537(prime: int) -> frozenset[int]:
+    powers, value = set(), 1
+    while value not in powers:
+        powers.add(value)
+        value = value * 65537 % prime
+    return frozenset(powers)
+
+
+_ROCA_RESIDUES: Final = tuple((prime, _powers_of_65537(prime)) for prime in _primes_below(168) if prime > 2)
+
+
+def _check_rsa_strength(numbers: rsa.RSAPublicNumbers) -> None:
+    bits = numbers.n.bit_length()
+    if bits < RSA_MODULUS_BITS[0]:
+        raise InvalidJwk(f"The modulus has {bits} bits, fewer than {RSA_MODULUS_BITS[0]}.")
+    if math.gcd(numbers.n, _SMALL_FACTORS) != 1:
+        raise InvalidJwk("The modulus has a small factor.")
+    # Every such modulus is a power of 65537 modulo each small prime; a sound one passes by with odds of 1 in 2^27.
+    if all(numbers.n % prime in residues for prime, residues in _ROCA_RESIDUES):
+        raise InvalidJwk("The modulus has the ROCA fingerprint (CVE-2017-15361): its private key can be computed.")
+
+
+# --- what a JWKS holds ------------------------------------------------------------------------------------------------
+
+
+def published_jwk(public_jwk: Mapping[str, str], *, alg: str, kid: str, x5c: Sequence[str] = ()) -> dict[str, object]:
+    """A JWK as a JWKS publishes it: exactly kty, use, alg, kid, the parameters, and x5c where there is a chain."""
+    jwk: dict[str, object] = {"kty": public_jwk["kty"], "use": "sig", "alg": alg, "kid": kid}
+    jwk.update((name, public_jwk[name]) for name in _PARAMETERS[public_jwk["kty"]])
+    if x5c:
+        jwk["x5c"] = list(x5c)
+    return jwk
+
+
+def jwks_document(jwks: Sequence[Mapping[str, object]]) -> bytes:
+    """The JWKS as compact JSON, keys in the order given (RFC 7517 §5)."""
+    return strictjson.dumps({"keys": [dict(jwk) for jwk in jwks]})
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+_VERIFIERS: Final = MappingProxyType({model.name: model for model in JWS_ALGORITHMS})
+
+
+def der_to_raw(alg: Algorithm, signature: bytes) -> bytes:
+    """An ECDSA signature from DER to r‖s, each of the coordinate's length (RFC 7518 §3.4). Raises ValueError."""
+    r, s = decode_dss_signature(signature)
+    try:
+        return r.to_bytes(alg.coordinate, "big") + s.to_bytes(alg.coordinate, "big")
+    except OverflowError:
+        raise ValueError(f"r or s does not fit {alg.name}") from None
+
+
+def raw_to_der(alg: Algorithm, signature: bytes) -> bytes:
+    """An ECDSA signature from r‖s to DER. Raises ValueError when its length is not the algorithm's."""
+    size = alg.coordinate
+    if alg.family is not Family.ECDSA or len(signature) != 2 * size:
+        raise ValueError(f"{len(signature)} bytes are no r‖s of {alg.name}")
+    return encode_dss_signature(int.from_bytes(signature[:size], "big"), int.from_bytes(signature[size:], "big"))
+
+
+def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: bytes, signature: bytes) -> None:
+    """Return when `signature` (JOSE form) is the key's over `signing_input`; raise TokenSignatureInvalid otherwise.
+
+    `alg` is the key's own, never the token's word. RSA signatures are exactly as long as the modulus, ECDSA ones
+    exactly r‖s, PSS salts exactly as long as the hash (RFC 7518 §3.5). Raises InvalidJwk where the JWK is no key of
+    this algorithm.
+    """
+    key = public_key(jwk)
+    if jwk["kty"] != alg.kty or (alg.crv is not None and jwk["crv"] != alg.crv):
+        raise InvalidJwk(f"The JWK is no key of {alg.name}.")
+    wrapped: RSAKey | ECKey | OKPKey
+    if isinstance(key, rsa.RSAPublicKey):
+        wrapped = RSAKey.import_key(key)
+    elif isinstance(key, ec.EllipticCurvePublicKey):
+        wrapped = ECKey.import_key(key)
+    else:
+        wrapped = OKPKey.import_key(key)
+    if not _VERIFIERS[alg.name].verify(signing_input, signature, wrapped):
+        raise TokenSignatureInvalid
+
+
+def _shown(value: object) -> str:
+    """A value for a message: short, and only when it is text."""
+    if not isinstance(value, str):
+        return "missing" if value is None else "no string"
+    return repr(value if len(value) <= 32 else value[:32] + "…")

@@ -1,0 +1,361 @@
+"""The registry's things as frozen values: key sets, keys, key versions and their states, callers, processes.
+
+Instants are integer microseconds since 1970-01-01T00:00:00Z, durations whole seconds. Nothing here reads a clock,
+a database or a module.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import NewType
+
+Instant = NewType("Instant", int)
+"""Microseconds since the epoch, UTC."""
+Id = NewType("Id", str)
+"""A UUIDv7 in its text form (RFC 9562 §5.7)."""
+
+SECOND = 1_000_000
+DAY = 86_400
+
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+RESERVED_NAMES = frozenset(
+    "v1 healthz readyz metrics docs openapi well-known active jwt jws signature verify rotate disable enable activate "
+    "revoke destroy cancel-destroy safety attributes versions keys key-sets external-keys public-key tokens clients "
+    "grants approvals events checkpoints backends nodes workers console static".split()
+)
+
+
+def new_id() -> Id:
+    """A fresh UUIDv7: 48 bits of Unix milliseconds, then 74 random bits (RFC 9562 §5.7)."""
+    raw = (time.time_ns() // 1_000_000).to_bytes(6, "big") + os.urandom(10)
+    value = int.from_bytes(raw, "big")
+    value = value & ~(0xF << 76) | (0x7 << 76)
+    value = value & ~(0x3 << 62) | (0x2 << 62)
+    return Id(str(uuid.UUID(int=value)))
+
+
+def name_error(name: str) -> str | None:
+    """Why `name` cannot name a thing, or None when it can (DESIGN: `[a-z0-9][a-z0-9-]{0,62}`, no route words)."""
+    if not NAME.fullmatch(name):
+        return "a name is 1 to 63 of a-z, 0-9 and '-', and starts with a letter or digit"
+    if name in RESERVED_NAMES:
+        return f"{name!r} is a word that routes use"
+    return None
+
+
+class Access(StrEnum):
+    """Who may fetch a key set's JWKS."""
+
+    PUBLIC = "public"
+    RESTRICTED = "restricted"
+
+
+class Purpose(StrEnum):
+    """What a key set's keys may sign; fixed at creation."""
+
+    JWT = "jwt"
+    RAW = "raw"
+
+
+class VersionState(StrEnum):
+    """The life of a key version; each state's NIST SP 800-57 name is in the table of docs/lifecycle."""
+
+    CREATING = "creating"
+    PUBLISHED = "published"
+    ACTIVE = "active"
+    RETIRING = "retiring"
+    RETIRED = "retired"
+    REVOKED = "revoked"
+    DESTROYED = "destroyed"
+
+    @property
+    def in_jwks(self) -> bool:
+        return self in IN_JWKS
+
+    def may_become(self, other: VersionState) -> bool:
+        return other in TRANSITIONS[self]
+
+
+_S = VersionState
+TRANSITIONS: Mapping[VersionState, frozenset[VersionState]] = MappingProxyType(
+    {
+        _S.CREATING: frozenset({_S.PUBLISHED, _S.DESTROYED}),
+        _S.PUBLISHED: frozenset({_S.ACTIVE, _S.RETIRED, _S.REVOKED}),
+        _S.ACTIVE: frozenset({_S.RETIRING, _S.REVOKED}),
+        _S.RETIRING: frozenset({_S.RETIRED, _S.REVOKED}),
+        _S.RETIRED: frozenset({_S.REVOKED, _S.DESTROYED}),
+        _S.REVOKED: frozenset({_S.DESTROYED}),
+        _S.DESTROYED: frozenset(),
+    }
+)
+IN_JWKS = frozenset({_S.PUBLISHED, _S.ACTIVE, _S.RETIRING})
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The rotation policy of a key; every duration in seconds. Rules: `timeline.policy_problems`."""
+
+    rotate_every: int = 90 * DAY
+    publish_lead: int = DAY
+    allow_unsafe_publish_lead: bool = False
+    max_token_ttl: int = 3600
+    clock_skew: int = 300
+    handover: int = 60
+    destroy_after: int = 30 * DAY
+
+
+@dataclass(frozen=True, slots=True)
+class SigningProfile:
+    """What a client may have signed with a key. One profile, `default`, per key."""
+
+    name: str = "default"
+    typ: str = "JWT"
+    """`JWT` or `at+jwt` (RFC 9068)."""
+    default_lifetime: int = 300
+    """Seconds a token lives when the caller says nothing; never more than the policy's max_token_ttl."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeySet:
+    """A named JWKS, one per issuer."""
+
+    id: Id
+    name: str
+    issuer: str
+    access: Access
+    purpose: Purpose
+    cache_lifetime: int
+    stale_if_error: int
+    existing_issuer: bool
+    created_at: Instant
+    updated_at: Instant
+    first_published_at: Instant | None = None
+    """When its document first held a key; before, the JWKS is 404 with no-store."""
+    first_activated_at: Instant | None = None
+    """When one of its versions could first sign; the issuer is immutable from then on."""
+    revision: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A logical signing key in a key set."""
+
+    id: Id
+    key_set_id: Id
+    name: str
+    alg: str
+    rsa_bits: int | None
+    backend: str
+    policy: Policy
+    profile: SigningProfile
+    created_at: Instant
+    updated_at: Instant
+    disabled_at: Instant | None = None
+    revision: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The largest values in force while a version could sign, in seconds: what I2 counts with."""
+
+    max_token_ttl: int = 0
+    clock_skew: int = 0
+    handover: int = 0
+    lease: int = 0
+    cache_lifetime: int = 0
+
+    def widened(self, other: Bounds) -> Bounds:
+        return Bounds(
+            max(self.max_token_ttl, other.max_token_ttl),
+            max(self.clock_skew, other.clock_skew),
+            max(self.handover, other.handover),
+            max(self.lease, other.lease),
+            max(self.cache_lifetime, other.cache_lifetime),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """An invariant that was overridden on purpose: stays on the version for ever."""
+
+    invariant: str
+    at: Instant
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyVersion:
+    """One key pair in a module. `kid`, `ref` and `public_jwk` are None only while `creating` (or after a failed one)."""
+
+    id: Id
+    key_set_id: Id
+    key_id: Id
+    number: int
+    alg: str
+    rsa_bits: int | None
+    backend: str
+    state: VersionState
+    created_at: Instant
+    kid: str | None = None
+    ref: Mapping[str, str] | None = None
+    public_jwk: Mapping[str, str] | None = None
+    x5c: tuple[str, ...] = ()
+    """Certificate chain, base64 DER, leaf first (RFC 7517 §4.7)."""
+    evidence: Mapping[str, object] | None = None
+    bounds: Bounds = field(default_factory=Bounds)
+    first_fill: bool = False
+    """It was in the first document its key set ever published, so it may skip publish_lead (I1)."""
+    published_at: Instant | None = None
+    published_epoch: int | None = None
+    """The epoch counter whose snapshot first held it."""
+    visible_since: Instant | None = None
+    activated_at: Instant | None = None
+    deactivated_at: Instant | None = None
+    retired_at: Instant | None = None
+    revoked_at: Instant | None = None
+    revoke_reason: str | None = None
+    destroy_at: Instant | None = None
+    destroyed_at: Instant | None = None
+    breaches: tuple[Breach, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalKey:
+    """A foreign public key that a key set publishes until `remove_at`; verify-only."""
+
+    id: Id
+    key_set_id: Id
+    kid: str
+    alg: str
+    public_jwk: Mapping[str, str]
+    created_at: Instant
+    remove_at: Instant
+    removed_at: Instant | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """An authenticated caller."""
+
+    id: Id
+    name: str
+    created_at: Instant
+    deleted_at: Instant | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ApiToken:
+    """A client's bearer token; the registry knows its SHA-256 (lower-case hex) alone."""
+
+    id: Id
+    client_id: Id
+    sha256: str
+    created_at: Instant
+    expires_at: Instant
+    revoked_at: Instant | None = None
+    last_used_at: Instant | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """client × role × scope. Both ids None: everything; `key_id` None: the whole key set."""
+
+    id: Id
+    client_id: Id
+    role: str
+    created_at: Instant
+    key_set_id: Id | None = None
+    key_id: Id | None = None
+    deleted_at: Instant | None = None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Epoch:
+    """(incarnation, counter). Two epochs compare only within one incarnation."""
+
+    incarnation: str
+    counter: int
+
+    def reaches(self, other: Epoch) -> bool:
+        return self.incarnation == other.incarnation and self.counter >= other.counter
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One registered process that serves answers. It counts until it stopped, was seen dead, or was forgotten."""
+
+    id: Id
+    node: str
+    pid: int
+    lease: int
+    """Its signing lease in seconds."""
+    started_at: Instant
+    heartbeat_at: Instant
+    confirmed: Epoch | None = None
+    stopped_at: Instant | None = None
+    stop_reason: str | None = None
+    """`stopped`, `died` or `forgotten`."""
+
+
+class IntentKind(StrEnum):
+    """What the custodian is asked to do in a module."""
+
+    GENERATE = "generate"
+    DESTROY = "destroy"
+
+
+class IntentState(StrEnum):
+    """`started` without an end is what a crash leaves; the successor abandons it."""
+
+    PENDING = "pending"
+    STARTED = "started"
+    DONE = "done"
+    FAILED = "failed"
+    ABANDONED = "abandoned"
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """One attempt at a module mutation, written before the attempt. `label` is the label the pair gets there."""
+
+    id: Id
+    kind: IntentKind
+    version_id: Id
+    backend: str
+    label: str
+    state: IntentState
+    created_at: Instant
+    not_before: Instant
+    attempt: int = 1
+    term: int | None = None
+    """The custodian term that started it."""
+    finished_at: Instant | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CustodianLease:
+    """Who acts. `term` grows with each take-over; a step commits only under the term it began with."""
+
+    term: int
+    holder: str
+    node: str
+    renewed_at: Instant
+    expires_at: Instant
+    halted: str | None = None
+    """Why the custodian has stopped acting, e.g. a clock that stepped; None while it works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """The registry as a whole. `id` stands in module labels: 8 base32 characters, lower case."""
+
+    id: str
+    created_at: Instant

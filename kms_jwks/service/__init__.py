@@ -1,0 +1,76 @@
+"""Every use case of the service, guarded by one choke point; put together here from a store, backends and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kms_jwks.config import Settings
+from kms_jwks.service.clients import Clients
+from kms_jwks.service.confirmation import Confirmation
+from kms_jwks.service.control import Control
+from kms_jwks.service.documents import Documents
+from kms_jwks.service.external_keys import ExternalKeys
+from kms_jwks.service.guard import Guard, Presented
+from kms_jwks.service.key_sets import KeySets
+from kms_jwks.service.keys import Keys
+from kms_jwks.service.modules import Modules
+from kms_jwks.service.operation import Operation
+from kms_jwks.service.signing import Signing
+from kms_jwks.service.verifying import Verifying
+from kms_jwks.service.versions import Versions
+from kms_jwks.service.watcher import Watcher
+from kms_jwks.store import Store
+
+__all__ = ["Presented", "Service"]
+
+
+class Service:
+    """One worker's service. Made after the fork; opens nothing until `start`."""
+
+    def __init__(self, settings: Settings, store: Store, modules: Modules) -> None:
+        self.settings = settings
+        self.store = store
+        self.modules = modules
+        guard = Guard()
+        self.watcher = Watcher(
+            store,
+            node=settings.node_name,
+            lease=settings.signing_lease,
+            poll_interval=settings.poll_interval_ms / 1000,
+            state_dir=settings.state_dir,
+            used=guard.drain_used,
+        )
+        self.confirmation = Confirmation(
+            store,
+            node=settings.node_name,
+            state_dir=settings.state_dir,
+            lease=settings.signing_lease,
+            kick=self.watcher.kick,
+        )
+        control = Control(store, guard, self.confirmation, modules, settings.public_url)
+        self.signing = Signing(self.watcher, guard, modules)
+        self.verifying = Verifying(self.watcher, guard)
+        self.documents = Documents(
+            self.watcher, guard, public_url=settings.public_url, default_key_set=settings.default_key_set
+        )
+        self.key_sets = KeySets(control)
+        self.keys = Keys(control)
+        self.versions = Versions(control)
+        self.external_keys = ExternalKeys(control)
+        self.clients = Clients(control)
+        self.operation = Operation(control, self.watcher)
+
+    def start(self) -> None:
+        """Register with the registry and start watching it; waits shortly for the first look. Never raises for its absence."""
+        self.watcher.start()
+        self.watcher.first_poll.wait(timeout=5)
+
+    def stop(self) -> None:
+        """Leave the register and give the modules back. Idempotent."""
+        self.watcher.stop()
+        self.modules.close()
+        self.store.dispose()
+
+    def pin(self) -> Callable[[], None]:
+        """Take part in the confirmation of epochs; call what is returned once the answer has been written."""
+        return self.watcher.pin()

@@ -1,0 +1,184 @@
+"""Use cases on callers: clients, their API tokens, and grants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from msgspec import UNSET
+
+from kms_jwks import authn, errors, wire
+from kms_jwks.access import Caller, Permission, Role
+from kms_jwks.model import SECOND, ApiToken, Client, Grant, Id, Instant, name_error, new_id
+from kms_jwks.service import present
+from kms_jwks.service.control import Control
+from kms_jwks.service.guard import Presented
+from kms_jwks.service.instants import to_datetime
+from kms_jwks.store import ReadTx, WriteTx
+
+
+class Clients:
+    """Clients, tokens and grants, for administrators."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    # --- clients
+
+    def list(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
+            rows = tx.clients(after=Id(cursor) if cursor else None, limit=limit + 1)
+        return present.page([present.client(c) for c in rows], [c.id for c in rows], limit)
+
+    def get(self, who: Presented, name: str) -> wire.Client:
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
+            return present.client(find_client(tx, name))
+
+    def create(self, who: Presented, request: wire.ClientCreate) -> wire.Client:
+        with self._control.store.write() as tx:
+            self._control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
+            value = add_client(tx, request.name)
+        self._control.changed(tx.committed_epoch)
+        return present.client(value)
+
+    def delete(self, who: Presented, name: str) -> None:
+        """Remove a client with its tokens and grants; its name stays taken. True everywhere once this returns."""
+        control = self._control
+        with control.store.write() as tx:
+            caller = control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
+            value = find_client(tx, name)
+            _not_oneself(caller, value.id, "delete its own client")
+            now = tx.now()
+            for token in tx.tokens(value.id):
+                if token.revoked_at is None:
+                    tx.save(replace(token, revoked_at=now))
+            for grant in tx.grants(value.id):
+                tx.save(replace(grant, deleted_at=now))
+            tx.save(replace(value, deleted_at=now))
+            lease = control.confirmation.lease(tx)
+        control.confirmation.revoked(tx.committed_epoch, lease)
+
+    # --- tokens
+
+    def tokens(self, who: Presented, client: str, limit: int, cursor: str | None) -> wire.Page:
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
+            owner = find_client(tx, client)
+            rows = tx.tokens(owner.id, after=Id(cursor) if cursor else None, limit=limit + 1)
+        return present.page([present.token(owner, t) for t in rows], [t.id for t in rows], limit)
+
+    def create_token(self, who: Presented, client: str, request: wire.TokenCreate) -> wire.TokenCreated:
+        """A new API token. The registry keeps its SHA-256; the token itself is in this answer and nowhere else."""
+        with self._control.store.write() as tx:
+            self._control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
+            made, row = add_token(tx, find_client(tx, client), request.expires_in)
+        self._control.changed(tx.committed_epoch)
+        return wire.TokenCreated(token=made.token, id=row.id, expires_at=to_datetime(row.expires_at))
+
+    def revoke_token(self, who: Presented, client: str, token_id: str) -> None:
+        """Revoke a token. No worker accepts it once this returns."""
+        control = self._control
+        with control.store.write() as tx:
+            control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
+            owner = find_client(tx, client)
+            token = tx.token(Id(token_id))
+            if token is None or token.client_id != owner.id:
+                raise errors.ApiTokenNotFound(f"Client {client!r} has no such token.")
+            if token.revoked_at is None:
+                tx.save(replace(token, revoked_at=tx.now()))
+            lease = control.confirmation.lease(tx)
+        control.confirmation.revoked(tx.committed_epoch, lease)
+
+    # --- grants
+
+    def grants(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
+            rows = tx.grants(after=Id(cursor) if cursor else None, limit=limit + 1)
+            items = [present.grant(tx, g) for g in rows]
+        return present.page(items, [g.id for g in rows], limit)
+
+    def grant(self, who: Presented, grant_id: str) -> wire.Grant:
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
+            return present.grant(tx, _find_grant(tx, grant_id))
+
+    def create_grant(self, who: Presented, request: wire.GrantCreate) -> wire.Grant:
+        with self._control.store.write() as tx:
+            self._control.guard.enter(tx, who, Permission.GRANT_MANAGE)
+            owner = find_client(tx, request.client)
+            scope = request.scope
+            key_set_id = key_id = None
+            if scope.key_set is not UNSET:
+                key_set = tx.key_set(scope.key_set)
+                if key_set is None:
+                    raise errors.KeySetNotFound(f"There is no key set {scope.key_set!r}.")
+                key_set_id = key_set.id
+                if scope.key is not UNSET:
+                    key = tx.key(key_set.id, scope.key)
+                    if key is None:
+                        raise errors.KeyUnknown(f"There is no key {scope.key!r} in key set {scope.key_set!r}.")
+                    key_id = key.id
+            elif scope.key is not UNSET:
+                raise errors.InvalidField("scope: a key needs its key_set", fields={"field": "scope"})
+            value = add_grant(tx, owner, Role(request.role), key_set_id, key_id)
+            answer = present.grant(tx, value)
+        self._control.changed(tx.committed_epoch)
+        return answer
+
+    def delete_grant(self, who: Presented, grant_id: str) -> None:
+        """Take a grant away. No worker honours it once this returns."""
+        control = self._control
+        with control.store.write() as tx:
+            control.guard.enter(tx, who, Permission.GRANT_MANAGE)
+            tx.save(replace(_find_grant(tx, grant_id), deleted_at=tx.now()))
+            lease = control.confirmation.lease(tx)
+        control.confirmation.revoked(tx.committed_epoch, lease)
+
+
+def find_client(tx: ReadTx, name: str) -> Client:
+    found = tx.client(name)
+    if found is None:
+        raise errors.ClientNotFound(f"There is no client {name!r}.")
+    return found
+
+
+def add_client(tx: WriteTx, name: str) -> Client:
+    problem = name_error(name)
+    if problem is not None:
+        raise errors.InvalidField(f"name: {problem}", fields={"field": "name"})
+    value = Client(new_id(), name, tx.now())
+    tx.add(value)
+    return value
+
+
+def add_token(tx: WriteTx, owner: Client, expires_in: int) -> tuple[authn.NewToken, ApiToken]:
+    """A new token of `owner` that lives `expires_in` seconds."""
+    made = authn.new_token()
+    now = tx.now()
+    row = ApiToken(new_id(), owner.id, made.sha256, now, Instant(now + expires_in * SECOND))
+    tx.add(row)
+    return made, row
+
+
+def add_grant(tx: WriteTx, owner: Client, role: Role, key_set_id: Id | None, key_id: Id | None) -> Grant:
+    """A new grant, or the one that says the same already."""
+    for existing in tx.grants(owner.id):
+        if (existing.role, existing.key_set_id, existing.key_id) == (role.value, key_set_id, key_id):
+            return existing
+    value = Grant(new_id(), owner.id, role.value, tx.now(), key_set_id, key_id)
+    tx.add(value)
+    return value
+
+
+def _find_grant(tx: ReadTx, grant_id: str) -> Grant:
+    found = tx.grant(Id(grant_id))
+    if found is None or found.deleted_at is not None:
+        raise errors.GrantNotFound("There is no such grant.")
+    return found
+
+
+def _not_oneself(caller: Caller, client_id: Id, what: str) -> None:
+    if caller.client_id == client_id:
+        raise errors.Conflict(f"A client cannot {what}.", next_step="Use another administrator.")

@@ -1,0 +1,85 @@
+"""Waiting until the workers work under an epoch: what makes a control-plane answer true everywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from kms_jwks.model import SECOND, Epoch, Instant, Worker
+from kms_jwks.service import liveness
+from kms_jwks.store import ReadTx, Store
+
+CHANGE_WAIT = 2.0
+"""Seconds an ordinary change waits for live workers."""
+_PACE = 0.015
+
+
+class Confirmation:
+    """Asks the register. `node` and `state_dir` tell which workers' deaths can be seen from here."""
+
+    def __init__(self, store: Store, *, node: str, state_dir: Path, lease: int, kick: Callable[[], None]) -> None:
+        self._store = store
+        self._node = node
+        self._folder = state_dir / "workers"
+        self._lease = lease
+        self._kick = kick
+
+    def lease(self, tx: ReadTx) -> int:
+        """The longest signing lease in force, in seconds."""
+        return max([self._lease, *(w.lease for w in tx.workers())])
+
+    def changed(self, epoch: Epoch | None) -> None:
+        """Wait (at most 2 s) until every live worker has confirmed; a worker that is silent is not waited for."""
+        if epoch is not None:
+            self._wait(epoch, CHANGE_WAIT, only_live=True)
+
+    def revoked(self, epoch: Epoch | None, lease: int) -> list[Worker]:
+        """Wait until every registered worker has confirmed, or `lease` + 1 s: by then nobody signs under an older epoch.
+
+        Returns the workers that have not confirmed and may still publish the older JWKS.
+        """
+        if epoch is None:
+            return []
+        return self._wait(epoch, lease + 1.0, only_live=False)
+
+    def unconfirmed(self, tx: ReadTx, epoch: Epoch) -> list[Worker]:
+        """Registered workers that have not confirmed `epoch`."""
+        return [w for w in tx.workers() if w.confirmed is None or not w.confirmed.reaches(epoch)]
+
+    def silent(self, worker: Worker, now: Instant) -> bool:
+        """Whether a worker has missed its heartbeats and has no lease left."""
+        return now - worker.heartbeat_at > (worker.lease + 1) * SECOND
+
+    def reap(self) -> list[Worker]:
+        """Strike off this node's workers that have certainly ended. Returns them."""
+        with self._store.read() as tx:
+            suspects = [w for w in tx.workers() if w.node == self._node and liveness.is_dead(self._folder, w.id)]
+        if not suspects:
+            return []
+        struck = []
+        with self._store.write() as tx:
+            for worker in suspects:
+                known = tx.worker(worker.id)
+                if known is not None and known.stopped_at is None:
+                    tx.save(replace(known, stopped_at=tx.now(), stop_reason="died"))
+                    struck.append(known)
+        for worker in suspects:
+            liveness.clear(self._folder, worker.id)
+        return struck
+
+    def _wait(self, epoch: Epoch, seconds: float, *, only_live: bool) -> list[Worker]:
+        self._kick()
+        end = time.monotonic() + seconds
+        while True:
+            with self._store.read() as tx:
+                waiting, now = self.unconfirmed(tx, epoch), tx.now()
+            if only_live:
+                waiting = [w for w in waiting if not self.silent(w, now)]
+            if not waiting or time.monotonic() >= end:
+                return waiting
+            if any(w.node == self._node and liveness.is_dead(self._folder, w.id) for w in waiting):
+                self.reap()
+                continue
+            time.sleep(_PACE)

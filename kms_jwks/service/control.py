@@ -1,0 +1,79 @@
+"""What every use case of the control plane shares: the store, the guard, waiting for workers and for the custodian."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from kms_jwks import errors
+from kms_jwks.model import Epoch, Id, KeyVersion, VersionState
+from kms_jwks.service.confirmation import Confirmation
+from kms_jwks.service.guard import Guard
+from kms_jwks.service.modules import Modules
+from kms_jwks.store import ReadTx, Store
+
+CUSTODIAN_WAIT = 10.0
+"""Seconds a call waits for the custodian before it answers 202."""
+_PACE = 0.05
+
+
+@dataclass(frozen=True)
+class Control:
+    """The parts that use cases are made of. `public_url` has no trailing slash."""
+
+    store: Store
+    guard: Guard
+    confirmation: Confirmation
+    modules: Modules
+    public_url: str
+
+    def wait_for_custodian(self, ids: list[Id]) -> bool:
+        """Wait until the versions `ids` are published everywhere and sign if they may at once. False after 10 s."""
+        end = time.monotonic() + CUSTODIAN_WAIT
+        while True:
+            with self.store.read() as tx:
+                versions = [v for v in (tx.version(i) for i in ids) if v is not None]
+                done = all(_settled(tx, v) for v in versions)
+                epoch = tx.epoch()
+                failed = next((v for v in versions if v.state is VersionState.DESTROYED), None)
+                reason = _failure(tx, failed) if failed else None
+            if reason is not None:
+                raise errors.UnsupportedAlgorithmRequested(reason)
+            if done:
+                self.confirmation.changed(epoch)
+                return True
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_PACE)
+
+    def changed(self, epoch: Epoch | None) -> None:
+        """Hold the answer until live workers work under the change."""
+        self.confirmation.changed(epoch)
+
+
+def _settled(tx: ReadTx, version: KeyVersion) -> bool:
+    if version.state is VersionState.CREATING:
+        return False
+    if version.state is not VersionState.PUBLISHED:
+        return True
+    if version.visible_since is None:
+        return False
+    siblings = tx.versions(key_id=version.key_id, states={VersionState.ACTIVE})
+    return bool(siblings) or not version.first_fill
+
+
+def _failure(tx: ReadTx, version: KeyVersion) -> str | None:
+    if version.kid is not None:
+        return None
+    intents = tx.intents(version_id=version.id)
+    return next((i.error for i in reversed(intents) if i.error), "The module could not make this key.")
+
+
+def check_revision(found: int, if_match: int | None) -> None:
+    """If-Match of a PATCH against the object's revision. Raises RevisionRequired, RevisionMismatch."""
+    if if_match is None:
+        raise errors.RevisionRequired(f"The object is at revision {found}.", fields={"revision": found})
+    if if_match != found:
+        raise errors.RevisionMismatch(
+            f"The object is at revision {found}, the request names {if_match}.", fields={"revision": found}
+        )

@@ -1,0 +1,381 @@
+"""The custodian: the one process of an installation that makes and destroys keys in modules and keeps the calendar.
+
+One acts, fenced by its term; others stand by. Before each module mutation an intent stands in the registry, the
+mutation happens outside any transaction, and its result is written only under the same term. What a crash leaves is
+abandoned by the successor, never resumed: the pair in the module is then surplus, and `doctor` lists it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import structlog
+
+from kms_jwks import errors, jose, timeline
+from kms_jwks.algorithms import ALGORITHMS
+from kms_jwks.backends.base import Evidence, GeneratedKey, KeyRef
+from kms_jwks.model import (
+    SECOND,
+    CustodianLease,
+    Epoch,
+    Instant,
+    Intent,
+    IntentKind,
+    IntentState,
+    KeySet,
+    KeyVersion,
+    VersionState,
+    new_id,
+)
+from kms_jwks.service import lifecycle
+from kms_jwks.service.clocks import boot_clock
+from kms_jwks.service.confirmation import Confirmation
+from kms_jwks.service.modules import Modules
+from kms_jwks.store import ReadTx, Store, WriteTx
+from kms_jwks.timeline import Step, StepKind
+
+log = structlog.get_logger(__name__)
+
+LEASE = 10
+"""Seconds a custodian acts without renewing."""
+PACE = 0.15
+"""Seconds between two ticks."""
+MAX_BACKOFF = 60
+CLOCK_DRIFT = 60
+"""Seconds that database time may depart from the boot clock between two ticks."""
+
+
+class Fenced(Exception):
+    """Another custodian has taken over; what was being done is left to it."""
+
+
+class Custodian:
+    """Call `tick` again and again, or `run`. Everything it decides comes from the registry and `timeline.plan`."""
+
+    def __init__(
+        self,
+        store: Store,
+        modules: Modules,
+        confirmation: Confirmation,
+        *,
+        node: str,
+        lease: int = LEASE,
+        boot: Callable[[], int] = boot_clock,
+    ) -> None:
+        self._store = store
+        self._modules = modules
+        self._confirmation = confirmation
+        self._node = node
+        self._lease = lease
+        self._boot = boot
+        self._holder = new_id()
+        self._term = 0
+        self._last_clocks: tuple[int, Instant] | None = None
+
+    def run(self, stop: threading.Event) -> None:
+        """Tick until `stop`; a tick that fails is logged and the next one tries again."""
+        trouble = ""
+        while not stop.is_set():
+            try:
+                self.tick()
+                trouble = ""
+            except Fenced:
+                log.info("custodian_fenced", term=self._term)
+                self._term = 0
+            except errors.Error as error:
+                if error.code != trouble:
+                    log.warning("custodian_held_up", error=error.detail, code=error.code)
+                trouble = error.code
+            except Exception:
+                log.exception("custodian_tick_failed")
+            stop.wait(PACE)
+        self.resign()
+
+    def tick(self) -> None:
+        """One round: stay in office, finish what was begun, then do what is due."""
+        if not self._hold_office():
+            return
+        self._confirmation.reap()
+        self._work_off_intents()
+        self._note_visibility()
+        self._take_due_steps()
+
+    def resign(self) -> None:
+        """Let another custodian act at once. Never raises."""
+        if not self._term:
+            return
+        try:
+            with self._mutation() as tx:
+                lease = tx.custodian_lease()
+                if lease is not None:
+                    tx.set_custodian_lease(replace(lease, expires_at=tx.now()))
+        except (errors.Error, Fenced) as error:
+            log.warning("custodian_did_not_resign", error=str(error))
+        self._term = 0
+
+    # --- office
+
+    def _hold_office(self) -> bool:
+        with self._store.write() as tx:
+            now, lease = tx.now(), tx.custodian_lease()
+            halted = self._clock_trouble(now)
+            mine = lease is not None and self._term != 0 and (lease.term, lease.holder) == (self._term, self._holder)
+            if lease is not None and not mine and lease.expires_at > now:
+                self._term = 0
+                return False
+            half_over = lease is None or (lease.expires_at - now) < self._lease * SECOND // 2
+            if lease is not None and mine and not half_over and lease.halted == halted:
+                return halted is None
+            term = lease.term if lease is not None and mine else (lease.term if lease else 0) + 1
+            renewed = CustodianLease(
+                term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted
+            )
+            tx.set_custodian_lease(renewed)
+            if not mine:
+                self._abandon(tx)
+        if term != self._term:
+            log.info("custodian_acts", term=term)
+        self._term = term
+        if halted is not None:
+            log.error("custodian_halted", reason=halted)
+        return halted is None
+
+    def _clock_trouble(self, now: Instant) -> str | None:
+        """Why database time cannot be trusted, or None. It stays in doubt until it agrees with the boot clock again."""
+        boot = self._boot()
+        if self._last_clocks is not None:
+            passed, passed_there = boot - self._last_clocks[0], now - self._last_clocks[1]
+            if passed_there < 0:
+                return f"database time went back by {-passed_there / SECOND:.1f} s"
+            if abs(passed_there - passed) > CLOCK_DRIFT * SECOND:
+                return f"database time moved {passed_there / SECOND:.0f} s while {passed / SECOND:.0f} s passed"
+        self._last_clocks = (boot, now)
+        return None
+
+    def _abandon(self, tx: WriteTx) -> None:
+        """Close what a predecessor had begun; a version that still waits for its pair gets a fresh attempt."""
+        for intent in tx.intents(states={IntentState.STARTED}):
+            tx.save(
+                replace(
+                    intent,
+                    state=IntentState.ABANDONED,
+                    finished_at=tx.now(),
+                    error="the custodian ended before the attempt did",
+                )
+            )
+            version = tx.version(intent.version_id)
+            if version is None:
+                continue
+            unfinished = intent.kind is IntentKind.DESTROY or version.state is VersionState.CREATING
+            if unfinished and version.state is not VersionState.DESTROYED:
+                lifecycle.add_intent(tx, intent.kind, version, tx.now(), attempt=intent.attempt + 1)
+            log.warning("intent_abandoned", intent=intent.id, kind=intent.kind.value, label=intent.label)
+
+    @contextmanager
+    def _mutation(self) -> Iterator[WriteTx]:
+        """A write transaction that commits only while this custodian's term is in office. Raises Fenced."""
+        with self._store.write() as tx:
+            lease = tx.custodian_lease()
+            if lease is None or (lease.term, lease.holder) != (self._term, self._holder):
+                raise Fenced
+            yield tx
+
+    # --- intents
+
+    def _work_off_intents(self) -> None:
+        with self._store.read() as tx:
+            now = tx.now()
+            waiting = [i for i in tx.intents(states={IntentState.PENDING}) if i.not_before <= now]
+        for intent in waiting:
+            if not self._begin(intent):
+                continue
+            try:
+                if intent.kind is IntentKind.GENERATE:
+                    self._generate(intent)
+                else:
+                    self._destroy(intent)
+            except errors.Error as error:
+                self._postpone(intent, error)
+            # One long generation must not cost the office.
+            if not self._hold_office():
+                return
+
+    def _begin(self, intent: Intent) -> bool:
+        with self._mutation() as tx:
+            current = tx.intent(intent.id)
+            if current is None or current.state is not IntentState.PENDING:
+                return False
+            version = tx.version(intent.version_id)
+            wanted = version is not None and (
+                version.state is VersionState.CREATING
+                if intent.kind is IntentKind.GENERATE
+                else version.state in (VersionState.RETIRED, VersionState.REVOKED)
+            )
+            if not wanted:
+                tx.save(replace(current, state=IntentState.ABANDONED, finished_at=tx.now(), error="no longer wanted"))
+                return False
+            tx.save(replace(current, state=IntentState.STARTED, term=self._term))
+            return True
+
+    def _generate(self, intent: Intent) -> None:
+        with self._store.read() as tx:
+            version = tx.version(intent.version_id)
+        assert version is not None
+        backend = self._modules.get(intent.backend)
+        made = backend.generate(intent.label, ALGORITHMS[version.alg], rsa_bits=version.rsa_bits)
+        evidence = backend.attributes(made.ref)
+        if not evidence.holds:
+            raise errors.BackendRefused("The module made a key that is not sign-only and non-extractable.")
+        self._record(intent, made, evidence)
+
+    def _record(self, intent: Intent, made: GeneratedKey, evidence: Evidence) -> None:
+        with self._mutation() as tx:
+            current, version = tx.intent(intent.id), tx.version(intent.version_id)
+            assert current is not None and version is not None
+            if current.state is not IntentState.STARTED or version.state is not VersionState.CREATING:
+                log.warning("pair_is_surplus", label=intent.label)
+                return
+            tx.save(
+                replace(
+                    version,
+                    kid=jose.thumbprint(made.public_jwk),
+                    ref=made.ref.as_dict(),
+                    public_jwk=dict(made.public_jwk),
+                    evidence={
+                        "attributes": dict(evidence.attributes),
+                        "generated_in_module": evidence.generated_in_module,
+                        "non_extractable": evidence.non_extractable,
+                        "sign_only": evidence.sign_only,
+                    },
+                )
+            )
+            tx.save(replace(current, state=IntentState.DONE, finished_at=tx.now()))
+            key_set = tx.key_set_by_id(version.key_set_id)
+            assert key_set is not None
+            lifecycle.publish_ready(tx, key_set)
+        log.info("key_pair_made", version=version.id, alg=version.alg, label=intent.label)
+
+    def _destroy(self, intent: Intent) -> None:
+        with self._store.read() as tx:
+            version = tx.version(intent.version_id)
+        assert version is not None and version.ref is not None
+        backend, ref = self._modules.get(intent.backend), KeyRef.of(**version.ref)
+        backend.destroy(ref)
+        try:
+            backend.public_key(ref)
+        except errors.KeyNotFound:
+            pass
+        else:
+            raise errors.BackendUnavailable("The module still holds the key after its destruction.")
+        with self._mutation() as tx:
+            current, version = tx.intent(intent.id), tx.version(intent.version_id)
+            assert current is not None and version is not None
+            now = tx.now()
+            tx.save(replace(version, state=VersionState.DESTROYED, destroyed_at=now))
+            tx.save(replace(current, state=IntentState.DONE, finished_at=now))
+        log.info("key_pair_destroyed", version=intent.version_id)
+
+    def _postpone(self, intent: Intent, error: errors.Error) -> None:
+        """A failed attempt: another one later under a new label, or none where the module will never do it."""
+        hopeless = isinstance(error, errors.UnsupportedAlgorithm)
+        with self._mutation() as tx:
+            current, version = tx.intent(intent.id), tx.version(intent.version_id)
+            assert current is not None and version is not None
+            if current.state is not IntentState.STARTED:
+                return
+            now = tx.now()
+            tx.save(replace(current, state=IntentState.FAILED, finished_at=now, error=error.detail))
+            if hopeless and version.state is VersionState.CREATING:
+                tx.save(replace(version, state=VersionState.DESTROYED, destroyed_at=now))
+                key_set = tx.key_set_by_id(version.key_set_id)
+                assert key_set is not None
+                lifecycle.publish_ready(tx, key_set)
+            else:
+                wait = min(2 ** min(intent.attempt, 6), MAX_BACKOFF)
+                lifecycle.add_intent(tx, intent.kind, version, timeline.later(now, wait), attempt=intent.attempt + 1)
+        log.warning("module_step_failed", kind=intent.kind.value, code=error.code, error=error.detail)
+
+    # --- visibility
+
+    def _note_visibility(self) -> None:
+        """A published version is visible once every registered worker has confirmed an epoch that holds it (I1)."""
+        with self._store.read() as tx:
+            if not _newly_visible(tx):
+                return
+        with self._mutation() as tx:
+            for version in _newly_visible(tx):
+                tx.save(replace(version, visible_since=tx.now()))
+
+    # --- the calendar
+
+    def _take_due_steps(self) -> None:
+        with self._store.read() as tx:
+            now = tx.now()
+            due = [(key_set, step) for key_set in tx.key_sets() for step in _plan(tx, key_set, now) if step.due <= now]
+        for key_set, step in due:
+            try:
+                with self._mutation() as tx:
+                    current = tx.key_set_by_id(key_set.id)
+                    # The reason is looked at again under the lock: somebody may have acted meanwhile.
+                    if current is not None and _still_due(tx, current, step):
+                        self._take(tx, current, step)
+            except errors.Conflict as error:
+                log.warning("step_refused", step=step.kind.value, error=error.detail)
+
+    def _take(self, tx: WriteTx, key_set: KeySet, step: Step) -> None:
+        log.info("custodian_step", step=step.kind.value, subject=step.subject, reason=step.reason)
+        if step.kind is StepKind.REMOVE_EXTERNAL:
+            external = next(e for e in tx.external_keys(key_set.id) if e.id == step.subject)
+            tx.save(replace(external, removed_at=tx.now()))
+            return
+        if step.kind is StepKind.CREATE:
+            key = tx.key_by_id(step.subject)
+            assert key is not None
+            lifecycle.ensure_standby(tx, key)
+            return
+        version = tx.version(step.subject)
+        key = tx.key_by_id(version.key_id) if version is not None else None
+        assert version is not None and key is not None
+        if step.kind is StepKind.ACTIVATE:
+            lifecycle.activate(
+                tx,
+                key_set,
+                key,
+                version,
+                lease=self._confirmation.lease(tx),
+                breach=step.reason if step.breach is not None else None,
+            )
+        elif step.kind is StepKind.WITHDRAW:
+            lifecycle.withdraw(tx, key, version)
+        else:
+            pending = {IntentState.PENDING, IntentState.STARTED}
+            if not any(i.kind is IntentKind.DESTROY for i in tx.intents(states=pending, version_id=version.id)):
+                lifecycle.add_intent(tx, IntentKind.DESTROY, version, tx.now())
+
+
+def _plan(tx: ReadTx, key_set: KeySet, now: Instant) -> list[Step]:
+    return timeline.plan(tx.keys(key_set.id), tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id), now)
+
+
+def _still_due(tx: ReadTx, key_set: KeySet, step: Step) -> bool:
+    now = tx.now()
+    return any((s.kind, s.subject) == (step.kind, step.subject) and s.due <= now for s in _plan(tx, key_set, now))
+
+
+def _newly_visible(tx: ReadTx) -> list[KeyVersion]:
+    workers, incarnation = tx.workers(), tx.epoch().incarnation
+    if not workers:
+        return []
+    return [
+        version
+        for version in tx.versions(states={VersionState.PUBLISHED})
+        if version.visible_since is None
+        and version.published_epoch is not None
+        and all(
+            w.confirmed is not None and w.confirmed.reaches(Epoch(incarnation, version.published_epoch))
+            for w in workers
+        )
+    ]

@@ -1,0 +1,179 @@
+"""The choke point: every use case begins here. It finds who calls and refuses what no grant allows.
+
+The data plane asks a snapshot, the control plane the transaction it works in; both give the same answers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kms_jwks import errors
+from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow
+from kms_jwks.authn import credential_from_header
+from kms_jwks.model import Id, Instant, Key, KeySet
+from kms_jwks.service.snapshot import KnownToken, PublishedSet, SigningKey, Snapshot, known_token
+from kms_jwks.store import ReadTx
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """What a caller showed: the Authorization header, and the client certificate in DER where TLS gave one."""
+
+    authorization: str | None = None
+    peer_certificate: bytes | None = None
+
+
+class TokenSource(Protocol):
+    """Where API tokens are looked up: a snapshot or a transaction."""
+
+    def __call__(self, sha256: str) -> KnownToken | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """A control-plane call that was let in, with the things it named."""
+
+    caller: Caller
+    now: Instant
+    key_set: KeySet
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class EnteredSet:
+    """The same for calls that name a key set alone."""
+
+    caller: Caller
+    now: Instant
+    key_set: KeySet
+
+
+class Guard:
+    """Authenticates and authorises. `used` remembers when each token was last seen; the watcher flushes it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._used: dict[Id, Instant] = {}
+
+    # --- data plane
+
+    def admit_set(
+        self, snapshot: Snapshot, who: Presented, permission: Permission, name: str, now: Instant
+    ) -> PublishedSet:
+        """Let a data-plane call in to a key set. Raises Unauthenticated, Forbidden, KeySetNotFound."""
+        caller = self._authenticate(snapshot.tokens.get, who, now)
+        key_set = snapshot.key_sets.get(name)
+        self._authorise(caller, permission, Scope(key_set.id) if key_set else EVERYTHING)
+        if key_set is None:
+            raise errors.KeySetNotFound(f"There is no key set {name!r}.")
+        return key_set
+
+    def admit_key(
+        self,
+        snapshot: Snapshot,
+        who: Presented,
+        permission: Callable[[PublishedSet], Permission],
+        key_set_name: str,
+        key_name: str,
+        now: Instant,
+    ) -> tuple[PublishedSet, SigningKey]:
+        """Let a data-plane call in to a key; the permission may depend on the set's purpose."""
+        caller = self._authenticate(snapshot.tokens.get, who, now)
+        key_set = snapshot.key_sets.get(key_set_name)
+        if key_set is None:
+            self._refuse_unless_global(caller)
+            raise errors.KeySetNotFound(f"There is no key set {key_set_name!r}.")
+        key = key_set.keys.get(key_name)
+        self._authorise(caller, permission(key_set), Scope(key_set.id, key.id if key else None))
+        if key is None:
+            raise errors.KeyUnknown(f"There is no key {key_name!r} in key set {key_set_name!r}.")
+        return key_set, key
+
+    # --- control plane
+
+    def enter(self, tx: ReadTx, who: Presented, permission: Permission) -> Caller:
+        """Let a call in that concerns the installation as a whole."""
+        caller = self._authenticate(_tokens_of(tx), who, tx.now())
+        self._authorise(caller, permission, EVERYTHING)
+        return caller
+
+    def enter_any(self, tx: ReadTx, who: Presented, permission: Permission) -> Caller:
+        """Let a listing in that shows each caller what its grants cover; it must have the permission somewhere."""
+        caller = self._authenticate(_tokens_of(tx), who, tx.now())
+        if not any(allow([g], permission, Scope(g.key_set_id, g.key_id)) for g in caller.grants):
+            raise _forbidden(caller, permission)
+        return caller
+
+    def enter_set(self, tx: ReadTx, who: Presented, permission: Permission, name: str) -> EnteredSet:
+        """Let a call in that names a key set. Raises Unauthenticated, Forbidden, KeySetNotFound."""
+        caller = self._authenticate(_tokens_of(tx), who, tx.now())
+        key_set = tx.key_set(name)
+        self._authorise(caller, permission, Scope(key_set.id) if key_set else EVERYTHING)
+        if key_set is None:
+            raise errors.KeySetNotFound(f"There is no key set {name!r}.")
+        return EnteredSet(caller, tx.now(), key_set)
+
+    def enter_key(self, tx: ReadTx, who: Presented, permission: Permission, key_set: str, key: str) -> Entered:
+        """Let a call in that names a key. Raises Unauthenticated, Forbidden, KeySetNotFound, KeyUnknown."""
+        caller = self._authenticate(_tokens_of(tx), who, tx.now())
+        found_set = tx.key_set(key_set)
+        found_key = tx.key(found_set.id, key) if found_set else None
+        scope = Scope(found_set.id, found_key.id if found_key else None) if found_set else EVERYTHING
+        self._authorise(caller, permission, scope)
+        if found_set is None:
+            raise errors.KeySetNotFound(f"There is no key set {key_set!r}.")
+        if found_key is None:
+            raise errors.KeyUnknown(f"There is no key {key!r} in key set {key_set!r}.")
+        return Entered(caller, tx.now(), found_set, found_key)
+
+    # --- last use
+
+    def drain_used(self) -> dict[Id, Instant]:
+        """Token ids and when they were last seen, since the last drain."""
+        with self._lock:
+            used, self._used = self._used, {}
+        return used
+
+    # --- inside
+
+    def _authenticate(self, source: TokenSource, who: Presented, now: Instant) -> Caller:
+        credential = credential_from_header(who.authorization)
+        known = source(credential.sha256)
+        if known is None:
+            raise errors.CredentialsUnknown
+        if known.revoked:
+            raise errors.CredentialsRevoked
+        if known.expires_at <= now:
+            raise errors.CredentialsExpired
+        self._used[known.id] = now
+        return known.caller
+
+    def _authorise(self, caller: Caller, permission: Permission, scope: Scope) -> None:
+        if not allow(caller.grants, permission, scope):
+            raise _forbidden(caller, permission)
+
+    def _refuse_unless_global(self, caller: Caller) -> None:
+        # Who has no grant on everything learns nothing about which key sets exist.
+        if not any(grant.key_set_id is None for grant in caller.grants):
+            raise errors.Forbidden("No grant of this client covers that key set.")
+
+
+def _forbidden(caller: Caller, permission: Permission) -> errors.Forbidden:
+    return errors.Forbidden(
+        f"Client {caller.client!r} has no grant with the permission {permission.value} here.",
+        fields={"permission": permission.value},
+    )
+
+
+def _tokens_of(tx: ReadTx) -> TokenSource:
+    def find(sha256: str) -> KnownToken | None:
+        token = tx.token_by_sha256(sha256)
+        client = tx.client_by_id(token.client_id) if token else None
+        if token is None or client is None or client.deleted_at is not None:
+            return None
+        return known_token(token, client.name, tx.grants(client.id))
+
+    return find

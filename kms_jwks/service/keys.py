@@ -1,0 +1,235 @@
+"""Use cases on keys: list, create, read, change, rotate, disable, enable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET
+
+from kms_jwks import errors, timeline, wire
+from kms_jwks.access import Permission, Scope, allow
+from kms_jwks.algorithms import ALGORITHMS, DEFAULT_RSA_BITS
+from kms_jwks.model import (
+    Key,
+    KeySet,
+    KeyVersion,
+    Policy,
+    SigningProfile,
+    VersionState,
+    name_error,
+    new_id,
+)
+from kms_jwks.service import lifecycle, present
+from kms_jwks.service.control import Control, check_revision
+from kms_jwks.service.guard import Presented
+from kms_jwks.service.present import Created
+from kms_jwks.store import ReadTx, WriteTx
+
+
+T = TypeVar("T", Policy, SigningProfile)
+
+
+class Keys:
+    """Keys, for administrators and operators."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def list(self, who: Presented, key_set: str, limit: int, cursor: str | None) -> wire.Page:
+        """The set's keys that the caller's grants cover."""
+        with self._control.store.read() as tx:
+            caller = self._control.guard.enter_any(tx, who, Permission.KEY_READ)
+            found = tx.key_set(key_set)
+            keys = tx.keys(found.id) if found else []
+            shown = [k for k in keys if allow(caller.grants, Permission.KEY_READ, Scope(k.key_set_id, k.id))]
+            if found is None or (not shown and not allow(caller.grants, Permission.KEY_READ, Scope(found.id))):
+                # The same answer whether the set exists or not, unless the caller may know.
+                self._control.guard.enter_set(tx, who, Permission.KEY_READ, key_set)
+                raise errors.KeySetNotFound(f"There is no key set {key_set!r}.")
+            if cursor:
+                shown = [k for k in shown if k.id > cursor]
+            items = [present.key(tx, found, k) for k in shown[: limit + 1]]
+        return present.page(items, [k.id for k in shown], limit)
+
+    def get(self, who: Presented, key_set: str, key: str) -> wire.Key:
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            return present.key(tx, found.key_set, found.key)
+
+    def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
+        """Create a key. In a set that has published before, its first version signs after the publish lead."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_set(tx, who, Permission.KEY_CREATE, key_set)
+            key, version = add_key(tx, control, found.key_set, request)
+        complete = control.wait_for_custodian([version.id])
+        with control.store.read() as tx:
+            answer = present.key(tx, found.key_set, tx.key_by_id(key.id) or key)
+        return Created(answer, complete, f"/v1/key-sets/{key_set}/keys/{key.name}")
+
+    def patch(self, who: Presented, key_set: str, key: str, request: wire.KeyPatch, if_match: int | None) -> wire.Key:
+        """Change the policy or the profile. Raises PolicyRefused with the numbers."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.KEY_UPDATE, key_set, key)
+            check_revision(found.key.revision, if_match)
+            changed = replace(
+                found.key,
+                policy=merge(found.key.policy, request.policy),
+                profile=merge(found.key.profile, request.profile),
+            )
+            if changed != found.key:
+                lease = control.confirmation.lease(tx)
+                check_policy(changed.policy, found.key_set, lease)
+                check_profile(changed)
+                changed = replace(changed, revision=found.key.revision + 1, updated_at=tx.now())
+                tx.save(changed)
+                lifecycle.widen(tx, found.key_set, changed, lease=lease)
+            answer = present.key(tx, found.key_set, changed)
+        control.changed(tx.committed_epoch)
+        return answer
+
+    def rotate(self, who: Presented, key_set: str, key: str, request: wire.RotateRequest) -> wire.Key:
+        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
+            require_enabled(found.key)
+            versions = tx.versions(key_id=found.key.id)
+            active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
+            if request.expected_kid is not UNSET and (active is None or active.kid != request.expected_kid):
+                raise errors.ActiveKidMismatch(
+                    "The active version is not the expected one.", fields={"active_kid": active.kid if active else None}
+                )
+            standby = _standby(found.key, versions)
+            lifecycle.activate(tx, found.key_set, found.key, standby, lease=control.confirmation.lease(tx))
+            answer = present.key(tx, found.key_set, found.key)
+        control.changed(tx.committed_epoch)
+        return answer
+
+    def disable(self, who: Presented, key_set: str, key: str) -> wire.Key:
+        """Stop signing with the key; its versions stay published. The answer comes when no worker signs any more."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.KEY_DISABLE, key_set, key)
+            changed = found.key
+            if changed.disabled_at is None:
+                changed = _touched(tx, replace(changed, disabled_at=tx.now()))
+            answer = present.key(tx, found.key_set, changed)
+            lease = control.confirmation.lease(tx)
+        control.confirmation.revoked(tx.committed_epoch, lease)
+        return answer
+
+    def enable(self, who: Presented, key_set: str, key: str) -> wire.Key:
+        """Let the key sign again."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.KEY_ENABLE, key_set, key)
+            changed = found.key
+            if changed.disabled_at is not None:
+                changed = _touched(tx, replace(changed, disabled_at=None))
+            answer = present.key(tx, found.key_set, changed)
+        control.changed(tx.committed_epoch)
+        return answer
+
+
+def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCreate) -> tuple[Key, KeyVersion]:
+    """Write a key and its first version, `creating`. Raises every refusal of a key's definition."""
+    problem = name_error(request.name)
+    if problem is not None:
+        raise errors.InvalidField(f"name: {problem}", fields={"field": "name"})
+    now = tx.now()
+    key = Key(
+        id=new_id(),
+        key_set_id=key_set.id,
+        name=request.name,
+        alg=request.alg,
+        rsa_bits=_rsa_bits(request),
+        backend=_backend(control, request),
+        policy=merge(Policy(), request.policy),
+        profile=merge(SigningProfile(), request.profile),
+        created_at=now,
+        updated_at=now,
+    )
+    check_policy(key.policy, key_set, control.confirmation.lease(tx))
+    check_profile(key)
+    check_company(tx, key_set, key.alg)
+    lifecycle.require_room(tx, key_set, more_keys=1)
+    tx.add(key)
+    return key, lifecycle.add_version(tx, key)
+
+
+def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:
+    """`current` with the fields of a request struct that were sent."""
+    if changes is UNSET:
+        return current
+    given: dict[str, Any] = msgspec.structs.asdict(changes)
+    return replace(current, **{name: value for name, value in given.items() if value is not UNSET})
+
+
+def check_policy(policy: Policy, key_set: KeySet, lease: int) -> None:
+    """Raise PolicyRefused with every rule that is broken."""
+    problems = timeline.policy_problems(policy, cache_lifetime=key_set.cache_lifetime, lease=lease)
+    if problems:
+        raise errors.PolicyRefused("; ".join(problems) + ".", fields={"problems": problems})
+
+
+def check_profile(key: Key) -> None:
+    if key.profile.default_lifetime < 1:
+        raise errors.PolicyRefused("default_lifetime must be at least 1 second.")
+
+
+def require_enabled(key: Key) -> None:
+    if key.disabled_at is not None:
+        raise errors.KeyDisabled(f"Key {key.name!r} is disabled.")
+
+
+def _touched(tx: WriteTx, key: Key) -> Key:
+    changed = replace(key, revision=key.revision + 1, updated_at=tx.now())
+    tx.save(changed)
+    return changed
+
+
+def _standby(key: Key, versions: list[KeyVersion]) -> KeyVersion:
+    waiting = sorted((v for v in versions if v.state is VersionState.PUBLISHED), key=lambda v: v.number)
+    if not waiting:
+        raise errors.NoStandby(f"Key {key.name!r} has no published standby version.")
+    return waiting[0]
+
+
+def _rsa_bits(request: wire.KeyCreate) -> int | None:
+    alg = ALGORITHMS.get(request.alg)
+    if alg is None:
+        raise errors.UnsupportedAlgorithmRequested(
+            f"The algorithm is none of {', '.join(sorted(ALGORITHMS))}.", fields={"algorithms": sorted(ALGORITHMS)}
+        )
+    if not alg.is_rsa:
+        if request.rsa_bits is not UNSET:
+            raise errors.InvalidField(f"rsa_bits: {alg.name} has no modulus", fields={"field": "rsa_bits"})
+        return None
+    return DEFAULT_RSA_BITS if request.rsa_bits is UNSET else request.rsa_bits
+
+
+def _backend(control: Control, request: wire.KeyCreate) -> str:
+    name = control.modules.default if request.backend is UNSET else request.backend
+    if name is None:
+        raise errors.InvalidField(
+            "backend: several are configured and none is the default; name one", fields={"field": "backend"}
+        )
+    if name not in control.modules.backends:
+        raise errors.BackendUnknown(f"No backend {name!r} is configured.")
+    return name
+
+
+def check_company(tx: ReadTx, key_set: KeySet, alg: str) -> None:
+    """Raise LimitReached where verifiers that do not know one key's algorithm would lose the whole set (I5)."""
+    row = ALGORITHMS[alg]
+    others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id)]
+    others += [ALGORITHMS[e.alg] for e in tx.external_keys(key_set.id)]
+    if any(row.exclusive != other.exclusive for other in others):
+        raise errors.LimitReached(
+            f"{alg} and {next(o.name for o in others if o.exclusive != row.exclusive)} cannot share a key set: "
+            "widespread verifiers reject a whole set over one key they do not know."
+        )

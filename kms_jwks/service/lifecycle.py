@@ -1,0 +1,319 @@
+"""Steps in the life of key versions, each in the caller's transaction and under the invariants of `timeline`.
+
+The API's use cases and the custodian share them. A step that an invariant forbids raises with both sides as instants
+and changes nothing. Nothing here touches a module: what a module has to do becomes an intent.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+
+from kms_jwks import errors, timeline
+from kms_jwks.model import (
+    Bounds,
+    Breach,
+    Instant,
+    Intent,
+    IntentKind,
+    IntentState,
+    Key,
+    KeySet,
+    KeyVersion,
+    VersionState,
+    new_id,
+)
+from kms_jwks.service.instants import optional, to_datetime
+from kms_jwks.service.snapshot import document_entries, render_jwks
+from kms_jwks.store import ReadTx, WriteTx
+
+_S = VersionState
+
+
+def add_version(tx: WriteTx, key: Key) -> KeyVersion:
+    """A new version of `key`, `creating`, and the intent that has the custodian make its pair."""
+    now = tx.now()
+    numbers = [v.number for v in tx.versions(key_id=key.id)]
+    version = KeyVersion(
+        id=new_id(),
+        key_set_id=key.key_set_id,
+        key_id=key.id,
+        number=max(numbers, default=0) + 1,
+        alg=key.alg,
+        rsa_bits=key.rsa_bits,
+        backend=key.backend,
+        state=_S.CREATING,
+        created_at=now,
+    )
+    tx.add(version)
+    add_intent(tx, IntentKind.GENERATE, version, now)
+    return version
+
+
+def add_intent(tx: WriteTx, kind: IntentKind, version: KeyVersion, not_before: Instant, attempt: int = 1) -> Intent:
+    """Ask the custodian for a module mutation. Each attempt at a pair has a label of its own."""
+    intent = Intent(
+        id=new_id(),
+        kind=kind,
+        version_id=version.id,
+        backend=version.backend,
+        label=new_label(tx),
+        state=IntentState.PENDING,
+        created_at=tx.now(),
+        not_before=not_before,
+        attempt=attempt,
+    )
+    tx.add(intent)
+    return intent
+
+
+def new_label(tx: ReadTx) -> str:
+    """A label for one attempt: ``kj-<installation>-<24 hex digits>``, 36 ASCII bytes."""
+    return f"{label_prefix(tx)}{secrets.token_hex(12)}"
+
+
+def label_prefix(tx: ReadTx) -> str:
+    """What every label of this installation starts with."""
+    return f"kj-{tx.installation().id}-"
+
+
+def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
+    """Publish the versions of `key_set` whose pairs are made.
+
+    The first publication of a set waits until every pair that was asked for is there, so that all its first keys fill
+    the document at once and may sign as soon as every worker serves it (I1).
+    """
+    creating = tx.versions(key_set_id=key_set.id, states={_S.CREATING})
+    ready = [v for v in creating if v.kid is not None]
+    first = key_set.first_published_at is None
+    if not ready or (first and len(ready) < len(creating)):
+        return []
+    now = tx.now()
+    epoch = tx.next_epoch()
+    published = [
+        replace(
+            v,
+            state=_S.PUBLISHED,
+            published_at=now,
+            published_epoch=epoch.counter,
+            first_fill=first and not key_set.existing_issuer,
+        )
+        for v in ready
+    ]
+    for version in published:
+        tx.save(version)
+    if first:
+        tx.save(replace(key_set, first_published_at=now, revision=key_set.revision + 1, updated_at=now))
+    return published
+
+
+def activate(
+    tx: WriteTx, key_set: KeySet, key: Key, version: KeyVersion, *, lease: int, breach: str | None = None
+) -> KeyVersion:
+    """Let `version` sign: the active one becomes `retiring`, a standby is asked for (I4).
+
+    Raises NotYetUsable (I1), TransitionRefused, RotationInProgress (I5). `breach` overrides I1 with that reason, which
+    stays on the version.
+    """
+    now = tx.now()
+    if version.state is not _S.PUBLISHED:
+        raise _refused(version, _S.ACTIVE)
+    require_usable(version, key, now, overridden=breach is not None)
+    versions = tx.versions(key_set_id=key_set.id)
+    active = next((v for v in versions if v.key_id == key.id and v.state is _S.ACTIVE), None)
+    if active is not None:
+        require_rotation_room(tx, key_set, key, versions)
+        tx.save(replace(active, state=_S.RETIRING, deactivated_at=now))
+    started = replace(
+        version,
+        state=_S.ACTIVE,
+        activated_at=now,
+        bounds=timeline.bounds(key.policy, lease=lease, cache_lifetime=key_set.cache_lifetime),
+        breaches=(*version.breaches, Breach("I1", now, breach)) if breach is not None else version.breaches,
+    )
+    tx.save(started)
+    if key_set.first_activated_at is None:
+        tx.save(replace(key_set, first_activated_at=now))
+    ensure_standby(tx, key)
+    return started
+
+
+def require_usable(version: KeyVersion, key: Key, now: Instant, *, overridden: bool = False) -> None:
+    """Raise NotYetUsable unless verifiers could have fetched `version` for long enough (I1)."""
+    usable = timeline.usable_at(version, key.policy)
+    if overridden or (usable is not None and usable <= now):
+        return
+    fields: Mapping[str, object] = {
+        "kid": version.kid,
+        "visible_since": optional(version.visible_since),
+        "publish_lead": key.policy.publish_lead,
+        "usable_at": optional(usable),
+        "now": to_datetime(now),
+    }
+    if usable is None:
+        detail = f"Version {version.number} is not served by every live worker yet."
+    else:
+        detail = f"Version {version.number} may sign from {to_datetime(usable).isoformat()} on."
+    raise errors.NotYetUsable(detail, fields=fields)
+
+
+def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[KeyVersion]) -> None:
+    """Raise RotationInProgress while another key of the set has a retiring version, or the document has no room."""
+    blocker = timeline.rotation_blocker(key.id, versions)
+    if blocker is not None:
+        until = timeline.retirable_at(blocker)
+        raise errors.RotationInProgress(
+            "Another key of the set has a retiring version in the document.",
+            fields={"kid": blocker.kid, "possible_at": optional(until)},
+        )
+    # Publishing the next standby must not push the document over its limit.
+    shown = sum(1 for v in versions if v.state.in_jwks or v.state is _S.CREATING)
+    externals = len(tx.external_keys(key_set.id))
+    others_waiting = any(v.key_id == key.id and v.state is _S.CREATING for v in versions)
+    waiting = [v for v in versions if v.key_id == key.id and v.state is _S.PUBLISHED]
+    needs_standby = 0 if others_waiting or len(waiting) > 1 else 1
+    if shown + externals + needs_standby > timeline.MAX_KIDS:
+        retiring = [t for v in versions if (t := timeline.retirable_at(v)) and v.state is _S.RETIRING]
+        raise errors.RotationInProgress(
+            f"The document holds {shown + externals} of {timeline.MAX_KIDS} kids.",
+            fields={"possible_at": optional(min(retiring, default=None))},
+        )
+
+
+def ensure_standby(tx: WriteTx, key: Key) -> KeyVersion | None:
+    """Ask for a standby unless one is published or coming (I4). Returns the new version, if there is one."""
+    waiting = tx.versions(key_id=key.id, states={_S.CREATING, _S.PUBLISHED})
+    if waiting or key.disabled_at is not None:
+        return None
+    return add_version(tx, key)
+
+
+def withdraw(tx: WriteTx, key: Key, version: KeyVersion) -> KeyVersion:
+    """Take a retiring version out of the JWKS once no token it signed can be alive (I2), and date its destruction."""
+    now = tx.now()
+    if version.state is not _S.RETIRING:
+        raise _refused(version, _S.RETIRED)
+    due = timeline.retirable_at(version)
+    if due is None or due > now:
+        raise errors.TransitionRefused(
+            f"Version {version.number} must stay in the JWKS: tokens it signed may be alive (I2).",
+            fields={"retirable_at": optional(due), "now": to_datetime(now)},
+        )
+    retired = replace(
+        version, state=_S.RETIRED, retired_at=now, destroy_at=timeline.later(now, key.policy.destroy_after)
+    )
+    tx.save(retired)
+    return retired
+
+
+def revoke(
+    tx: WriteTx, key_set: KeySet, key: Key, version: KeyVersion, reason: str, *, lease: int
+) -> KeyVersion | None:
+    """Take a compromised version out of the JWKS for ever; its standby signs at once, however young.
+
+    Returns the successor that signs now, or None where there is none yet (a new one is asked for).
+    """
+    now = tx.now()
+    if not version.state.may_become(_S.REVOKED):
+        raise _refused(version, _S.REVOKED)
+    was_active = version.state is _S.ACTIVE
+    tx.save(
+        replace(
+            version,
+            state=_S.REVOKED,
+            revoked_at=now,
+            revoke_reason=reason or None,
+            deactivated_at=version.deactivated_at or (now if was_active else None),
+            destroy_at=version.destroy_at or timeline.later(now, key.policy.destroy_after),
+        )
+    )
+    successor = None
+    if was_active and key.disabled_at is None:
+        waiting = sorted(tx.versions(key_id=key.id, states={_S.PUBLISHED}), key=lambda v: v.number)
+        # One that verifiers can already hold comes first; of several, the oldest.
+        if waiting and waiting[0].visible_since is not None:
+            usable = timeline.usable_at(waiting[0], key.policy)
+            early = usable is None or usable > now
+            successor = activate(
+                tx,
+                key_set,
+                key,
+                waiting[0],
+                lease=lease,
+                breach=f"emergency: version {version.number} was revoked" if early else None,
+            )
+    if successor is None and version.state is not _S.RETIRED:
+        ensure_standby(tx, key)
+    return successor
+
+
+def schedule_destruction(tx: WriteTx, version: KeyVersion, when: Instant | None, destroy_after: int) -> KeyVersion:
+    """Date the destruction of a retired or revoked version, at least 7 days ahead. Raises TransitionRefused."""
+    now = tx.now()
+    if not version.state.may_become(_S.DESTROYED) or version.state is _S.CREATING:
+        raise _refused(version, _S.DESTROYED)
+    floor = timeline.later(now, timeline.MIN_DESTROY_AFTER)
+    at = timeline.later(now, destroy_after) if when is None else when
+    if at < floor:
+        raise errors.InvalidField(
+            f"destroy_at: a destruction leaves at least {timeline.MIN_DESTROY_AFTER} s to take it back",
+            fields={"field": "destroy_at", "earliest": to_datetime(floor)},
+        )
+    scheduled = replace(version, destroy_at=at)
+    tx.save(scheduled)
+    return scheduled
+
+
+def cancel_destruction(tx: WriteTx, version: KeyVersion) -> KeyVersion:
+    """Take a dated destruction back. Raises TransitionRefused once the key is gone or being destroyed."""
+    if version.destroy_at is None or version.state is _S.DESTROYED:
+        raise errors.TransitionRefused(f"No destruction of version {version.number} is scheduled.")
+    pending = {IntentState.PENDING, IntentState.STARTED}
+    if any(i.kind is IntentKind.DESTROY for i in tx.intents(states=pending, version_id=version.id)):
+        raise errors.TransitionRefused(f"The destruction of version {version.number} has begun.")
+    kept = replace(version, destroy_at=None)
+    tx.save(kept)
+    return kept
+
+
+def widen(tx: WriteTx, key_set: KeySet, key: Key, *, lease: int) -> None:
+    """Record a changed policy or cache lifetime on every version that can still sign (I2 counts the largest)."""
+    for version in tx.versions(key_id=key.id, states={_S.ACTIVE, _S.RETIRING}):
+        wanted = timeline.bounds(key.policy, lease=lease, cache_lifetime=key_set.cache_lifetime)
+        if version.state is _S.RETIRING:
+            # A handover cannot be lengthened afterwards (timeline.pinned_until), the rest can still matter.
+            wanted = Bounds(
+                wanted.max_token_ttl, wanted.clock_skew, version.bounds.handover, wanted.lease, wanted.cache_lifetime
+            )
+        tx.save(replace(version, bounds=version.bounds.widened(wanted)))
+
+
+def require_room(tx: ReadTx, key_set: KeySet, *, more_keys: int = 0, more_externals: int = 0) -> None:
+    """Raise LimitReached when the set's document could not hold what is added (I5)."""
+    keys = len(tx.keys(key_set.id)) + more_keys
+    externals = len(tx.external_keys(key_set.id)) + more_externals
+    problem = timeline.room_problem(keys, externals)
+    if problem is not None:
+        raise errors.LimitReached(
+            problem,
+            fields={"kids": timeline.kids_reserved(keys, externals), "limit": timeline.MAX_KIDS},
+        )
+
+
+def require_small_document(tx: ReadTx, key_set: KeySet) -> None:
+    """Raise LimitReached when the set's document is larger than verifiers read (I5)."""
+    entries = document_entries(tx.keys(key_set.id), tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id))
+    size = len(render_jwks(entries))
+    if size > timeline.MAX_DOCUMENT:
+        raise errors.LimitReached(
+            f"The document would have {size} bytes; {timeline.MAX_DOCUMENT} are allowed.",
+            fields={"bytes": size, "limit": timeline.MAX_DOCUMENT},
+        )
+
+
+def _refused(version: KeyVersion, target: VersionState) -> errors.TransitionRefused:
+    return errors.TransitionRefused(
+        f"Version {version.number} is {version.state.value} and cannot become {target.value}.",
+        fields={"kid": version.kid, "state": version.state.value},
+    )

@@ -1,0 +1,132 @@
+"""Use cases of operation: workers, backends, readiness."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from kms_jwks import errors, wire
+from kms_jwks.access import Permission
+from kms_jwks.model import Epoch, Id, Instant, Worker
+from kms_jwks.service import present
+from kms_jwks.service.control import Control
+from kms_jwks.service.guard import Presented
+from kms_jwks.service.instants import to_datetime
+from kms_jwks.service.watcher import Watcher
+
+_PROBE_EVERY = 1.0
+"""Seconds for which a backend's state is remembered: anybody may ask for readiness, and not wear the module out."""
+
+
+class Operation:
+    """For operators, and for the probes of an orchestrator."""
+
+    def __init__(self, control: Control, watcher: Watcher) -> None:
+        self._control = control
+        self._watcher = watcher
+        self._probed: dict[str, tuple[float, wire.Backend]] = {}
+
+    def nodes(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+        """Every registered worker with the epoch it has confirmed."""
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.NODE_READ)
+            workers = tx.workers()
+            epoch, now = tx.epoch(), tx.now()
+        if cursor:
+            workers = [w for w in workers if w.id > cursor]
+        return present.page([self._node(w, epoch, now) for w in workers], [w.id for w in workers], limit)
+
+    def forget(self, who: Presented, worker_id: str) -> None:
+        """Stop counting a worker that will not come back, e.g. one of a node that is gone. It may come back as new."""
+        with self._control.store.write() as tx:
+            self._control.guard.enter(tx, who, Permission.NODE_MANAGE)
+            worker = tx.worker(Id(worker_id))
+            if worker is None or worker.stopped_at is not None:
+                raise errors.WorkerNotFound("There is no such worker.")
+            if not self._control.confirmation.silent(worker, tx.now()):
+                raise errors.Conflict("The worker is alive.", next_step="Stop it instead of forgetting it.")
+            tx.save(replace(worker, stopped_at=tx.now(), stop_reason="forgotten"))
+
+    def backends(self, who: Presented) -> wire.Page:
+        """Every configured backend and how this worker finds it."""
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.BACKEND_READ)
+        return wire.Page(items=[self._backend(name) for name in self._control.modules.names()])
+
+    def backend(self, who: Presented, name: str) -> wire.Backend:
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.BACKEND_READ)
+        self._control.modules.get(name)
+        return self._backend(name)
+
+    def ready(self) -> wire.Readiness:
+        """Whether a JWKS can be served. Nothing in it is secret: anybody may ask."""
+        registry = self._registry()
+        try:
+            self._watcher.snapshot()
+            serving = wire.Dependency(name="jwks", state="ok")
+        except errors.Error as error:
+            serving = wire.Dependency(name="jwks", state=error.code, detail=error.detail)
+        failing = serving.state != "ok" or self._watcher.overdue()
+        if self._watcher.overdue():
+            registry = wire.Dependency(name="registry", state="unconfirmed", detail="no epoch confirmed for 15 minutes")
+        return wire.Readiness(status="failing" if failing else "ok", dependencies=[serving, registry])
+
+    def ready_sign(self) -> wire.Readiness:
+        """Whether signing works on this worker, and if not which dependency is the cause."""
+        found = [self._registry()]
+        if not self._watcher.has_lease():
+            found[0] = wire.Dependency(name="registry", state="registry_stale", detail=found[0].detail)
+        for name in self._control.modules.names():
+            backend = self._backend(name)
+            found.append(wire.Dependency(name=f"backend:{name}", state=backend.state, detail=backend.detail))
+        failing = any(d.state != "ok" for d in found)
+        return wire.Readiness(status="failing" if failing else "ok", dependencies=found)
+
+    def _registry(self) -> wire.Dependency:
+        trouble = self._watcher.trouble
+        return wire.Dependency(
+            name="registry", state="ok" if trouble is None else "store_unavailable", detail=trouble or ""
+        )
+
+    def _backend(self, name: str) -> wire.Backend:
+        probed = self._probed.get(name)
+        if probed is not None and time.monotonic() - probed[0] < _PROBE_EVERY:
+            return probed[1]
+        answer = self._probe(name)
+        self._probed[name] = (time.monotonic(), answer)
+        return answer
+
+    def _probe(self, name: str) -> wire.Backend:
+        modules = self._control.modules
+        backend = modules.get(name)
+        state, detail, algorithms = "ok", "", []
+        try:
+            detail = backend.ping().description
+            algorithms = sorted(backend.capabilities())
+        except errors.BackendError as error:
+            state, detail = error.code, error.detail
+        return wire.Backend(
+            name=name,
+            type=backend.kind,
+            default=modules.default == name,
+            sign_in_place=backend.sign_in_place,
+            state=state,
+            detail=detail,
+            algorithms=algorithms,
+        )
+
+    def _node(self, worker: Worker, epoch: Epoch, now: Instant) -> wire.Node:
+        confirmed = worker.confirmed
+        counts = confirmed is not None and confirmed.incarnation == epoch.incarnation
+        return wire.Node(
+            worker=worker.id,
+            node=worker.node,
+            pid=worker.pid,
+            started_at=to_datetime(worker.started_at),
+            heartbeat_at=to_datetime(worker.heartbeat_at),
+            epoch=confirmed.counter if confirmed is not None and counts else None,
+            lag=epoch.counter - confirmed.counter if confirmed is not None and counts else None,
+            lease=worker.lease,
+            live=not self._control.confirmation.silent(worker, now),
+        )

@@ -1,0 +1,165 @@
+"""The registry's values as the API's structs; reads what it needs in the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from kms_jwks import jose, timeline, wire
+from kms_jwks.model import (
+    ApiToken,
+    Client,
+    ExternalKey,
+    Grant,
+    Key,
+    KeySet,
+    KeyVersion,
+    VersionState,
+)
+from kms_jwks.service.instants import optional, to_datetime
+from kms_jwks.store import ReadTx
+
+
+T = TypeVar("T", bound=wire.Answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Created(Generic[T]):
+    """What a creation answers: `complete` is False while the custodian still works on it (202 with a Location)."""
+
+    answer: T
+    complete: bool
+    location: str
+
+
+def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
+    return wire.KeySet(
+        name=value.name,
+        issuer=value.issuer,
+        access=value.access.value,
+        purpose=value.purpose.value,
+        cache_lifetime=value.cache_lifetime,
+        stale_if_error=value.stale_if_error,
+        existing_issuer=value.existing_issuer,
+        jwks_uri=f"{public_url}/{value.name}/.well-known/jwks.json",
+        first_published_at=optional(value.first_published_at),
+        created_at=to_datetime(value.created_at),
+        updated_at=to_datetime(value.updated_at),
+        revision=value.revision,
+        keys=[key(tx, value, k) for k in tx.keys(value.id)],
+    )
+
+
+def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
+    versions = tx.versions(key_id=value.id)
+    active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
+    p = value.policy
+    return wire.Key(
+        name=value.name,
+        key_set=owner.name,
+        alg=value.alg,
+        rsa_bits=value.rsa_bits,
+        backend=value.backend,
+        enabled=value.disabled_at is None,
+        active_kid=active.kid if active else None,
+        policy=wire.Policy(
+            rotate_every=p.rotate_every,
+            publish_lead=p.publish_lead,
+            allow_unsafe_publish_lead=p.allow_unsafe_publish_lead,
+            max_token_ttl=p.max_token_ttl,
+            clock_skew=p.clock_skew,
+            handover=p.handover,
+            destroy_after=p.destroy_after,
+        ),
+        profile=wire.Profile(
+            name=value.profile.name, typ=value.profile.typ, default_lifetime=value.profile.default_lifetime
+        ),
+        warnings=timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime),
+        created_at=to_datetime(value.created_at),
+        updated_at=to_datetime(value.updated_at),
+        revision=value.revision,
+        versions=[version(value, v) for v in versions if v.state is not VersionState.DESTROYED],
+    )
+
+
+def version(owner: Key, value: KeyVersion) -> wire.Version:
+    waiting = value.state is VersionState.PUBLISHED
+    return wire.Version(
+        kid=value.kid,
+        number=value.number,
+        state=value.state.value,
+        alg=value.alg,
+        public_jwk=published_jwk(value),
+        created_at=to_datetime(value.created_at),
+        backend=value.backend,
+        published_at=optional(value.published_at),
+        visible_since=optional(value.visible_since),
+        usable_at=optional(timeline.usable_at(value, owner.policy)) if waiting else None,
+        activated_at=optional(value.activated_at),
+        deactivated_at=optional(value.deactivated_at),
+        retired_at=optional(value.retired_at),
+        revoked_at=optional(value.revoked_at),
+        revoke_reason=value.revoke_reason,
+        destroy_at=optional(value.destroy_at),
+        destroyed_at=optional(value.destroyed_at),
+        breaches=[wire.Breach(invariant=b.invariant, at=to_datetime(b.at), reason=b.reason) for b in value.breaches],
+    )
+
+
+def published_jwk(value: KeyVersion) -> dict[str, object] | None:
+    """The version's public JWK as the JWKS shows it; None while there is no pair."""
+    if value.kid is None or value.public_jwk is None:
+        return None
+    return jose.published_jwk(value.public_jwk, alg=value.alg, kid=value.kid, x5c=value.x5c)
+
+
+def external_key(value: ExternalKey) -> wire.ExternalKey:
+    return wire.ExternalKey(
+        kid=value.kid,
+        alg=value.alg,
+        public_jwk=jose.published_jwk(value.public_jwk, alg=value.alg, kid=value.kid),
+        created_at=to_datetime(value.created_at),
+        remove_at=to_datetime(value.remove_at),
+        removed_at=optional(value.removed_at),
+    )
+
+
+def client(value: Client) -> wire.Client:
+    return wire.Client(name=value.name, id=value.id, created_at=to_datetime(value.created_at))
+
+
+def token(owner: Client, value: ApiToken) -> wire.Token:
+    return wire.Token(
+        id=value.id,
+        client=owner.name,
+        created_at=to_datetime(value.created_at),
+        expires_at=to_datetime(value.expires_at),
+        revoked_at=optional(value.revoked_at),
+        last_used_at=optional(value.last_used_at),
+    )
+
+
+def grant(tx: ReadTx, value: Grant) -> wire.Grant:
+    owner = tx.client_by_id(value.client_id)
+    scope: dict[str, str] = {}
+    if value.key_set_id is not None:
+        found_set = tx.key_set_by_id(value.key_set_id)
+        scope["key_set"] = found_set.name if found_set else value.key_set_id
+    if value.key_id is not None:
+        found_key = tx.key_by_id(value.key_id)
+        scope["key"] = found_key.name if found_key else value.key_id
+    return wire.Grant(
+        id=value.id,
+        client=owner.name if owner else value.client_id,
+        role=value.role,
+        scope=scope,
+        created_at=to_datetime(value.created_at),
+    )
+
+
+def page(items: Sequence[object], ids: Sequence[str], limit: int) -> wire.Page:
+    """One page of at most `limit`, from up to `limit` + 1 things that were read; the cursor is the last id shown."""
+    if len(items) > limit:
+        return wire.Page(items=list(items[:limit]), next=ids[limit - 1])
+    return wire.Page(items=list(items))

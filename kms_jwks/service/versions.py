@@ -1,0 +1,180 @@
+"""Use cases on key versions: list, create, read, evidence, safety, activate, revoke, destroy."""
+
+from __future__ import annotations
+
+from msgspec import UNSET
+
+from kms_jwks import errors, timeline, wire
+from kms_jwks.access import Permission
+from kms_jwks.backends.base import KeyRef
+from kms_jwks.model import Id, Key, KeyVersion, VersionState
+from kms_jwks.service import lifecycle, present
+from kms_jwks.service.control import Control
+from kms_jwks.service.guard import Entered, Presented
+from kms_jwks.service.instants import optional, to_datetime, to_instant
+from kms_jwks.service.keys import require_enabled
+from kms_jwks.service.present import Created
+from kms_jwks.store import ReadTx
+
+
+class Versions:
+    """Key versions, for operators. `version` is a number or a kid."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def list(self, who: Presented, key_set: str, key: str, limit: int, cursor: str | None) -> wire.Page:
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            after = Id(cursor) if cursor else None
+            versions = tx.versions(key_id=found.key.id, after=after, limit=limit + 1)
+            items = [present.version(found.key, v) for v in versions]
+        return present.page(items, [v.id for v in versions], limit)
+
+    def get(self, who: Presented, key_set: str, key: str, version: str) -> wire.Version:
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            return present.version(found.key, _find(tx, found, version))
+
+    def create(self, who: Presented, key_set: str, key: str) -> Created[wire.Version]:
+        """Ask for a standby. Raises TransitionRefused when one is published or coming."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
+            require_enabled(found.key)
+            made = lifecycle.ensure_standby(tx, found.key)
+            if made is None:
+                raise errors.TransitionRefused(f"Key {key!r} has a standby version already.")
+        complete = control.wait_for_custodian([made.id])
+        with control.store.read() as tx:
+            answer = present.version(found.key, tx.version(made.id) or made)
+        return Created(answer, complete, f"/v1/key-sets/{key_set}/keys/{key}/versions/{made.number}")
+
+    def public_jwk(self, who: Presented, key_set: str, key: str, version: str) -> dict[str, object]:
+        """The public half as the JWKS shows it. Raises VersionNotFound while there is no pair."""
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            jwk = present.published_jwk(_find(tx, found, version))
+        if jwk is None:
+            raise errors.VersionNotFound("This version has no key pair.")
+        return jwk
+
+    def safety(self, who: Presented, key_set: str, key: str, version: str) -> wire.Safety:
+        """Each invariant with both sides, and what happens next."""
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            value = _find(tx, found, version)
+        report = timeline.safety(value, found.key, found.key_set, found.now)
+        return wire.Safety(
+            kid=value.kid,
+            state=value.state.value,
+            now=to_datetime(found.now),
+            checks=[
+                wire.SafetyCheck(
+                    invariant=c.invariant,
+                    holds=c.holds,
+                    statement=c.statement,
+                    left=optional(c.left),
+                    right=optional(c.right),
+                )
+                for c in report.checks
+            ],
+            next=report.next,
+            next_at=optional(report.next_at),
+        )
+
+    def attributes(self, who: Presented, key_set: str, key: str, version: str) -> wire.Attributes:
+        """The evidence of promise 1, read from the module for this call, beside what was recorded at creation."""
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            value = _find(tx, found, version)
+        if value.kid is None or value.ref is None or value.state is VersionState.DESTROYED:
+            raise errors.VersionNotFound("This version has no key pair in a module.")
+        evidence = self._control.modules.get(value.backend).attributes(KeyRef.of(**value.ref))
+        return wire.Attributes(
+            kid=value.kid,
+            backend=value.backend,
+            generated_in_module=evidence.generated_in_module,
+            non_extractable=evidence.non_extractable,
+            sign_only=evidence.sign_only,
+            attributes=dict(evidence.attributes),
+            recorded=dict(value.evidence or {}),
+        )
+
+    def activate(self, who: Presented, key_set: str, key: str, version: str) -> wire.Version:
+        """Let a published version sign. Raises NotYetUsable, TransitionRefused, RotationInProgress."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.VERSION_ACTIVATE, key_set, key)
+            require_enabled(found.key)
+            value = lifecycle.activate(
+                tx, found.key_set, found.key, _find(tx, found, version), lease=control.confirmation.lease(tx)
+            )
+            answer = present.version(found.key, value)
+        control.changed(tx.committed_epoch)
+        return answer
+
+    def revoke(self, who: Presented, key_set: str, key: str, version: str, request: wire.RevokeRequest) -> wire.Revoked:
+        """Revoke now. The answer comes when no worker anywhere signs with the version any more; promise 5."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.VERSION_REVOKE, key_set, key)
+            value = _find(tx, found, version)
+            lease = control.confirmation.lease(tx)
+            successor = lifecycle.revoke(tx, found.key_set, found.key, value, request.reason, lease=lease)
+            answer = present.version(found.key, tx.version(value.id) or value)
+            next_answer = present.version(found.key, successor) if successor else None
+        left = control.confirmation.revoked(tx.committed_epoch, lease)
+        return wire.Revoked(
+            version=answer,
+            successor=next_answer,
+            unconfirmed=[
+                wire.UnconfirmedWorker(worker=w.id, node=w.node, heartbeat_at=to_datetime(w.heartbeat_at)) for w in left
+            ],
+        )
+
+    def destroy(
+        self, who: Presented, key_set: str, key: str, version: str, request: wire.DestroyRequest
+    ) -> wire.Version:
+        """Date the destruction of a retired or revoked version, 7 days ahead at least."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.VERSION_DESTROY, key_set, key)
+            when = None if request.destroy_at is UNSET else _instant(request)
+            value = lifecycle.schedule_destruction(tx, _find(tx, found, version), when, found.key.policy.destroy_after)
+            answer = present.version(found.key, value)
+        control.changed(tx.committed_epoch)
+        return answer
+
+    def cancel_destroy(self, who: Presented, key_set: str, key: str, version: str) -> wire.Version:
+        """Take a dated destruction back."""
+        control = self._control
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.VERSION_DESTROY, key_set, key)
+            answer = present.version(found.key, lifecycle.cancel_destruction(tx, _find(tx, found, version)))
+        control.changed(tx.committed_epoch)
+        return answer
+
+
+def _instant(request: wire.DestroyRequest) -> lifecycle.Instant:
+    try:
+        return to_instant(request.destroy_at)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise errors.InvalidField(f"destroy_at: {error}", fields={"field": "destroy_at"}) from None
+
+
+def _find(tx: ReadTx, found: Entered, version: str) -> KeyVersion:
+    return find_version(tx, found.key, version)
+
+
+def find_version(tx: ReadTx, key: Key, version: str) -> KeyVersion:
+    """A version of `key` by number or kid; a kid that looks like a number is found by kid when no number fits."""
+    value = None
+    if version.isascii() and version.isdigit() and len(version) < 10:
+        value = tx.version_by_number(key.id, int(version))
+    if value is None:
+        by_kid = tx.version_by_kid(version)
+        value = by_kid if by_kid is not None and by_kid.key_id == key.id else None
+    if value is None:
+        raise errors.VersionNotFound(f"Key {key.name!r} has no such version.")
+    return value

@@ -1,0 +1,268 @@
+"""A worker's view of the registry: it registers, polls the epoch, rebuilds its snapshot, confirms, and holds a lease.
+
+The rules (DESIGN section 4): register before the first read; the lease counts from before the read, on the boot clock,
+and only a read whose epoch equals the snapshot's renews it; an epoch is confirmed once the answers that passed under
+older snapshots have left; without a lease nothing is signed, while the last JWKS is served on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from kms_jwks import errors
+from kms_jwks.model import SECOND, Epoch, Id, Instant, Worker, new_id
+from kms_jwks.service.clocks import DatabaseClock
+from kms_jwks.service.liveness import LifeLine
+from kms_jwks.service.shelf import Shelf
+from kms_jwks.service.snapshot import Snapshot, compile_snapshot
+from kms_jwks.store import Store
+
+log = structlog.get_logger(__name__)
+
+_LAST_USED_EVERY = 60 * SECOND
+_OVERDUE = 15 * 60 * SECOND
+
+
+class _Pins:
+    """How many answers are on their way under one snapshot."""
+
+    __slots__ = ("count", "snapshot")
+
+    def __init__(self, snapshot: Snapshot | None) -> None:
+        self.snapshot = snapshot
+        self.count = 0
+
+
+class Watcher:
+    """One per serving process; made before its threads, started after the fork.
+
+    `lease` and `poll_interval` are seconds; `used` drains the last uses of API tokens.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        node: str,
+        lease: int,
+        poll_interval: float,
+        state_dir: Path,
+        used: Callable[[], dict[Id, Instant]],
+        clock: DatabaseClock | None = None,
+    ) -> None:
+        self.clock = clock or DatabaseClock()
+        self._store = store
+        self._node = node
+        self._lease = lease
+        self._poll_interval = poll_interval
+        self._state_dir = state_dir
+        self._used = used
+        self._shelf = Shelf(state_dir)
+        self._lock = threading.Lock()
+        self._current = _Pins(None)
+        self._older: list[_Pins] = []
+        self._lease_until = 0
+        self._worker: Worker | None = None
+        self._life: LifeLine | None = None
+        self._kick = threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._used_flushed = self.clock.boot()
+        self._confirmed_at = self.clock.boot()
+        self._trouble: str | None = None
+        self.first_poll = threading.Event()
+        """Set after the first attempt to reach the database, whatever it gave."""
+
+    # --- what the data plane reads
+
+    def snapshot(self) -> Snapshot:
+        """The current snapshot, however old. Raises StoreUnavailable when there never was one."""
+        snapshot = self._current.snapshot
+        if snapshot is None:
+            raise errors.StoreUnavailable("This worker has not read the registry yet.", retry_after=1)
+        return snapshot
+
+    def leased(self) -> Snapshot:
+        """The current snapshot, if this worker may sign under it. Raises RegistryStale, StoreUnavailable."""
+        snapshot = self.snapshot()
+        if self.clock.boot() >= self._lease_until:
+            raise errors.RegistryStale(
+                f"This worker could not confirm the registry within its lease of {self._lease} s.", retry_after=1
+            )
+        return snapshot
+
+    def pin(self) -> Callable[[], None]:
+        """Take part in the confirmation: call what is returned once the answer has left. Idempotent, thread-safe."""
+        with self._lock:
+            pins = self._current
+            pins.count += 1
+        released = threading.Lock()
+
+        def release() -> None:
+            if not released.acquire(blocking=False):
+                return
+            with self._lock:
+                pins.count -= 1
+                if pins is not self._current and pins.count == 0:
+                    self._older = [p for p in self._older if p.count]
+                    self._kick.set()
+
+        return release
+
+    @property
+    def worker_id(self) -> Id | None:
+        """Under which id this process is registered now."""
+        return self._worker.id if self._worker else None
+
+    @property
+    def trouble(self) -> str | None:
+        """What the last poll failed with, in words; None while the database answers."""
+        return self._trouble
+
+    def has_lease(self) -> bool:
+        return self._current.snapshot is not None and self.clock.boot() < self._lease_until
+
+    def overdue(self) -> bool:
+        """Whether this worker reaches the database and still could not confirm an epoch for 15 minutes."""
+        return self._trouble is None and self.clock.boot() - self._confirmed_at > _OVERDUE
+
+    # --- life
+
+    def start(self) -> None:
+        """Start polling in a thread of this process. Never raises for a database that is away. Idempotent."""
+        if self._thread is not None:
+            return
+        self._thread = threading.Thread(target=self._run, name="registry-watcher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop polling and leave the register, as far as the database lets us. Idempotent."""
+        self._stop.set()
+        self._kick.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+        self._lease_until = 0
+        if self._worker is not None:
+            worker, self._worker = self._worker, None
+            try:
+                with self._store.write() as tx:
+                    known = tx.worker(worker.id)
+                    if known is not None and known.stopped_at is None:
+                        tx.save(replace(known, stopped_at=tx.now(), stop_reason="stopped"))
+            except errors.Error as error:
+                log.warning("worker_not_deregistered", worker=worker.id, error=error.detail)
+        if self._life is not None:
+            self._life.release()
+
+    def kick(self) -> None:
+        """Poll now: something has changed."""
+        self._kick.set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.poll()
+            except Exception:
+                # A defect must not end the thread: the lease runs out, signing stops, and the log says why.
+                self._trouble = "defect"
+                log.exception("watcher_failed")
+            self.first_poll.set()
+            self._kick.wait(self._poll_interval)
+            self._kick.clear()
+
+    # --- one round
+
+    def poll(self) -> None:
+        """One round: register if need be, read the epoch, rebuild if it differs, renew the lease, confirm."""
+        try:
+            if self._worker is None:
+                self._register()
+            before = self.clock.boot()
+            epoch, now = self._store.poll()
+            self.clock.observe(before, now)
+            if self._current.snapshot is None or self._current.snapshot.epoch != epoch:
+                epoch = self._rebuild()
+            self._lease_until = before + self._lease * SECOND
+            self._confirm(epoch)
+        except errors.Error as error:
+            if self._trouble is None:
+                log.warning("registry_unreachable", error=error.detail)
+            self._trouble = error.detail
+            if self._current.snapshot is None:
+                self._serve_from_shelf()
+        else:
+            if self._trouble is not None:
+                log.info("registry_reached")
+            self._trouble = None
+
+    def _register(self) -> None:
+        worker_id = new_id()
+        life = LifeLine(self._state_dir / "workers", worker_id)
+        try:
+            with self._store.write() as tx:
+                worker = Worker(worker_id, self._node, os.getpid(), self._lease, tx.now(), tx.now())
+                tx.add(worker)
+        except BaseException:
+            life.release()
+            raise
+        if self._life is not None:
+            self._life.release()
+        self._worker, self._life = worker, life
+        self._lease_until = 0
+
+    def _rebuild(self) -> Epoch:
+        with self._store.read() as tx:
+            contents = tx.contents()
+        snapshot = compile_snapshot(contents)
+        with self._lock:
+            if self._current.count:
+                self._older.append(self._current)
+            self._current = _Pins(snapshot)
+        self._shelf.store(snapshot)
+        return snapshot.epoch
+
+    def _serve_from_shelf(self) -> None:
+        snapshot = self._shelf.snapshot()
+        if snapshot is not None:
+            with self._lock:
+                self._current = _Pins(snapshot)
+            log.warning("serving_jwks_from_disk", key_sets=sorted(snapshot.key_sets))
+
+    def _confirm(self, epoch: Epoch) -> None:
+        worker = self._worker
+        if worker is None:
+            return
+        with self._lock:
+            drained = not self._older
+        now = self.clock.now()
+        beat = min(self._lease / 2, 5.0) * SECOND
+        if drained:
+            self._confirmed_at = self.clock.boot()
+        news = drained and worker.confirmed != epoch
+        flush = self.clock.boot() - self._used_flushed >= _LAST_USED_EVERY
+        if not news and not flush and now - worker.heartbeat_at < beat:
+            return
+        with self._store.write() as tx:
+            known = tx.worker(worker.id)
+            if known is None or known.stopped_at is not None:
+                # Somebody took us for dead, or an admin forgot us: come back as a new worker.
+                log.warning("worker_was_struck_off", worker=worker.id)
+                self._worker = None
+                self._lease_until = 0
+                self._kick.set()
+                return
+            known = replace(known, heartbeat_at=tx.now(), confirmed=epoch if drained else known.confirmed)
+            tx.save(known)
+            if flush:
+                self._used_flushed = self.clock.boot()
+                for token_id, seen in self._used().items():
+                    token = tx.token(token_id)
+                    if token is not None and (token.last_used_at or 0) < seen:
+                        tx.save(replace(token, last_used_at=seen))
+        self._worker = known

@@ -1,0 +1,62 @@
+"""The composition root: settings → store, backends, service. Imported by entry points alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kms_jwks.backends import make_backend
+from kms_jwks.config import Settings, load_settings
+from kms_jwks.service import Service
+from kms_jwks.service.confirmation import Confirmation
+from kms_jwks.service.custodian import Custodian
+from kms_jwks.service.modules import Modules
+from kms_jwks.store import Store
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+
+def make_store(settings: Settings) -> Store:
+    """The registry's store; opens nothing."""
+    return Store(settings.database_url)
+
+
+def make_modules(settings: Settings) -> Modules:
+    """The configured backends; opens nothing. A service that only publishes has none: it needs no PIN and no module."""
+    if settings.routes == "public":
+        return Modules({}, default=None, sign_timeouts={})
+    return Modules(
+        {name: make_backend(name, options, settings.state_dir) for name, options in settings.backends.items()},
+        default=settings.default_backend,
+        sign_timeouts={name: options.sign_timeout_ms / 1000 for name, options in settings.backends.items()},
+    )
+
+
+def build(settings: Settings) -> Service:
+    """The service of one process; opens nothing until it is started."""
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Service(settings, make_store(settings), make_modules(settings))
+
+
+def custodian(settings: Settings) -> Custodian:
+    """The custodian of this node."""
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    store = make_store(settings)
+    confirmation = Confirmation(
+        store,
+        node=settings.node_name,
+        state_dir=settings.state_dir,
+        lease=settings.signing_lease,
+        kick=lambda: None,
+    )
+    return Custodian(store, make_modules(settings), confirmation, node=settings.node_name)
+
+
+def wsgi(config: Path | None = None) -> WSGIApplication:
+    """The WSGI application of one gunicorn worker, started. Call it after the fork."""
+    from kms_jwks.http.app import create_app
+
+    service = build(load_settings(config))
+    service.start()
+    return create_app(service)
