@@ -19,7 +19,7 @@ class Permission(StrEnum):
     JWT_SIGN = "jwt:sign"
     JWS_SIGN = "jws:sign"
     RAW_SIGN = "raw:sign"
-    TOKEN_VERIFY = "token:verify"
+    TOKEN_VERIFY = "token:verify"  # noqa: S105 - the name of a permission
     JWKS_READ = "jwks:read"
     KEY_SET_READ = "key-set:read"
     KEY_SET_CREATE = "key-set:create"

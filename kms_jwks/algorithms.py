@@ -41,6 +41,7 @@ class Algorithm:
 
     @property
     def is_rsa(self) -> bool:
+        """Whether its keys have a modulus."""
         return self.kty == "RSA"
 
     def signature_length(self, rsa_bits: int | None = None) -> int:

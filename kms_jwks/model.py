@@ -26,9 +26,23 @@ DAY = 86_400
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 RESERVED_NAMES = frozenset(
-    "v1 healthz readyz metrics docs openapi well-known active jwt jws signature verify rotate disable enable activate "
-    "revoke destroy cancel-destroy safety attributes versions keys key-sets external-keys public-key tokens clients "
-    "grants approvals events checkpoints backends nodes workers console static".split()
+    {
+        *("v1", "healthz", "readyz", "metrics", "docs", "openapi", "well-known", "console", "static"),
+        *(
+            "key-sets",
+            "keys",
+            "versions",
+            "external-keys",
+            "clients",
+            "tokens",
+            "grants",
+            "nodes",
+            "workers",
+            "backends",
+        ),
+        *("approvals", "events", "checkpoints", "active", "jwt", "jws", "signature", "verify", "public-key"),
+        *("rotate", "disable", "enable", "activate", "revoke", "destroy", "cancel-destroy", "safety", "attributes"),
+    }
 )
 
 
@@ -77,9 +91,11 @@ class VersionState(StrEnum):
 
     @property
     def in_jwks(self) -> bool:
+        """Whether verifiers find such a version in the JWKS."""
         return self in IN_JWKS
 
     def may_become(self, other: VersionState) -> bool:
+        """Whether the table of transitions allows it."""
         return other in TRANSITIONS[self]
 
 
@@ -172,6 +188,7 @@ class Bounds:
     cache_lifetime: int = 0
 
     def widened(self, other: Bounds) -> Bounds:
+        """The larger of each."""
         return Bounds(
             max(self.max_token_ttl, other.max_token_ttl),
             max(self.clock_skew, other.clock_skew),
@@ -192,7 +209,7 @@ class Breach:
 
 @dataclass(frozen=True, slots=True)
 class KeyVersion:
-    """One key pair in a module. `kid`, `ref` and `public_jwk` are None only while `creating` (or after a failed one)."""
+    """One key pair in a module. `kid`, `ref` and `public_jwk` are None only until the pair is made."""
 
     id: Id
     key_set_id: Id
@@ -284,6 +301,7 @@ class Epoch:
     counter: int
 
     def reaches(self, other: Epoch) -> bool:
+        """Whether who confirmed this epoch works under `other` or a later one."""
         return self.incarnation == other.incarnation and self.counter >= other.counter
 
 

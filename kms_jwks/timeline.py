@@ -1,7 +1,7 @@
 """The life of key versions in time: invariants I1, I2, I4, I5, what is due next, and why. Pure; the clock is injected.
 
-Every function takes what the registry holds and an instant, and reads nothing else. `plan` says what the custodian does,
-`safety` shows each invariant with both sides, and the service refuses with the same numbers.
+Every function takes what the registry holds and an instant, and reads nothing else. `plan` says what the custodian
+does, `safety` shows each invariant with both sides, and the service refuses with the same numbers.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def policy_warnings(policy: Policy, *, cache_lifetime: int) -> list[str]:
 
 
 def stale_if_error(wanted: int, *, cache_lifetime: int, publish_leads: Iterable[int]) -> int:
-    """Seconds of stale-if-error a JWKS may carry: never beyond the smallest publish lead − max-age − 300, never under 0."""
+    """Seconds of stale-if-error a JWKS may carry: never beyond the smallest publish lead − max-age − 300."""
     return max(0, min([wanted, *(lead - cache_lifetime - STALE_MARGIN for lead in publish_leads)]))
 
 
@@ -136,7 +136,7 @@ def retirable_at(version: KeyVersion) -> Instant | None:
 
 
 def kids_reserved(keys: int, externals: int) -> int:
-    """How many kids a set of `keys` keys may come to publish: two versions each, one retiring, one spare, and externals."""
+    """How many kids a set may come to publish: two versions a key, one retiring, one spare, and externals."""
     return 2 * keys + (2 if keys else 0) + externals
 
 
@@ -265,6 +265,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
+        """Whether both sides are known and in order."""
         return self.left is not None and self.right is not None and self.left >= self.right
 
 
@@ -295,8 +296,9 @@ def safety(version: KeyVersion, key: Key, key_set: KeySet, now: Instant) -> Safe
         checks.append(
             Check(
                 "I2",
-                f"{'retired_at' if version.retired_at else 'withdrawal now'} ≥ deactivated_at + handover ({b.handover} s)"
-                f" + lease ({b.lease} s) + max_token_ttl ({b.max_token_ttl} s) + clock_skew ({b.clock_skew} s)",
+                f"{'retired_at' if version.retired_at else 'withdrawal now'} ≥ deactivated_at"
+                f" + handover ({b.handover} s) + lease ({b.lease} s)"
+                f" + max_token_ttl ({b.max_token_ttl} s) + clock_skew ({b.clock_skew} s)",
                 version.retired_at or now,
                 retirable_at(version),
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kms_jwks.config import Settings
 from kms_jwks.service.clients import Clients
+from kms_jwks.service.clocks import DatabaseClock, boot_clock
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.control import Control
 from kms_jwks.service.documents import Documents
@@ -27,7 +28,9 @@ __all__ = ["Presented", "Service"]
 class Service:
     """One worker's service. Made after the fork; opens nothing until `start`."""
 
-    def __init__(self, settings: Settings, store: Store, modules: Modules) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, modules: Modules, *, boot: Callable[[], int] = boot_clock
+    ) -> None:
         self.settings = settings
         self.store = store
         self.modules = modules
@@ -39,6 +42,7 @@ class Service:
             poll_interval=settings.poll_interval_ms / 1000,
             state_dir=settings.state_dir,
             used=guard.drain_used,
+            clock=DatabaseClock(boot),
         )
         self.confirmation = Confirmation(
             store,
@@ -61,7 +65,7 @@ class Service:
         self.operation = Operation(control, self.watcher)
 
     def start(self) -> None:
-        """Register with the registry and start watching it; waits shortly for the first look. Never raises for its absence."""
+        """Register, start watching the registry, wait shortly for the first look. Never raises for its absence."""
         self.watcher.start()
         self.watcher.first_poll.wait(timeout=5)
 

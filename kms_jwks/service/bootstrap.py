@@ -1,4 +1,4 @@
-"""The first lines of a registry: an administrator, and on request a key set with a key and a client that signs with it."""
+"""The first rows of a registry: an administrator, and on request a key set with a key and a client that signs."""
 
 from __future__ import annotations
 

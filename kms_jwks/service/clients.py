@@ -25,17 +25,20 @@ class Clients:
     # --- clients
 
     def list(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+        """Every client."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, who, Permission.CLIENT_READ)
             rows = tx.clients(after=Id(cursor) if cursor else None, limit=limit + 1)
         return present.page([present.client(c) for c in rows], [c.id for c in rows], limit)
 
     def get(self, who: Presented, name: str) -> wire.Client:
+        """One client. Raises ClientNotFound."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, who, Permission.CLIENT_READ)
             return present.client(find_client(tx, name))
 
     def create(self, who: Presented, request: wire.ClientCreate) -> wire.Client:
+        """A new client, without token or grant."""
         with self._control.store.write() as tx:
             self._control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
             value = add_client(tx, request.name)
@@ -62,6 +65,7 @@ class Clients:
     # --- tokens
 
     def tokens(self, who: Presented, client: str, limit: int, cursor: str | None) -> wire.Page:
+        """A client's tokens, without their secrets."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, who, Permission.CLIENT_READ)
             owner = find_client(tx, client)
@@ -93,6 +97,7 @@ class Clients:
     # --- grants
 
     def grants(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+        """Every grant."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, who, Permission.CLIENT_READ)
             rows = tx.grants(after=Id(cursor) if cursor else None, limit=limit + 1)
@@ -100,11 +105,13 @@ class Clients:
         return present.page(items, [g.id for g in rows], limit)
 
     def grant(self, who: Presented, grant_id: str) -> wire.Grant:
+        """One grant. Raises GrantNotFound."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, who, Permission.CLIENT_READ)
             return present.grant(tx, _find_grant(tx, grant_id))
 
     def create_grant(self, who: Presented, request: wire.GrantCreate) -> wire.Grant:
+        """Give a client a role in a scope; the same grant twice is one."""
         with self._control.store.write() as tx:
             self._control.guard.enter(tx, who, Permission.GRANT_MANAGE)
             owner = find_client(tx, request.client)
@@ -138,6 +145,7 @@ class Clients:
 
 
 def find_client(tx: ReadTx, name: str) -> Client:
+    """The client of that name. Raises ClientNotFound."""
     found = tx.client(name)
     if found is None:
         raise errors.ClientNotFound(f"There is no client {name!r}.")
@@ -145,6 +153,7 @@ def find_client(tx: ReadTx, name: str) -> Client:
 
 
 def add_client(tx: WriteTx, name: str) -> Client:
+    """Write a client. Raises InvalidField, NameTaken."""
     problem = name_error(name)
     if problem is not None:
         raise errors.InvalidField(f"name: {problem}", fields={"field": "name"})

@@ -36,7 +36,7 @@ class Confirmation:
             self._wait(epoch, CHANGE_WAIT, only_live=True)
 
     def revoked(self, epoch: Epoch | None, lease: int) -> list[Worker]:
-        """Wait until every registered worker has confirmed, or `lease` + 1 s: by then nobody signs under an older epoch.
+        """Wait until every registered worker has confirmed, or `lease` + 1 s; then nobody signs under an older epoch.
 
         Returns the workers that have not confirmed and may still publish the older JWKS.
         """

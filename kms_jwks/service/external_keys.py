@@ -9,7 +9,7 @@ from msgspec import UNSET
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.model import ExternalKey, Id, new_id
+from kms_jwks.model import ExternalKey, Id, Instant, new_id
 from kms_jwks.service import lifecycle, present
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Presented
@@ -24,6 +24,7 @@ class ExternalKeys:
         self._control = control
 
     def list(self, who: Presented, key_set: str, limit: int, cursor: str | None) -> wire.Page:
+        """The external keys that the set publishes."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_set(tx, who, Permission.KEY_READ, key_set)
             after = Id(cursor) if cursor else None
@@ -31,6 +32,7 @@ class ExternalKeys:
         return present.page([present.external_key(e) for e in rows], [e.id for e in rows], limit)
 
     def get(self, who: Presented, key_set: str, kid: str) -> wire.ExternalKey:
+        """One external key. Raises ExternalKeyNotFound."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_set(tx, who, Permission.KEY_READ, key_set)
             value = tx.external_key(found.key_set.id, kid)
@@ -96,7 +98,7 @@ def _jwk(request: wire.ExternalKeyCreate) -> dict[str, object]:
     return dict(jose.jwk_from_pem(request.pem))
 
 
-def _remove_at(request: wire.ExternalKeyCreate) -> lifecycle.Instant:
+def _remove_at(request: wire.ExternalKeyCreate) -> Instant:
     try:
         return to_instant(request.remove_at)
     except ValueError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from kms_jwks import errors
 from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow
@@ -26,10 +25,8 @@ class Presented:
     peer_certificate: bytes | None = None
 
 
-class TokenSource(Protocol):
-    """Where API tokens are looked up: a snapshot or a transaction."""
-
-    def __call__(self, sha256: str) -> KnownToken | None: ...
+TokenSource = Callable[[str], KnownToken | None]
+"""Where API tokens are looked up by their SHA-256: a snapshot or a transaction."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ class KeySets:
         return present.page(items, [s.id for s in shown], limit)
 
     def get(self, who: Presented, name: str) -> wire.KeySet:
+        """One key set with its keys."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_set(tx, who, Permission.KEY_SET_READ, name)
             return present.key_set(tx, found.key_set, self._control.public_url)
@@ -113,7 +114,7 @@ def add_key_set(tx: WriteTx, control: Control, request: wire.KeySetCreate) -> tu
 
 
 def check_issuer(issuer: str) -> str:
-    """An issuer identifier: an http or https URL without query or fragment (OpenID Connect Discovery §3, RFC 8414 §2)."""
+    """An issuer identifier: an http or https URL without query or fragment (OIDC Discovery §3, RFC 8414 §2)."""
     try:
         parts = urlsplit(issuer)
         port_is_fine = parts.port is None or parts.port > 0
@@ -128,6 +129,7 @@ def check_issuer(issuer: str) -> str:
 
 
 def check_cache_lifetime(seconds: int) -> int:
+    """60 to 900 seconds. Raises InvalidField."""
     least, most = timeline.CACHE_LIFETIME
     if not least <= seconds <= most:
         raise errors.InvalidField(

@@ -27,7 +27,6 @@ from kms_jwks.service.guard import Presented
 from kms_jwks.service.present import Created
 from kms_jwks.store import ReadTx, WriteTx
 
-
 T = TypeVar("T", Policy, SigningProfile)
 
 
@@ -54,6 +53,7 @@ class Keys:
         return present.page(items, [k.id for k in shown], limit)
 
     def get(self, who: Presented, key_set: str, key: str) -> wire.Key:
+        """One key with its versions."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
             return present.key(tx, found.key_set, found.key)
@@ -177,11 +177,13 @@ def check_policy(policy: Policy, key_set: KeySet, lease: int) -> None:
 
 
 def check_profile(key: Key) -> None:
+    """Raise PolicyRefused for a profile that could sign nothing."""
     if key.profile.default_lifetime < 1:
         raise errors.PolicyRefused("default_lifetime must be at least 1 second.")
 
 
 def require_enabled(key: Key) -> None:
+    """Raise KeyDisabled."""
     if key.disabled_at is not None:
         raise errors.KeyDisabled(f"Key {key.name!r} is disabled.")
 

@@ -73,6 +73,7 @@ class Modules:
             return pool
 
     def names(self) -> Sequence[str]:
+        """The names of the configured backends."""
         return sorted(self.backends)
 
     def close(self) -> None:

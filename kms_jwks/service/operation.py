@@ -54,6 +54,7 @@ class Operation:
         return wire.Page(items=[self._backend(name) for name in self._control.modules.names()])
 
     def backend(self, who: Presented, name: str) -> wire.Backend:
+        """One backend. Raises BackendUnknown."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, who, Permission.BACKEND_READ)
         self._control.modules.get(name)

@@ -20,7 +20,6 @@ from kms_jwks.model import (
 from kms_jwks.service.instants import optional, to_datetime
 from kms_jwks.store import ReadTx
 
-
 T = TypeVar("T", bound=wire.Answer)
 
 
@@ -34,6 +33,7 @@ class Created(Generic[T]):
 
 
 def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
+    """A key set with its keys."""
     return wire.KeySet(
         name=value.name,
         issuer=value.issuer,
@@ -52,6 +52,7 @@ def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
 
 
 def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
+    """A key with the versions whose pair is not destroyed."""
     versions = tx.versions(key_id=value.id)
     active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
     p = value.policy
@@ -84,6 +85,7 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
 
 
 def version(owner: Key, value: KeyVersion) -> wire.Version:
+    """A version; `usable_at` only while it waits."""
     waiting = value.state is VersionState.PUBLISHED
     return wire.Version(
         kid=value.kid,
@@ -115,6 +117,7 @@ def published_jwk(value: KeyVersion) -> dict[str, object] | None:
 
 
 def external_key(value: ExternalKey) -> wire.ExternalKey:
+    """An external key."""
     return wire.ExternalKey(
         kid=value.kid,
         alg=value.alg,
@@ -126,10 +129,12 @@ def external_key(value: ExternalKey) -> wire.ExternalKey:
 
 
 def client(value: Client) -> wire.Client:
+    """A client."""
     return wire.Client(name=value.name, id=value.id, created_at=to_datetime(value.created_at))
 
 
 def token(owner: Client, value: ApiToken) -> wire.Token:
+    """A token without its secret."""
     return wire.Token(
         id=value.id,
         client=owner.name,
@@ -141,6 +146,7 @@ def token(owner: Client, value: ApiToken) -> wire.Token:
 
 
 def grant(tx: ReadTx, value: Grant) -> wire.Grant:
+    """A grant with names for its scope."""
     owner = tx.client_by_id(value.client_id)
     scope: dict[str, str] = {}
     if value.key_set_id is not None:

@@ -19,7 +19,7 @@ class Verifying:
         self._guard = guard
 
     def verify(self, who: Presented, key_set: str, request: wire.VerifyRequest) -> wire.Verified:
-        """The token's header and claims, verified. Raises TokenRejected; RegistryStale when revocations may be unknown."""
+        """The token's header and claims. Raises TokenRejected, and RegistryStale when revocations may be unknown."""
         snapshot = self._watcher.snapshot()
         now = self._watcher.clock.now()
         found = self._guard.admit_set(snapshot, who, Permission.TOKEN_VERIFY, key_set, now)

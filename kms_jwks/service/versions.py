@@ -7,7 +7,7 @@ from msgspec import UNSET
 from kms_jwks import errors, timeline, wire
 from kms_jwks.access import Permission
 from kms_jwks.backends.base import KeyRef
-from kms_jwks.model import Id, Key, KeyVersion, VersionState
+from kms_jwks.model import Id, Instant, Key, KeyVersion, VersionState
 from kms_jwks.service import lifecycle, present
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Entered, Presented
@@ -24,6 +24,7 @@ class Versions:
         self._control = control
 
     def list(self, who: Presented, key_set: str, key: str, limit: int, cursor: str | None) -> wire.Page:
+        """The key's versions, destroyed ones included."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
             after = Id(cursor) if cursor else None
@@ -32,6 +33,7 @@ class Versions:
         return present.page(items, [v.id for v in versions], limit)
 
     def get(self, who: Presented, key_set: str, key: str, version: str) -> wire.Version:
+        """One version. Raises VersionNotFound."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
             return present.version(found.key, _find(tx, found, version))
@@ -156,7 +158,7 @@ class Versions:
         return answer
 
 
-def _instant(request: wire.DestroyRequest) -> lifecycle.Instant:
+def _instant(request: wire.DestroyRequest) -> Instant:
     try:
         return to_instant(request.destroy_at)  # type: ignore[arg-type]
     except ValueError as error:

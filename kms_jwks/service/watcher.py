@@ -54,9 +54,9 @@ class Watcher:
         poll_interval: float,
         state_dir: Path,
         used: Callable[[], dict[Id, Instant]],
-        clock: DatabaseClock | None = None,
+        clock: DatabaseClock,
     ) -> None:
-        self.clock = clock or DatabaseClock()
+        self.clock = clock
         self._store = store
         self._node = node
         self._lease = lease
@@ -126,6 +126,7 @@ class Watcher:
         return self._trouble
 
     def has_lease(self) -> bool:
+        """Whether this worker may sign now."""
         return self._current.snapshot is not None and self.clock.boot() < self._lease_until
 
     def overdue(self) -> bool:

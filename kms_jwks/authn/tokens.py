@@ -1,0 +1,103 @@
+"""API tokens: ``kj_``, 256 random bits in 43 base62 characters, then a CRC-32 of all that in 6.
+
+The prefix and the checksum let scanners find a leaked token and let a mistyped one fail before anybody looks it up.
+The registry knows a token by its SHA-256 alone: 256 random bits need no slow hash. No error repeats a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import zlib
+from dataclasses import dataclass, field
+from typing import Final
+
+from kms_jwks.errors import CredentialsMalformed, CredentialsMissing
+
+PREFIX: Final = "kj_"
+_ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_RANDOM_LENGTH: Final = 43  # 62^43 is the first power beyond 2^256
+_CHECKSUM_LENGTH: Final = 6  # 62^6 is the first beyond 2^32
+TOKEN_LENGTH: Final = len(PREFIX) + _RANDOM_LENGTH + _CHECKSUM_LENGTH
+"""Characters of every API token."""
+
+_TOKEN: Final = re.compile(rf"{PREFIX}[0-9A-Za-z]{{{_RANDOM_LENGTH + _CHECKSUM_LENGTH}}}")
+_BEARER: Final = re.compile(r"bearer +([^ ]+) *", re.IGNORECASE | re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token just made: the text to show once, and the SHA-256 (lower-case hex) to keep."""
+
+    token: str = field(repr=False)
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCredential:
+    """An API token as a request carried it, well-formed and not yet looked up. `sha256` is lower-case hex."""
+
+    sha256: str
+
+
+def new_token() -> NewToken:
+    """Make a token from 256 bits of the system's random source."""
+    body = PREFIX + _base62(secrets.randbits(256), _RANDOM_LENGTH)
+    token = body + _checksum(body)
+    return NewToken(token=token, sha256=_digest(token))
+
+
+def parse(text: str) -> str:
+    """The SHA-256 (lower-case hex) of a well-formed token. Raises CredentialsMalformed and says what is wrong."""
+    if not _TOKEN.fullmatch(text):
+        raise CredentialsMalformed(_form_problem(text))
+    if text[-_CHECKSUM_LENGTH:] != _checksum(text[:-_CHECKSUM_LENGTH]):
+        raise CredentialsMalformed("The API token's checksum does not match: a character was lost or changed.")
+    return _digest(text)
+
+
+def credential_from_header(authorization: str | None) -> TokenCredential:
+    """The credential of an Authorization header (RFC 6750 §2.1), the scheme in any case.
+
+    Raises CredentialsMissing when there is none, CredentialsMalformed for another scheme, no or several tokens,
+    several headers (which arrive joined by a comma), and whatever `parse` refuses.
+    """
+    if authorization is None or not authorization.strip(" \t"):
+        raise CredentialsMissing
+    if "," in authorization:
+        raise CredentialsMalformed("The request carries more than one Authorization header or credential.")
+    bearer = _BEARER.fullmatch(authorization)
+    if bearer is None:
+        raise CredentialsMalformed("The Authorization header is not 'Bearer' followed by one token.")
+    return TokenCredential(sha256=parse(bearer[1]))
+
+
+def matches(a: str, b: str) -> bool:
+    """Whether two digests are equal, in a time that does not tell where they differ."""
+    return hmac.compare_digest(a.encode(), b.encode())
+
+
+def _form_problem(text: str) -> str:
+    if not text.startswith(PREFIX):
+        return f"An API token begins with {PREFIX!r}."
+    if len(text) != TOKEN_LENGTH:
+        return f"An API token has {TOKEN_LENGTH} characters, this one {len(text)}."
+    return "An API token holds only letters and digits after its prefix."
+
+
+def _checksum(body: str) -> str:
+    return _base62(zlib.crc32(body.encode("ascii")), _CHECKSUM_LENGTH)
+
+
+def _base62(value: int, length: int) -> str:
+    digits = []
+    for _ in range(length):
+        value, digit = divmod(value, 62)
+        digits.append(_ALPHABET[digit])
+    return "".join(reversed(digits))
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode("ascii")).hexdigest()

@@ -1,0 +1,16 @@
+"""What every test shares: unit tests have no network, and tests are marked by the folder they are in."""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder == "unit":
+            item.add_marker("disable_socket")
+        elif folder == "interop":
+            item.add_marker("interop")

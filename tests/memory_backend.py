@@ -1,0 +1,134 @@
+"""A backend in memory that really signs, for tests of what stands above backends. Never part of the package."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
+
+from kms_jwks import errors, jose
+from kms_jwks.algorithms import ALGORITHMS, Algorithm, Family
+from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
+
+_CURVES: dict[str, Callable[[], ec.EllipticCurve]] = {
+    "P-256": ec.SECP256R1,
+    "P-384": ec.SECP384R1,
+    "P-521": ec.SECP521R1,
+    "secp256k1": ec.SECP256K1,
+}
+_HASHES: dict[str, Callable[[], hashes.HashAlgorithm]] = {
+    "sha256": hashes.SHA256,
+    "sha384": hashes.SHA384,
+    "sha512": hashes.SHA512,
+}
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+
+class MemoryBackend:
+    """`fail` is raised by the next calls while it is set; `before` is called with the name of each call."""
+
+    kind = "memory"
+
+    def __init__(self, name: str = "memory", *, sign_in_place: bool = True) -> None:
+        self.name = name
+        self.sign_in_place = sign_in_place
+        self.keys: dict[str, tuple[str, PrivateKey]] = {}
+        self.fail: errors.BackendError | None = None
+        self.before: Callable[[str], None] = lambda _: None
+        self._lock = threading.Lock()
+
+    def _enter(self, call: str) -> None:
+        self.before(call)
+        if self.fail is not None:
+            raise self.fail
+
+    def _key(self, ref: KeyRef) -> PrivateKey:
+        try:
+            return self.keys[ref["id"]][1]
+        except KeyError:
+            raise errors.KeyNotFound from None
+
+    def capabilities(self) -> frozenset[str]:
+        self._enter("capabilities")
+        return frozenset(ALGORITHMS)
+
+    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
+        self._enter("generate")
+        if any(held == label for held, _ in self.keys.values()):
+            raise errors.KeyExists
+        key: PrivateKey
+        if alg.is_rsa:
+            key = rsa.generate_private_key(65537, rsa_bits or 2048)
+        elif alg.family is Family.EDDSA:
+            key = ed25519.Ed25519PrivateKey.generate()
+        else:
+            assert alg.crv is not None
+            key = ec.generate_private_key(_CURVES[alg.crv]())
+        ref = KeyRef.of(id=secrets.token_hex(8), label=label)
+        with self._lock:
+            self.keys[ref["id"]] = (label, key)
+        self.before("generated")
+        return GeneratedKey(ref, self.public_key(ref))
+
+    def adopt(self, locator: str) -> GeneratedKey:
+        for held, (label, _) in self.keys.items():
+            if label == locator:
+                ref = KeyRef.of(id=held, label=label)
+                return GeneratedKey(ref, self.public_key(ref))
+        raise errors.KeyNotFound
+
+    def public_key(self, ref: KeyRef) -> PublicJwk:
+        self._enter("public_key")
+        return jose.public_jwk(self._key(ref).public_key())
+
+    def attributes(self, ref: KeyRef) -> Evidence:
+        self._enter("attributes")
+        self._key(ref)
+        return Evidence({"memory": True}, generated_in_module=True, non_extractable=True, sign_only=True)
+
+    def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
+        self._enter("sign")
+        key = self._key(ref)
+        if isinstance(key, ed25519.Ed25519PrivateKey):
+            assert isinstance(what, Message)
+            return key.sign(what.data)
+        digest = what.digest(alg) if isinstance(what, Message) else what.value
+        assert alg.hash is not None
+        hashed = utils.Prehashed(_HASHES[alg.hash]())
+        if isinstance(key, rsa.RSAPrivateKey):
+            if alg.family is Family.RSA_PKCS1:
+                return key.sign(digest, padding.PKCS1v15(), hashed)
+            function = _HASHES[alg.hash]()
+            pss = padding.PSS(padding.MGF1(function), function.digest_size)
+            return key.sign(digest, pss, hashed)
+        r, s = utils.decode_dss_signature(key.sign(digest, ec.ECDSA(hashed)))
+        return r.to_bytes(alg.coordinate, "big") + s.to_bytes(alg.coordinate, "big")
+
+    def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
+        return False
+
+    def cancel_destroy(self, ref: KeyRef) -> None:
+        return None
+
+    def destroy(self, ref: KeyRef) -> None:
+        self._enter("destroy")
+        with self._lock:
+            self.keys.pop(ref["id"], None)
+        self.before("destroyed")
+
+    def list_keys(self, label_prefix: str) -> list[StoredKey]:
+        return [
+            StoredKey(KeyRef.of(id=held, label=label), label)
+            for held, (label, _) in self.keys.items()
+            if label.startswith(label_prefix)
+        ]
+
+    def ping(self) -> Health:
+        self._enter("ping")
+        return Health("keys in memory", {"keys": str(len(self.keys))})
+
+    def close(self) -> None:
+        return None

@@ -1,0 +1,23 @@
+"""A started world for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.world import World
+from tests.service.world import world as make_world
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with make_world(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def two_workers(tmp_path: Path) -> Iterator[World]:
+    with make_world(tmp_path, workers=2) as made:
+        yield made

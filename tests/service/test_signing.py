@@ -1,0 +1,363 @@
+"""The signing path above a real signer in memory: every answer is verified by a library that we did not write."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+
+from kms_jwks import errors, jose, strictjson, wire
+from kms_jwks.access import Role
+from kms_jwks.model import DAY, SECOND, VersionState
+from kms_jwks.service.guard import Presented
+from kms_jwks.service.signing import Batch, Operation
+from tests.service.world import World
+
+RAW = [{"name": "default", "alg": "ES256"}]
+
+
+def call(
+    world: World, operation: Operation, body: dict[str, Any], who: Presented | None = None, name: str = "main"
+) -> Any:
+    return world.service.signing.handle(operation, who or world.signer, name, "default", body)
+
+
+def decode(world: World, token: str, kid: str) -> dict[str, Any]:
+    entry = next(
+        k
+        for k in strictjson.loads_object(world.service.documents.jwks(Presented(), "main").body)["keys"]
+        if k["kid"] == kid
+    )  # type: ignore[attr-defined, union-attr, unused-ignore]
+    claims: dict[str, Any] = jwt.decode(token, jwt.PyJWK(entry), audience="demo", issuer="https://keys.example/main")
+    return claims
+
+
+def signing_input(world: World, kid: str, claims: dict[str, Any] | None = None, **header: Any) -> str:
+    now = world.now() // SECOND
+    claims = {"iss": "https://keys.example/main", "exp": now + 300} | (claims or {})
+    head = {"alg": "ES256", "kid": kid, "typ": "JWT"} | header
+    return ".".join(jose.b64u_encode(strictjson.dumps(part)) for part in (head, claims))
+
+
+# --- jwt
+
+
+def test_a_token_is_whole(world: World) -> None:
+    kid = world.create().keys[0].active_kid or ""
+    answer = world.sign({"sub": "alice", "aud": "demo"})
+    header = jwt.get_unverified_header(answer.token)
+    assert header == {"alg": "ES256", "kid": kid, "typ": "JWT"} == {"alg": answer.alg, "kid": answer.kid, "typ": "JWT"}
+    claims = decode(world, answer.token, kid)
+    assert claims["sub"] == "alice"
+    assert claims["jti"] == answer.jti
+    assert claims["exp"] - claims["iat"] == 300
+    assert answer.expires_at.timestamp() == claims["exp"]
+
+
+def test_a_profile_makes_access_tokens(world: World) -> None:
+    world.create(keys=[{"name": "default", "alg": "ES256", "profile": {"typ": "at+jwt", "default_lifetime": 60}}])
+    token = world.sign({"sub": "a", "aud": "demo", "client_id": "c"}).token
+    assert jwt.get_unverified_header(token)["typ"] == "at+jwt"
+    with pytest.raises(errors.ClaimsRefused):
+        world.sign({"sub": "a"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"claims": []},
+        {"claims": {}, "alg": "none"},
+        {"claims": {}, "kid": "x"},
+        {"claims": {}, "header": {}},
+        {"claims": {}, "expires_in": 0},
+        {"claims": {}, "expires_in": "60"},
+        {"claims": {}, "profile": "other"},
+        {},
+    ],
+)
+def test_fields_that_are_refused(world: World, body: dict[str, Any]) -> None:
+    world.create()
+    with pytest.raises(errors.InvalidRequest):
+        call(world, Operation.JWT, body)
+
+
+# --- who may
+
+
+def test_only_the_right_grant_signs(world: World) -> None:
+    world.create()
+    with world.registry.read() as tx:
+        key_set = tx.key_set("main")
+        assert key_set is not None
+        (key,) = tx.keys(key_set.id)
+    right = world.client("right", Role.SIGNER, key_set.id, key.id)
+    world.until(lambda: world.service.watcher.snapshot().epoch.counter and _admitted(world, right))
+    for who, error in [
+        (Presented(), errors.CredentialsMissing),
+        (Presented("Bearer nonsense"), errors.CredentialsMalformed),
+        (Presented(f"Bearer {_unknown()}"), errors.CredentialsUnknown),
+        (world.admin, errors.Forbidden),
+        (world.raw_signer, errors.Forbidden),
+    ]:
+        with pytest.raises(error):
+            call(world, Operation.JWT, {"claims": {}}, who)
+
+
+def _unknown() -> str:
+    from kms_jwks import authn
+
+    return authn.new_token().token
+
+
+def _admitted(world: World, who: Presented) -> bool:
+    try:
+        return bool(call(world, Operation.JWT, {"claims": {}}, who))
+    except errors.CredentialsUnknown:
+        return False
+
+
+def test_purposes_keep_apart(world: World) -> None:
+    world.create()
+    world.create("raw", keys=RAW, purpose="raw")
+    payload = {"payload": jose.b64u_encode(b"x")}
+    with pytest.raises(errors.PurposeMismatch):
+        call(world, Operation.JWS, payload, world.raw_signer)
+    with pytest.raises(errors.Forbidden):
+        call(world, Operation.SIGNATURE, {"input": "eA"}, world.raw_signer)
+    assert call(world, Operation.JWS, payload, world.raw_signer, "raw")
+    with pytest.raises(errors.PurposeMismatch):
+        call(world, Operation.JWT, {"claims": {}}, name="raw")
+    with pytest.raises(errors.Forbidden):
+        call(world, Operation.SIGNATURE, {"input": "eA"}, world.signer, "raw")
+
+
+# --- signing input and pinned kids
+
+
+def test_exactly_the_bytes_shown_are_signed(world: World) -> None:
+    kid = world.create().keys[0].active_kid or ""
+    shown = signing_input(world, kid, {"aud": "demo"})
+    answer = call(world, Operation.SIGNATURE, {"signing_input": shown, "kid": kid})
+    assert decode(world, f"{shown}.{answer.signature}", kid)["aud"] == "demo"
+
+
+def test_a_pinned_kid_is_honoured_within_its_handover_only(world: World) -> None:
+    old = world.create().keys[0].active_kid or ""
+    new = world.standby().kid or ""
+    with pytest.raises(errors.KidNotActive):
+        call(world, Operation.SIGNATURE, {"signing_input": signing_input(world, new), "kid": new})
+    world.advance(DAY + 1)
+    world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
+    assert call(world, Operation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old}).kid == old
+    world.advance(61)
+    with pytest.raises(errors.KidNotActive) as refusal:
+        call(world, Operation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old})
+    assert refusal.value.fields["active_kid"] == new
+
+
+def test_a_pinned_kid_is_never_honoured_after_its_revocation(world: World) -> None:
+    old = world.create().keys[0].active_kid or ""
+    world.standby()
+    world.advance(DAY + 1)
+    world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
+    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    with pytest.raises(errors.KidNotActive):
+        call(world, Operation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old})
+
+
+# --- raw
+
+
+def test_detached_and_attached_jws(world: World) -> None:
+    world.create("raw", keys=RAW, purpose="raw")
+    payload = jose.b64u_encode(b"any bytes \x00\xff")
+    attached = call(
+        world, Operation.JWS, {"payload": payload, "typ": "example", "cty": "x"}, world.raw_signer, "raw"
+    ).jws
+    assert attached.split(".")[1] == payload
+    assert jwt.PyJWS().get_unverified_header(attached)["typ"] == "example"
+    detached = call(world, Operation.JWS, {"payload": payload, "detached": True}, world.raw_signer, "raw").jws
+    assert detached.split(".")[1] == ""
+
+
+def test_input_and_digest_give_signatures_of_the_same_message(world: World) -> None:
+    made = world.create("raw", keys=RAW, purpose="raw")
+    public = jose.public_key(made.keys[0].versions[0].public_jwk or {})
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    for body in (
+        {"input": jose.b64u_encode(b"message")},
+        {"digest": jose.b64u_encode(hashlib.sha256(b"message").digest())},
+        {"input": jose.b64u_encode(b"message"), "kid": made.keys[0].active_kid},
+    ):
+        raw = jose.b64u_decode(call(world, Operation.SIGNATURE, body, world.raw_signer, "raw").signature)
+        r, s = int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big")
+        public.verify(utils.encode_dss_signature(r, s), b"message", ec.ECDSA(hashes.SHA256()))
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"digest": jose.b64u_encode(b"short")}, errors.InvalidDigest),
+        ({"input": "eA=="}, errors.InvalidPayload),
+        ({"input": "e+A"}, errors.InvalidPayload),
+        ({"input": "eA", "digest": "eA"}, errors.InvalidField),
+        ({}, errors.InvalidField),
+        ({"input": "eA", "kid": "other"}, errors.KidNotActive),
+    ],
+)
+def test_raw_bodies_that_are_refused(world: World, body: dict[str, Any], error: type[errors.Error]) -> None:
+    world.create("raw", keys=RAW, purpose="raw")
+    with pytest.raises(error):
+        call(world, Operation.SIGNATURE, body, world.raw_signer, "raw")
+
+
+def test_eddsa_takes_no_digest(world: World) -> None:
+    world.create("raw", keys=[{"name": "default", "alg": "EdDSA"}], purpose="raw")
+    with pytest.raises(errors.InvalidDigest):
+        call(world, Operation.SIGNATURE, {"digest": jose.b64u_encode(bytes(32))}, world.raw_signer, "raw")
+
+
+# --- batches
+
+
+def test_a_batch_answers_in_order_with_errors_in_place(world: World) -> None:
+    world.create()
+    answer = world.batch([{"claims": {"sub": "a"}}, {"claims": {"iss": "x"}}, 7, {"claims": {"sub": "b"}}])
+    first, second, third, fourth = answer.items
+    assert isinstance(first, wire.SignedJwt)
+    assert isinstance(second, errors.ClaimsRefused)
+    assert isinstance(third, errors.InvalidField)
+    assert isinstance(fourth, wire.SignedJwt)
+    assert first.jti != fourth.jti
+
+
+@pytest.mark.parametrize("items", [[], [{"claims": {}}] * 257, "x", None])
+def test_batches_that_are_refused(world: World, items: Any) -> None:
+    world.create()
+    with pytest.raises(errors.InvalidBatch):
+        world.batch(items)
+
+
+def test_a_batch_does_not_wait_for_a_module_that_has_failed(world: World) -> None:
+    world.create()
+    calls: list[str] = []
+    world.backend.before = calls.append
+    world.backend.fail = errors.BackendUnavailable("away", retry_after=1)
+    answer = world.batch([{"claims": {}}] * 20)
+    assert all(isinstance(item, errors.BackendUnavailable) for item in answer.items)
+    assert calls.count("sign") == 1
+
+
+# --- what overtakes a signature
+
+
+def during_sign(world: World, action: Any) -> None:
+    """Run `action` in the midst of the next signature."""
+    done = threading.Event()
+
+    def before(call_name: str) -> None:
+        if call_name == "sign" and not done.is_set():
+            done.set()
+            action()
+
+    world.backend.before = before
+
+
+def test_a_revocation_that_overtakes_a_signature_wins(world: World) -> None:
+    old = world.create().keys[0].active_kid
+    world.standby()
+    during_sign(world, lambda: world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest()))
+    assert world.sign().kid != old
+
+
+def test_a_pinned_call_that_a_revocation_overtakes_is_refused(world: World) -> None:
+    old = world.create().keys[0].active_kid or ""
+    world.standby()
+    shown = signing_input(world, old)
+    during_sign(world, lambda: world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest()))
+    with pytest.raises(errors.KidNotActive):
+        call(world, Operation.SIGNATURE, {"signing_input": shown, "kid": old})
+
+
+def test_a_disabled_key_s_signature_does_not_leave(world: World) -> None:
+    world.create()
+    during_sign(world, lambda: world.service.keys.disable(world.admin, "main", "default"))
+    with pytest.raises(errors.KeyDisabled):
+        world.sign()
+
+
+def test_a_lease_that_ends_during_a_signature_keeps_it_back(world: World) -> None:
+    world.create()
+
+    def cut_off() -> None:
+        world.service.watcher._stop.set()
+        world.service.watcher._kick.set()
+        thread = world.service.watcher._thread
+        assert thread is not None
+        thread.join()
+        world.offset += 11 * SECOND
+
+    during_sign(world, cut_off)
+    with pytest.raises(errors.RegistryStale):
+        world.sign()
+    assert world.kids()
+
+
+# --- modules that are slow
+
+
+def test_a_call_that_hangs_is_answered_by_its_deadline(world: World) -> None:
+    world.create()
+    world.backend.sign_in_place = False
+    release = threading.Event()
+    world.backend.before = lambda name: release.wait(5) and None if name == "sign" else None
+    started = time.monotonic()
+    with pytest.raises(errors.BackendTimeout):
+        world.sign()
+    assert time.monotonic() - started < 3
+    release.set()
+    world.backend.before = lambda _: None
+    assert world.sign()
+
+
+# --- active and verify
+
+
+def test_active_tells_what_comes_next(world: World) -> None:
+    kid = world.create().keys[0].active_kid
+    standby = world.standby()
+
+    def find() -> wire.Active | None:
+        answer = world.service.signing.active(world.signer, "main", "default")
+        return answer if answer.next is not None and answer.next.not_before is not None else None
+
+    answer = world.until(find)
+    assert answer is not None
+    assert (answer.kid, answer.alg) == (kid, "ES256")
+    assert answer.next is not None
+    assert answer.next.kid == standby.kid
+
+
+def test_verify_follows_the_registry(world: World) -> None:
+    world.create()
+    world.standby()
+    token = world.sign({"sub": "a", "aud": "demo"}).token
+    request = wire.VerifyRequest(token=token, audience="demo")
+    assert world.service.verifying.verify(world.signer, "main", request).claims["sub"] == "a"
+    with pytest.raises(errors.TokenAudienceMismatch):
+        world.service.verifying.verify(world.signer, "main", wire.VerifyRequest(token=token, audience="other"))
+    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    with pytest.raises(errors.TokenKeyRevoked):
+        world.service.verifying.verify(world.signer, "main", request)
+    assert world.version(1).state is VersionState.REVOKED
+
+
+def test_a_batch_is_whole_or_stale(world: World) -> None:
+    world.create()
+    assert isinstance(world.batch([{"claims": {}}] * 256), Batch)

@@ -1,0 +1,186 @@
+"""An installation in one process: real store, workers and custodian, keys in memory, a clock that tests move."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from kms_jwks.store import Store
+
+from kms_jwks import authn, wire
+from kms_jwks.access import Role
+from kms_jwks.config import Settings
+from kms_jwks.model import SECOND, Id, Instant, KeyVersion, VersionState
+from kms_jwks.service import Presented, Service
+from kms_jwks.service.clients import add_client, add_grant, add_token
+from kms_jwks.service.clocks import boot_clock
+from kms_jwks.service.confirmation import Confirmation
+from kms_jwks.service.custodian import Custodian
+from kms_jwks.service.modules import Modules
+from kms_jwks.service.signing import Batch, Operation
+from tests.memory_backend import MemoryBackend
+
+T = TypeVar("T")
+TOKEN = authn.new_token().token
+UNSAFE = {"allow_unsafe_publish_lead": True, "publish_lead": 0}
+
+
+class World:
+    """`service` is the first worker. The custodian and every worker's watcher run in threads of this process."""
+
+    def __init__(
+        self, folder: Path, *, workers: int = 1, backend: MemoryBackend | None = None, lease: int = 10
+    ) -> None:
+        self.offset = 0
+        self.folder = folder
+        self.backend = backend or MemoryBackend()
+        self.settings = Settings(
+            public_url="https://keys.example",
+            database_url=f"sqlite:///{folder}/registry.sqlite3",
+            state_dir=folder / "state",
+            node_name="node-1",
+            signing_lease=lease,
+            poll_interval_ms=50,
+            backends={
+                "memory": {"type": "pkcs11", "module": "/nowhere", "slot": 0, "pin_env": "NO_PIN"},  # type: ignore[dict-item]
+            },
+        )
+        self.settings.state_dir.mkdir()
+        self.store().upgrade()
+        self.workers = [self.worker() for _ in range(workers)]
+        self.service = self.workers[0]
+        self.registry = self.store()
+        self.admin = self.client("admin", Role.ADMIN)
+        self.signer = self.client("signer", Role.SIGNER)
+        self.raw_signer = self.client("raw", Role.RAW_SIGNER)
+        self._stop = threading.Event()
+        self._custodian: threading.Thread | None = None
+
+    # --- clocks and parts
+
+    def wall(self) -> int:
+        return time.time_ns() // 1000 + self.offset
+
+    def boot(self) -> int:
+        return boot_clock() + self.offset
+
+    def store(self) -> Store:
+        return Store(self.settings.database_url, wall=self.wall)
+
+    def modules(self) -> Modules:
+        return Modules({"memory": self.backend}, default="memory", sign_timeouts={"memory": 0.5})
+
+    def worker(self) -> Service:
+        return Service(self.settings, self.store(), self.modules(), boot=self.boot)
+
+    def custodian(self, **changes: Any) -> Custodian:
+        store = self.store()
+        confirmation = Confirmation(
+            store,
+            node="node-1",
+            state_dir=self.settings.state_dir,
+            lease=self.settings.signing_lease,
+            kick=lambda: None,
+        )
+        options: dict[str, Any] = {"node": "node-1", "boot": self.boot}
+        return Custodian(store, self.modules(), confirmation, **(options | changes))
+
+    def client(self, name: str, role: Role, key_set: Id | None = None, key: Id | None = None) -> Presented:
+        """A client with one grant and a token, straight from the registry."""
+        with self.store().write() as tx:
+            owner = add_client(tx, name)
+            add_grant(tx, owner, role, key_set, key)
+            made, _ = add_token(tx, owner, 400 * 86_400)
+        return Presented(f"Bearer {made.token}")
+
+    # --- life
+
+    def start(self, *, custodian: bool = True) -> World:
+        for worker in self.workers:
+            worker.start()
+        if custodian:
+            self._custodian = threading.Thread(target=self.custodian().run, args=(self._stop,), daemon=True)
+            self._custodian.start()
+        return self
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._custodian is not None:
+            self._custodian.join(timeout=10)
+        for worker in self.workers:
+            worker.stop()
+        self.registry.dispose()
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, for database and boot clock alike, and let every worker notice it."""
+        self.offset += int(seconds * SECOND)
+        for worker in self.workers:
+            worker.watcher.kick()
+        self.until(lambda: all(w.watcher.has_lease() for w in self.workers))
+
+    def until(self, condition: Callable[[], T], seconds: float = 10) -> T:
+        """Wait for something that threads bring about; fails when it does not come."""
+        end = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.01)
+        return found
+
+    # --- shorthands
+
+    def create(self, name: str = "main", *, keys: list[dict[str, Any]] | None = None, **fields: Any) -> wire.KeySet:
+        keys = [{"name": "default", "alg": "ES256"}] if keys is None else keys
+        request = wire.convert({"name": name, "keys": keys, **fields}, wire.KeySetCreate)
+        return self.service.key_sets.create(self.admin, request).answer
+
+    def sign(
+        self, claims: dict[str, Any] | None = None, *, worker: Service | None = None, **body: Any
+    ) -> wire.SignedJwt:
+        answer = (worker or self.service).signing.handle(
+            Operation.JWT, self.signer, "main", "default", {"claims": claims or {}, **body}
+        )
+        assert isinstance(answer, wire.SignedJwt)
+        return answer
+
+    def batch(self, items: list[Any]) -> Batch:
+        answer = self.service.signing.handle(Operation.JWT, self.signer, "main", "default", {"batch": items})
+        assert isinstance(answer, Batch)
+        return answer
+
+    def kids(self, worker: Service | None = None, key_set: str = "main") -> list[str]:
+        document = (worker or self.service).documents.jwks(Presented(), key_set)
+        return [jwk["kid"] for jwk in msgspec.json.decode(document.body)["keys"]]
+
+    def versions(self) -> list[KeyVersion]:
+        with self.registry.read() as tx:
+            return tx.versions()
+
+    def version(self, number: int) -> KeyVersion:
+        return next(v for v in self.versions() if v.number == number)
+
+    def standby(self) -> KeyVersion:
+        """The published standby, once it is visible."""
+
+        def find() -> KeyVersion | None:
+            waiting = [v for v in self.versions() if v.state is VersionState.PUBLISHED and v.visible_since]
+            return waiting[-1] if waiting else None
+
+        return self.until(find)  # type: ignore[return-value]
+
+    def now(self) -> Instant:
+        return Instant(self.wall())
+
+
+@contextlib.contextmanager
+def world(folder: Path, **options: Any) -> Any:
+    """A started world, ended again."""
+    made = World(folder, **options)
+    try:
+        yield made.start()
+    finally:
+        made.close()

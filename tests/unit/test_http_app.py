@@ -1,0 +1,484 @@
+"""What happens around an endpoint: request ids, bodies, limits, pins, headers. The service is a stand-in."""
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from werkzeug.test import Client, EnvironBuilder, TestResponse, run_wsgi_app
+
+from kms_jwks import errors, wire
+from kms_jwks.config import Settings
+from kms_jwks.http.app import App, create_app
+from kms_jwks.service.guard import Presented
+from kms_jwks.service.signing import Batch
+from kms_jwks.service.snapshot import Document
+
+if TYPE_CHECKING:
+    from kms_jwks.service import Service
+
+JWKS = Document(b'{"keys":[]}', '"abc"', "public, max-age=300", public=True)
+RESTRICTED = Document(b'{"keys":[]}', '"abc"', "private, max-age=300", public=False)
+SIGN = "/v1/key-sets/s/keys/k/jwt"
+SIGNED = wire.Signature(signature="c2ln", kid="kid", alg="ES256")
+
+
+class FakeService:
+    """Answers with what a test put in `answer`, and remembers what it was asked."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = Settings(max_body=1024, max_batch_body=4096, **settings)
+        self.asked: list[tuple[Any, ...]] = []
+        self.answer: Any = SIGNED
+        self.pins = 0
+        self.documents = SimpleNamespace(default_key_set="main", jwks=self._use, discovery=self._use)
+        self.signing = SimpleNamespace(handle=self._use, active=self._use)
+        self.verifying = SimpleNamespace(verify=self._use)
+        self.key_sets = SimpleNamespace(list=self._use, create=self._use, get=self._use, patch=self._use)
+        self.keys = SimpleNamespace(rotate=self._use, disable=self._use)
+        self.versions = SimpleNamespace(public_jwk=self._use)
+        self.clients = SimpleNamespace(create=self._use, delete=self._use)
+        self.operation = SimpleNamespace(ready=self._use, ready_sign=self._use)
+
+    def _use(self, *arguments: Any) -> Any:
+        self.asked.append(arguments)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def pin(self) -> Callable[[], None]:
+        self.pins += 1
+        released: list[bool] = []
+
+        def release() -> None:
+            assert not released
+            released.append(True)
+            self.pins -= 1
+
+        return release
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+class Caller(Client):
+    """Reads every answer to its end and closes it, as a server does."""
+
+    def open(self, *args: Any, **kwargs: Any) -> TestResponse:
+        return super().open(*args, **{"buffered": True} | kwargs)
+
+
+def app_of(service: FakeService) -> App:
+    return create_app(cast("Service", service))
+
+
+@pytest.fixture
+def client(service: FakeService) -> Iterator[Client]:
+    yield Caller(app_of(service))
+    assert service.pins == 0, "an answer left and its pin stayed"
+
+
+def problem(response: TestResponse) -> str:
+    assert response.content_type == "application/problem+json"
+    document = json.loads(response.data)
+    assert document["status"] == response.status_code
+    assert document["request_id"] == response.headers["X-Request-Id"]
+    assert response.headers["Cache-Control"] == "no-store"
+    return str(document["type"].removeprefix("urn:kms-jwks:problem:"))
+
+
+class TestRequestId:
+    @pytest.mark.parametrize("given", ["a", "A-1_b.c", "x" * 64])
+    def test_a_sane_one_is_kept(self, client: Client, given: str) -> None:
+        assert client.get("/healthz", headers={"X-Request-Id": given}).headers["X-Request-Id"] == given
+
+    @pytest.mark.parametrize("given", ["", "x" * 65, "a b", "ä", 'a"b', "a/b"])
+    def test_any_other_is_replaced(self, client: Client, given: str) -> None:
+        found = client.get("/nowhere", headers={"X-Request-Id": given})
+        assert re.fullmatch(r"[0-9a-f]{24}", found.headers["X-Request-Id"])
+        assert problem(found) == "route_not_found"
+
+    def test_none_makes_one(self, client: Client) -> None:
+        one, two = (client.get("/healthz").headers["X-Request-Id"] for _ in range(2))
+        assert one != two
+
+
+class TestBody:
+    @pytest.mark.parametrize(
+        "content_type",
+        [
+            "application/json",
+            "application/json; charset=utf-8",
+            "Application/JSON;charset=UTF-8",
+            'application/json; charset="utf-8"',
+        ],
+    )
+    def test_json_is_read(self, client: Client, service: FakeService, content_type: str) -> None:
+        response = client.post(SIGN, data=b'{"claims":{}}', content_type=content_type)
+        assert response.status_code == 200
+        assert service.asked[0][2:] == ("s", "k", {"claims": {}})
+
+    @pytest.mark.parametrize(
+        "content_type",
+        [None, "", "text/plain", "application/json; charset=latin-1", "application/jsonx", "application/jwt"],
+    )
+    def test_other_media_types_are_415(self, client: Client, service: FakeService, content_type: str | None) -> None:
+        response = client.post(SIGN, data=b"{}", content_type=content_type)
+        assert (response.status_code, problem(response)) == (415, "unsupported_media_type")
+        assert not service.asked
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"[]",
+            b"1",
+            b"{",
+            b'{"a":1,"a":2}',
+            b'{"a":NaN}',
+            b"\xff",
+            b'{"a":"\\ud800"}',
+            b"{}{}",
+            b"\xef\xbb\xbf{}",
+        ],
+    )
+    def test_malformed_bodies(self, client: Client, service: FakeService, body: bytes) -> None:
+        response = client.post(SIGN, data=body, content_type="application/json")
+        assert (response.status_code, problem(response)) == (400, "malformed_body")
+        assert not service.asked
+
+    def test_an_empty_body_is_malformed_where_fields_are_needed(self, client: Client) -> None:
+        response = client.post(SIGN, content_type="application/json", content_length=0)
+        assert (response.status_code, problem(response)) == (400, "malformed_body")
+
+    def test_fields_are_checked_and_named(self, client: Client, service: FakeService) -> None:
+        response = client.post("/v1/clients", json={"name": "x", "more": 1})
+        assert (response.status_code, problem(response)) == (400, "invalid_field")
+        assert "more" in json.loads(response.data)["detail"]
+        assert not service.asked
+
+    def test_a_body_is_not_needed_where_every_field_is_optional(self, client: Client, service: FakeService) -> None:
+        service.answer = errors.NoStandby()
+        for body, content_type in ((None, None), (b"", None), (b"{}", "application/json")):
+            client.post("/v1/key-sets/s/keys/k/rotate", data=body, content_type=content_type)
+        assert [asked[3] for asked in service.asked] == [wire.RotateRequest()] * 3
+
+    def test_routes_without_fields_take_none(self, client: Client, service: FakeService) -> None:
+        response = client.post("/v1/key-sets/s/keys/k/disable", json={"why": "not"})
+        assert problem(response) == "invalid_field"
+        assert not service.asked
+
+    def test_no_length_is_411_where_a_body_is_needed(self, service: FakeService) -> None:
+        environ = EnvironBuilder(SIGN, method="POST", content_type="application/json").get_environ()
+        environ.pop("CONTENT_LENGTH", None)
+        response = TestResponse(*run_wsgi_app(app_of(service), environ), EnvironBuilder(SIGN).get_request())
+        assert (response.status_code, problem(response)) == (411, "length_mismatch")
+
+    def test_a_length_that_says_more_than_comes(self, service: FakeService) -> None:
+        builder = EnvironBuilder(SIGN, method="POST", data=b'{"claims":{}}', content_type="application/json")
+        environ = builder.get_environ()
+        environ["CONTENT_LENGTH"] = "100"
+        response = TestResponse(*run_wsgi_app(app_of(service), environ), builder.get_request())
+        assert (response.status_code, problem(response)) == (400, "length_mismatch")
+        assert not service.asked
+
+    def test_a_body_that_breaks_off(self, service: FakeService) -> None:
+        class Broken(io.RawIOBase):
+            def read(self, size: int = -1) -> bytes:
+                raise TimeoutError
+
+        builder = EnvironBuilder(SIGN, method="POST", content_type="application/json", content_length=9)
+        environ = builder.get_environ() | {"wsgi.input": Broken()}
+        response = TestResponse(*run_wsgi_app(app_of(service), environ), builder.get_request())
+        assert problem(response) == "length_mismatch"
+        assert service.pins == 0
+
+
+def padded(size: int, **members: object) -> bytes:
+    body = json.dumps({**members, "pad": ""}).encode()
+    return body.replace(b'"pad": ""', b'"pad": "' + b"x" * (size - len(body)) + b'"')
+
+
+class TestLimits:
+    @pytest.mark.parametrize("chunked", [False, True])
+    @pytest.mark.parametrize(
+        ("path", "body", "status"),
+        [
+            (SIGN, padded(1024), 200),
+            (SIGN, padded(1025), 413),
+            (SIGN, padded(1025, batch=[]), 200),
+            (SIGN, padded(4096, batch=[]), 200),
+            (SIGN, padded(4097, batch=[]), 413),
+            ("/v1/clients", padded(1025, batch=[]), 413),
+            ("/v1/clients", padded(1024), 400),
+        ],
+    )
+    def test_body_sizes(self, service: FakeService, path: str, body: bytes, status: int, *, chunked: bool) -> None:
+        builder = EnvironBuilder(path, method="POST", data=body, content_type="application/json")
+        environ = builder.get_environ()
+        if chunked:
+            del environ["CONTENT_LENGTH"]
+            environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+        response = TestResponse(*run_wsgi_app(app_of(service), environ), builder.get_request())
+        assert response.status_code == status
+        if status == 413:
+            assert problem(response) == "body_too_large"
+            assert not service.asked
+
+
+class TestRouting:
+    @pytest.mark.parametrize(
+        "path", ["/", "/v1", "/v1/", "/v1/key-sets/", "//v1/key-sets", "/v1//key-sets", "/static/x"]
+    )
+    def test_unknown_paths(self, client: Client, path: str) -> None:
+        response = client.get(path)
+        assert (response.status_code, problem(response)) == (404, "route_not_found")
+
+    def test_unknown_methods_are_told_the_known_ones(self, client: Client) -> None:
+        response = client.put("/v1/key-sets")
+        assert (response.status_code, problem(response)) == (405, "method_not_allowed")
+        assert response.headers["Allow"] == "GET, HEAD, POST"
+
+    def test_a_name_with_a_control_character_names_nothing(self, client: Client, service: FakeService) -> None:
+        response = client.get("/v1/key-sets/a%00b")
+        assert (response.status_code, problem(response)) == (404, "route_not_found")
+        assert not service.asked
+
+    def test_who_is_what_the_caller_showed(self, client: Client, service: FakeService) -> None:
+        client.post(SIGN, json={}, headers={"Authorization": "Bearer kj_x"})
+        client.post(SIGN, json={})
+        assert [asked[1] for asked in service.asked] == [Presented("Bearer kj_x"), Presented(None)]
+
+    def test_pages(self, client: Client, service: FakeService) -> None:
+        service.answer = wire.Page(items=[])
+        assert client.get("/v1/key-sets?limit=7&cursor=abc").json == {"items": []}
+        client.get("/v1/key-sets")
+        assert [asked[1:] for asked in service.asked] == [(7, "abc"), (50, None)]
+
+    @pytest.mark.parametrize(
+        "query",
+        [
+            "limit=0",
+            "limit=201",
+            "limit=x",
+            "limit=",
+            "limit=1&limit=2",
+            "cursor=",
+            "cursor=%00",
+            "limit=٣",
+            "limit=-1",
+        ],
+    )
+    def test_bad_pages(self, client: Client, service: FakeService, query: str) -> None:
+        response = client.get(f"/v1/key-sets?{query}")
+        assert (response.status_code, problem(response)) == (400, "invalid_field")
+        assert not service.asked
+
+
+class TestAnswers:
+    def test_nothing_is_stored(self, client: Client) -> None:
+        response = client.post(SIGN, json={})
+        assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+    def test_a_batch_has_problems_in_the_places_of_failed_items(self, client: Client, service: FakeService) -> None:
+        service.answer = Batch([SIGNED, errors.ClaimsRefused("Too long.")])
+        document = client.post(SIGN, json={"batch": [{}, {}]}, headers={"X-Request-Id": "r"}).json
+        assert document is not None
+        good, bad = document["batch"]
+        assert good == {"signature": "c2ln", "kid": "kid", "alg": "ES256"}
+        assert bad["error"]["type"] == "urn:kms-jwks:problem:claims_refused"
+        assert bad["error"]["request_id"] == "r"
+        assert bad["error"]["status"] == 400
+
+    def test_an_unexpected_exception_is_told_to_the_log_alone(
+        self, client: Client, service: FakeService, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        service.answer = ZeroDivisionError("division by the secret")
+        response = client.post(SIGN, json={}, headers={"X-Request-Id": "find-me"})
+        assert (response.status_code, problem(response)) == (500, "internal_error")
+        assert b"secret" not in response.data
+        log = "".join(capsys.readouterr())
+        assert "find-me" in log
+        assert "ZeroDivisionError" in log
+
+    def test_readiness_is_503_with_the_dependencies(self, client: Client, service: FakeService) -> None:
+        service.answer = wire.Readiness(
+            status="failing", dependencies=[wire.Dependency(name="backend:hsm", state="backend_unavailable")]
+        )
+        response = client.get("/readyz/sign")
+        assert response.status_code == 503
+        assert response.json == {
+            "status": "failing",
+            "dependencies": [{"name": "backend:hsm", "state": "backend_unavailable", "detail": ""}],
+        }
+
+    def test_deleted_is_204_without_a_body(self, client: Client, service: FakeService) -> None:
+        response = client.delete("/v1/clients/x")
+        assert (response.status_code, response.data) == (204, b"")
+        assert "Content-Type" not in response.headers
+
+    @pytest.mark.parametrize(("given", "expected"), [('"3"', 3), (' "3" ', 3), (None, None)])
+    def test_if_match(self, client: Client, service: FakeService, given: str | None, expected: int | None) -> None:
+        service.answer = errors.RevisionRequired()
+        headers = {"If-Match": given} if given else {}
+        response = client.patch("/v1/key-sets/s", json={"cache_lifetime": 60}, headers=headers)
+        assert response.status_code == 428
+        assert service.asked[0][3] == expected
+
+    @pytest.mark.parametrize(
+        ("given", "code"),
+        [
+            ("3", "revision_mismatch"),
+            ('W/"3"', "revision_mismatch"),
+            ('"x"', "revision_mismatch"),
+            ('"1", "2"', "revision_mismatch"),
+            ("*", "revision_required"),
+        ],
+    )
+    def test_if_match_that_can_match_nothing(self, client: Client, service: FakeService, given: str, code: str) -> None:
+        response = client.patch("/v1/key-sets/s", json={"cache_lifetime": 60}, headers={"If-Match": given})
+        assert problem(response) == code
+        assert not service.asked
+
+
+JWK = {
+    "kty": "EC",
+    "crv": "P-256",
+    "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+    "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0",
+}
+
+
+class TestPublicKey:
+    @pytest.mark.parametrize(
+        ("accept", "media", "start"),
+        [
+            (None, "application/jwk+json", b"{"),
+            ("*/*", "application/jwk+json", b"{"),
+            ("application/json", "application/jwk+json", b"{"),
+            ("image/png", "application/jwk+json", b"{"),
+            ("application/x-pem-file", "application/x-pem-file", b"-----BEGIN PUBLIC KEY-----"),
+            ("text/plain, application/jwk+json;q=0.5", "application/x-pem-file", b"-----BEGIN PUBLIC KEY-----"),
+            ("application/x-pem-file;q=0.2, application/octet-stream", "application/octet-stream", b"\x30"),
+        ],
+    )
+    def test_by_accept(
+        self, client: Client, service: FakeService, accept: str | None, media: str, start: bytes
+    ) -> None:
+        service.answer = JWK
+        headers = {"Accept": accept} if accept else {}
+        response = client.get("/v1/key-sets/s/keys/k/versions/1/public-key", headers=headers)
+        assert response.content_type == media
+        assert response.data.startswith(start)
+        assert response.headers["Vary"] == "Accept"
+
+
+class TestDocuments:
+    PATH = "/main/.well-known/jwks.json"
+
+    @pytest.mark.parametrize(
+        ("accept", "media"),
+        [
+            (None, "application/json"),
+            ("*/*", "application/json"),
+            ("application/json", "application/json"),
+            ("application/jwk-set+json", "application/jwk-set+json"),
+            ("application/json, Application/JWK-Set+json;q=0.9", "application/jwk-set+json"),
+        ],
+    )
+    def test_the_registered_type_for_who_names_it(
+        self, client: Client, service: FakeService, accept: str | None, media: str
+    ) -> None:
+        service.answer = JWKS
+        response = client.get(self.PATH, headers={"Accept": accept} if accept else {})
+        assert response.data == JWKS.body
+        assert response.content_type == media
+        assert response.headers["Vary"] == "Accept"
+        assert response.headers["ETag"] == '"abc"'
+        assert response.headers["Cache-Control"] == "public, max-age=300"
+        assert response.headers["Access-Control-Allow-Origin"] == "*"
+
+    @pytest.mark.parametrize(
+        ("given", "status"),
+        [('"abc"', 304), ('W/"abc"', 304), ('"x", "abc"', 304), ("*", 304), ('"abd"', 200), ("abc", 200)],
+    )
+    def test_if_none_match(self, client: Client, service: FakeService, given: str, status: int) -> None:
+        service.answer = JWKS
+        response = client.get(self.PATH, headers={"If-None-Match": given})
+        assert response.status_code == status
+        assert response.headers["ETag"] == '"abc"'
+        assert response.headers["Vary"] == "Accept"
+        if status == 304:
+            assert response.data == b""
+            assert "Content-Type" not in response.headers
+
+    def test_head(self, client: Client, service: FakeService) -> None:
+        service.answer = JWKS
+        response = client.head(self.PATH)
+        assert response.data == b""
+        assert response.headers["Content-Length"] == str(len(JWKS.body))
+
+    def test_preflight_asks_nobody(self, client: Client, service: FakeService) -> None:
+        response = client.options(self.PATH, headers={"Origin": "https://a", "Access-Control-Request-Method": "GET"})
+        assert response.status_code == 204
+        assert response.headers["Access-Control-Allow-Origin"] == "*"
+        assert response.headers["Access-Control-Allow-Methods"] == "GET, HEAD"
+        assert not service.asked
+
+    def test_restricted_sets_have_no_cors_and_vary_by_caller(self, client: Client, service: FakeService) -> None:
+        service.answer = RESTRICTED
+        response = client.get(self.PATH)
+        assert "Access-Control-Allow-Origin" not in response.headers
+        assert response.headers["Vary"] == "Accept, Authorization"
+        assert response.headers["Cache-Control"] == "private, max-age=300"
+
+    @pytest.mark.parametrize(
+        ("path", "name"),
+        [
+            ("/.well-known/jwks.json", "main"),
+            ("/other/.well-known/jwks.json", "other"),
+            ("/.well-known/openid-configuration", None),
+            ("/other/.well-known/openid-configuration", "other"),
+            ("/.well-known/oauth-authorization-server", None),
+            ("/.well-known/oauth-authorization-server/other", "other"),
+        ],
+    )
+    def test_which_set_a_path_names(self, client: Client, service: FakeService, path: str, name: str | None) -> None:
+        service.answer = JWKS
+        assert client.get(path).status_code == 200
+        assert service.asked[0][1] == name
+
+
+def test_a_pin_is_held_until_the_answer_has_left(service: FakeService) -> None:
+    builder = EnvironBuilder(SIGN, method="POST", json={})
+    app_iter, _, _ = run_wsgi_app(app_of(service), builder.get_environ())
+    assert service.pins == 1
+    assert b"".join(app_iter)
+    assert service.pins == 1
+    cast("Any", app_iter).close()
+    assert service.pins == 0
+
+
+DOCUMENTS = ["/a/.well-known/jwks.json", "/.well-known/openid-configuration"]
+PRIVATE = ["/v1/key-sets", "/docs", "/openapi.json", "/readyz/sign"]
+
+
+@pytest.mark.parametrize(
+    ("routes", "found", "missing"),
+    [("public", [*DOCUMENTS, "/healthz", "/readyz"], PRIVATE), ("private", [*PRIVATE, "/healthz"], DOCUMENTS)],
+)
+def test_routes_that_are_not_served_are_404(routes: str, found: list[str], missing: list[str]) -> None:
+    service = FakeService(routes=routes)
+    client = Caller(app_of(service))
+    for path in missing:
+        response = client.get(path)
+        assert (response.status_code, problem(response)) == (404, "route_not_found")
+    assert not service.asked
+    for path in found:
+        service.answer = errors.Forbidden()
+        assert client.get(path).status_code != 404

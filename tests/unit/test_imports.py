@@ -1,0 +1,143 @@
+"""Imports go one way, and each third party has one home. The map of the house is in CONTRIBUTING.md."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "kms_jwks"
+
+LAYERS: tuple[frozenset[str], ...] = tuple(
+    frozenset(layer.split())
+    for layer in (
+        "errors",
+        "algorithms",
+        "model",
+        "strictjson clock",
+        "jose",
+        "timeline profiles access wire verification",
+        "config",
+        "backends store audit authn",
+        "service",
+        "http console client",
+        "wiring",  # puts everything together, so only what starts a process stands above it
+        "cli",
+        "__main__",
+    )
+)
+"""A module or folder may import itself and what stands in an earlier line; those of one line know nothing of each
+other."""
+
+ONLY = {
+    "config": frozenset({"errors"}),
+    "client": frozenset({"errors", "wire"}),  # issuers use it: it must not draw the service in
+}
+"""Who may import less than its layer would allow."""
+
+HOMES = {
+    "alembic": ("store",),
+    "boto3": ("backends/aws_kms.py",),
+    "botocore": ("backends/aws_kms.py",),
+    "click": ("cli",),
+    "flask": ("http", "console"),
+    "gunicorn": ("http",),
+    "pkcs11": ("backends/pkcs11",),
+    "pydantic": ("config.py",),
+    "pydantic_settings": ("config.py",),
+    "rich": ("cli",),
+    "sqlalchemy": ("store",),
+    "urllib3": ("client",),
+    "werkzeug": ("http", "console"),
+}
+"""Where in the package a third party may be imported."""
+
+RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
+
+
+def imported(tree: ast.AST, module: PurePosixPath) -> Iterator[str]:
+    """Every dotted name that a module imports, wherever in it; relative ones made absolute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = (PACKAGE, *module.parts)[: -node.level] if node.level else ()
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def violations(source: str, path: str) -> list[str]:
+    """What a module at `path` (below the package) imports and must not."""
+    module = PurePosixPath(path)
+    if path == "__init__.py":
+        return [f"{path} imports {name}" for name in imported(ast.parse(source), module)]
+    unit = module.parts[0].removesuffix(".py")
+    if unit not in RANK:
+        return [f"{path}: {unit} has no place in LAYERS"]
+    found = []
+    for name in imported(ast.parse(source), module):
+        top, *rest = name.split(".")
+        if top == PACKAGE:
+            # `from kms_jwks import __version__` names no module of ours
+            target = rest[0] if rest and rest[0] in RANK else unit
+            allowed = RANK[target] < RANK[unit] and target in ONLY.get(unit, RANK)
+            if target != unit and not allowed:
+                found.append(f"{path} imports {name}")
+        elif top in HOMES and not any(module.is_relative_to(home) for home in HOMES[top]):
+            found.append(f"{path} imports {name}")
+    return found
+
+
+def modules() -> list[str]:
+    package = ROOT / PACKAGE
+    return sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules())
+def test_imports_go_one_way(path: str) -> None:
+    assert violations((ROOT / PACKAGE / path).read_text(encoding="utf-8"), path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("errors.py", "from kms_jwks import model"),
+        ("model.py", "from kms_jwks.jose import thumbprint"),
+        ("timeline.py", "import kms_jwks.profiles"),
+        ("config.py", "from kms_jwks.model import KeySet"),
+        ("store/registry.py", "from kms_jwks.backends import base"),
+        ("store/registry.py", "from ..service import keys"),
+        ("store/registry.py", "from .. import service"),
+        ("service/keys.py", "from kms_jwks.http.app import create_app"),
+        ("service/keys.py", "def late():\n    from kms_jwks.cli import main"),
+        ("http/app.py", "from kms_jwks.wiring import wsgi"),
+        ("http/app.py", "from kms_jwks.client import Client"),
+        ("client/__init__.py", "from kms_jwks.jose import b64u_encode"),
+        ("service/keys.py", "import flask"),
+        ("service/keys.py", "from sqlalchemy.orm import Session"),
+        ("backends/base.py", "import pkcs11"),
+        ("backends/pkcs11/backend.py", "import boto3"),
+        ("http/app.py", "import click"),
+        ("helpers.py", ""),
+        ("__init__.py", "from kms_jwks import errors"),
+    ],
+)
+def test_a_violation_is_found(path: str, source: str) -> None:
+    assert violations(source, path) != []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("model.py", "from kms_jwks import errors, algorithms"),
+        ("profiles.py", "from kms_jwks.jose import b64u_encode"),
+        ("client/api.py", "import urllib3\nfrom kms_jwks import __version__, errors, wire"),
+        ("cli/__init__.py", "from kms_jwks.wiring import wsgi\nfrom kms_jwks.client import Client\nimport click"),
+        ("store/registry.py", "from . import tables\nfrom ..model import Key\nimport sqlalchemy as sa"),
+        ("backends/pkcs11/backend.py", "import pkcs11\nfrom pkcs11.exceptions import PKCS11Error"),
+        ("backends/aws_kms.py", "import boto3"),
+        ("__main__.py", "from kms_jwks.cli import main"),
+    ],
+)
+def test_what_is_allowed_is_not_called_a_violation(path: str, source: str) -> None:
+    assert violations(source, path) == []
