@@ -55,8 +55,8 @@ class KeySets:
         complete = True
         if versions:
             complete = control.wait_for_custodian(versions)
-            with control.store.read() as tx:
-                answer = present.key_set(tx, tx.key_set_by_id(key_set.id) or key_set, control.public_url)
+            with control.store.read() as after:
+                answer = present.key_set(after, after.key_set_by_id(key_set.id) or key_set, control.public_url)
         else:
             control.changed(tx.committed_epoch)
         return Created(answer, complete, f"/v1/key-sets/{key_set.name}")

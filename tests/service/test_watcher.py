@@ -62,7 +62,7 @@ def test_without_the_database_documents_go_on_and_signing_ends_with_the_lease(wo
     registry = tmp_path / "registry.sqlite3"
     registry.rename(tmp_path / "away")
     world.service.store.dispose()
-    assert world.sign()
+    assert world.sign().token
     world.offset += 11 * SECOND
     with pytest.raises(errors.RegistryStale):
         world.sign()
@@ -73,7 +73,7 @@ def test_without_the_database_documents_go_on_and_signing_ends_with_the_lease(wo
     assert world.service.operation.ready().status == "ok"
     (tmp_path / "away").rename(registry)
     world.until(world.service.watcher.has_lease)
-    assert world.sign()
+    assert world.sign().token
 
 
 def test_a_worker_that_starts_without_a_database_serves_the_last_documents(world: World, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_worker_that_was_forgotten_comes_back_as_another(world: World) -> None
     world.offset += 6 * SECOND
     world.until(lambda: world.service.watcher.worker_id not in (None, old))
     world.until(world.service.watcher.has_lease)
-    assert world.sign()
+    assert world.sign().token
 
 
 def test_last_use_is_flushed_by_the_minute_and_does_not_move_the_epoch(world: World) -> None:

@@ -47,7 +47,7 @@ class World:
             signing_lease=lease,
             poll_interval_ms=50,
             backends={
-                "memory": {"type": "pkcs11", "module": "/nowhere", "slot": 0, "pin_env": "NO_PIN"},  # type: ignore[dict-item]
+                "memory": {"type": "pkcs11", "module": "/nowhere", "slot": 0, "pin_env": "NO_PIN"},
             },
         )
         self.settings.state_dir.mkdir()

@@ -1,0 +1,183 @@
+"""Rows ↔ the model's frozen values: one explicit row per table, and what of a thing a snapshot holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+from sqlalchemy import RowMapping, Table
+
+from kms_jwks.model import (
+    Access,
+    ApiToken,
+    Bounds,
+    Breach,
+    Client,
+    CustodianLease,
+    Epoch,
+    ExternalKey,
+    Grant,
+    Intent,
+    IntentKind,
+    IntentState,
+    Key,
+    KeySet,
+    KeyVersion,
+    Policy,
+    Purpose,
+    SigningProfile,
+    VersionState,
+    Worker,
+)
+from kms_jwks.store import tables
+
+Thing = KeySet | Key | KeyVersion | ExternalKey | Client | ApiToken | Grant | Worker | Intent
+
+
+@dataclass(frozen=True)
+class Mapper:
+    """How one class becomes a row.
+
+    `nested` fields are frozen values spread over columns that begin with the field's name; `enums` are kept by value;
+    `documents` are kept as JSON, and read back by the function given.
+    """
+
+    cls: type[Any]
+    table: Table
+    nested: Mapping[str, type[Any]] = field(default_factory=dict)
+    enums: Mapping[str, type[StrEnum]] = field(default_factory=dict)
+    documents: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
+    view: Callable[[Any], tuple[object, ...] | None] = lambda _: None
+    """What a snapshot holds of the thing; None when it does not hold it."""
+
+    def to_row(self, thing: object) -> dict[str, object]:
+        """The columns of `thing`."""
+        row: dict[str, object] = {}
+        for name in _names(self.cls):
+            value = getattr(thing, name)
+            if name in self.nested:
+                for part in _names(self.nested[name]):
+                    row[f"{name}_{part}"] = None if value is None else getattr(value, part)
+            elif name in self.documents:
+                row[name] = None if value is None else _to_json(value)
+            elif name in self.enums:
+                row[name] = value.value
+            else:
+                row[name] = value
+        return row
+
+    def from_row(self, row: RowMapping) -> Any:
+        """The thing a row stands for."""
+        values: dict[str, object] = {}
+        for name in _names(self.cls):
+            if name in self.nested:
+                parts = {part: row[f"{name}_{part}"] for part in _names(self.nested[name])}
+                absent = all(value is None for value in parts.values())
+                values[name] = None if absent else self.nested[name](**parts)
+            elif name in self.documents:
+                values[name] = None if row[name] is None else self.documents[name](json.loads(row[name]))
+            elif name in self.enums:
+                values[name] = self.enums[name](row[name])
+            else:
+                values[name] = row[name]
+        return self.cls(**values)
+
+
+def _names(cls: type[Any]) -> tuple[str, ...]:
+    found = _NAMES.get(cls)
+    if found is None:
+        found = _NAMES[cls] = tuple(f.name for f in fields(cls))
+    return found
+
+
+_NAMES: dict[type[Any], tuple[str, ...]] = {}
+
+
+def _to_json(value: object) -> str:
+    if isinstance(value, tuple):
+        value = [_plain(item) for item in value]
+    return json.dumps(value if isinstance(value, list) else dict(value), sort_keys=True)  # type: ignore[call-overload]
+
+
+def _plain(item: object) -> object:
+    if isinstance(item, Breach):
+        return {"invariant": item.invariant, "at": item.at, "reason": item.reason}
+    return item
+
+
+def _breaches(value: list[dict[str, Any]]) -> tuple[Breach, ...]:
+    return tuple(Breach(**item) for item in value)
+
+
+# --- what a snapshot holds --------------------------------------------------------------------------------------------
+
+
+def _all_but(*left_out: str) -> Callable[[Any], tuple[object, ...]]:
+    def view(thing: Any) -> tuple[object, ...]:
+        return tuple(_comparable(getattr(thing, name)) for name in _names(type(thing)) if name not in left_out)
+
+    return view
+
+
+def _comparable(value: object) -> object:
+    return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
+
+
+_PUBLISHED_VIEW = _all_but("destroy_at", "evidence", "published_epoch")
+_WHOLE = _all_but()
+
+
+def _version_view(version: KeyVersion) -> tuple[object, ...] | None:
+    if version.revoked_at is not None:
+        return (version.id, version.key_set_id, version.kid, version.revoked_at)
+    return _PUBLISHED_VIEW(version) if version.state.in_jwks else None
+
+
+def snapshot_view(thing: Thing) -> tuple[object, ...] | None:
+    """What a snapshot holds of `thing`, or None: the epoch grows when this changes and at no other time."""
+    return MAPPERS[type(thing)].view(thing)
+
+
+MAPPERS: Mapping[type[Any], Mapper] = MappingProxyType(
+    {
+        mapper.cls: mapper
+        for mapper in (
+            Mapper(
+                KeySet,
+                tables.key_sets,
+                enums={"access": Access, "purpose": Purpose},
+                view=_all_but("revision", "updated_at"),
+            ),
+            Mapper(
+                Key,
+                tables.keys,
+                nested={"policy": Policy, "profile": SigningProfile},
+                view=_all_but("revision", "updated_at"),
+            ),
+            Mapper(
+                KeyVersion,
+                tables.versions,
+                nested={"bounds": Bounds},
+                enums={"state": VersionState},
+                documents={"ref": dict, "public_jwk": dict, "x5c": tuple, "evidence": dict, "breaches": _breaches},
+                view=_version_view,
+            ),
+            Mapper(
+                ExternalKey,
+                tables.external_keys,
+                documents={"public_jwk": dict},
+                view=lambda e: None if e.removed_at is not None else _WHOLE(e),
+            ),
+            Mapper(Client, tables.clients, view=lambda c: None if c.deleted_at is not None else _WHOLE(c)),
+            Mapper(ApiToken, tables.tokens, view=_all_but("last_used_at")),
+            Mapper(Grant, tables.grants, view=lambda g: None if g.deleted_at is not None else _WHOLE(g)),
+            Mapper(Worker, tables.workers, nested={"confirmed": Epoch}),
+            Mapper(Intent, tables.intents, enums={"kind": IntentKind, "state": IntentState}),
+            Mapper(CustodianLease, tables.custodian),
+        )
+    }
+)

@@ -1,0 +1,275 @@
+"""Reading the registry in one consistent transaction: finders and lists, everything in the order of creation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, Connection, select
+
+from kms_jwks import errors
+from kms_jwks.model import (
+    ApiToken,
+    Client,
+    CustodianLease,
+    Epoch,
+    ExternalKey,
+    Grant,
+    Id,
+    Installation,
+    Instant,
+    Intent,
+    IntentState,
+    Key,
+    KeySet,
+    KeyVersion,
+    VersionState,
+    Worker,
+)
+from kms_jwks.store import tables as t
+from kms_jwks.store.engine import Database
+from kms_jwks.store.mapping import MAPPERS, snapshot_view
+
+T = TypeVar("T")
+Where = ColumnElement[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryContents:
+    """Everything a snapshot is made of, from one consistent read."""
+
+    epoch: Epoch
+    installation: str
+    now: Instant
+    key_sets: tuple[KeySet, ...]
+    keys: tuple[Key, ...]
+    versions: tuple[KeyVersion, ...]
+    external_keys: tuple[ExternalKey, ...]
+    clients: tuple[Client, ...]
+    tokens: tuple[ApiToken, ...]
+    grants: tuple[Grant, ...]
+
+
+class ReadTx:
+    """One read transaction. Finders answer None for what is not there."""
+
+    def __init__(self, database: Database, connection: Connection) -> None:
+        self._database = database
+        self._connection = connection
+        self._now: Instant | None = None
+
+    # --- the registry as a whole
+
+    def now(self) -> Instant:
+        """The database's time, read once per transaction."""
+        if self._now is None:
+            self._now = self._database.now(self._connection)
+        return self._now
+
+    def epoch(self) -> Epoch:
+        """The epoch this transaction sees."""
+        row = self._connection.execute(select(t.epoch.c.incarnation, t.epoch.c.counter)).first()
+        if row is None:
+            raise errors.SchemaMismatch("The registry is empty.", next_step="Run `kms-jwks init`.")
+        return Epoch(row.incarnation, row.counter)
+
+    def installation(self) -> Installation:
+        """Which registry this is."""
+        row = self._connection.execute(select(t.installation)).one()
+        return Installation(row.id, Instant(row.created_at))
+
+    def contents(self) -> RegistryContents:
+        """Everything that has a view in a snapshot."""
+        v = t.versions.c
+        shown = [state.value for state in VersionState if state.in_jwks]
+        return RegistryContents(
+            epoch=self.epoch(),
+            installation=self.installation().id,
+            now=self.now(),
+            key_sets=self._viewed(KeySet),
+            keys=self._viewed(Key),
+            versions=self._viewed(KeyVersion, v.state.in_(shown) | v.revoked_at.is_not(None)),
+            external_keys=self._viewed(ExternalKey, t.external_keys.c.removed_at.is_(None)),
+            clients=self._viewed(Client, t.clients.c.deleted_at.is_(None)),
+            tokens=self._viewed(ApiToken),
+            grants=self._viewed(Grant, t.grants.c.deleted_at.is_(None)),
+        )
+
+    # --- key sets, keys, versions
+
+    def key_set(self, name: str) -> KeySet | None:
+        """The key set of that name."""
+        return self._first(KeySet, t.key_sets.c.name == name)
+
+    def key_set_by_id(self, thing_id: Id) -> KeySet | None:
+        """The key set of that id."""
+        return self._first(KeySet, t.key_sets.c.id == thing_id)
+
+    def key_sets(self, *, after: Id | None = None, limit: int | None = None) -> list[KeySet]:
+        """Key sets after the id `after`, at most `limit`."""
+        return self._list(KeySet, after=after, limit=limit)
+
+    def key(self, key_set_id: Id, name: str) -> Key | None:
+        """The key of that name in a set."""
+        return self._first(Key, t.keys.c.key_set_id == key_set_id, t.keys.c.name == name)
+
+    def key_by_id(self, thing_id: Id) -> Key | None:
+        """The key of that id."""
+        return self._first(Key, t.keys.c.id == thing_id)
+
+    def keys(self, key_set_id: Id | None = None, *, after: Id | None = None, limit: int | None = None) -> list[Key]:
+        """Keys, of one set or of all."""
+        return self._list(Key, *_equal(t.keys.c.key_set_id, key_set_id), after=after, limit=limit)
+
+    def version(self, thing_id: Id) -> KeyVersion | None:
+        """The version of that id."""
+        return self._first(KeyVersion, t.versions.c.id == thing_id)
+
+    def version_by_kid(self, kid: str) -> KeyVersion | None:
+        """The version that a kid is bound to."""
+        return self._first(KeyVersion, t.versions.c.kid == kid)
+
+    def version_by_number(self, key_id: Id, number: int) -> KeyVersion | None:
+        """A key's version of that number."""
+        return self._first(KeyVersion, t.versions.c.key_id == key_id, t.versions.c.number == number)
+
+    def versions(
+        self,
+        *,
+        key_set_id: Id | None = None,
+        key_id: Id | None = None,
+        states: Collection[VersionState] | None = None,
+        after: Id | None = None,
+        limit: int | None = None,
+    ) -> list[KeyVersion]:
+        """Versions, of one set or key, in some states."""
+        c = t.versions.c
+        where = [*_equal(c.key_set_id, key_set_id), *_equal(c.key_id, key_id)]
+        if states is not None:
+            where.append(c.state.in_([s.value for s in states]))
+        return self._list(KeyVersion, *where, after=after, limit=limit)
+
+    def external_key(self, key_set_id: Id, kid: str) -> ExternalKey | None:
+        """The external key that a set publishes under `kid`."""
+        c = t.external_keys.c
+        return self._first(ExternalKey, c.key_set_id == key_set_id, c.kid == kid, c.removed_at.is_(None))
+
+    def external_keys(
+        self,
+        key_set_id: Id | None = None,
+        *,
+        include_removed: bool = False,
+        after: Id | None = None,
+        limit: int | None = None,
+    ) -> list[ExternalKey]:
+        """External keys, of one set or of all."""
+        c = t.external_keys.c
+        where = [*_equal(c.key_set_id, key_set_id), *([] if include_removed else [c.removed_at.is_(None)])]
+        return self._list(ExternalKey, *where, after=after, limit=limit)
+
+    def kid_owner(self, kid: str) -> tuple[str, Id] | None:
+        """To what a kid was bound, for ever: ("version" or "external_key", its id)."""
+        row = self._connection.execute(select(t.kids).where(t.kids.c.kid == kid)).first()
+        return None if row is None else (row.owner_kind, Id(row.owner_id))
+
+    # --- callers
+
+    def client(self, name: str) -> Client | None:
+        """The client of that name, if it was not deleted."""
+        return self._first(Client, t.clients.c.name == name, t.clients.c.deleted_at.is_(None))
+
+    def client_by_id(self, thing_id: Id) -> Client | None:
+        """The client of that id, deleted or not."""
+        return self._first(Client, t.clients.c.id == thing_id)
+
+    def clients(self, *, after: Id | None = None, limit: int | None = None) -> list[Client]:
+        """Clients that were not deleted."""
+        return self._list(Client, t.clients.c.deleted_at.is_(None), after=after, limit=limit)
+
+    def token(self, thing_id: Id) -> ApiToken | None:
+        """The API token of that id."""
+        return self._first(ApiToken, t.tokens.c.id == thing_id)
+
+    def token_by_sha256(self, sha256: str) -> ApiToken | None:
+        """The API token with that SHA-256, lower-case hex."""
+        return self._first(ApiToken, t.tokens.c.sha256 == sha256)
+
+    def tokens(
+        self, client_id: Id | None = None, *, after: Id | None = None, limit: int | None = None
+    ) -> list[ApiToken]:
+        """API tokens, of one client or of all, revoked ones included."""
+        return self._list(ApiToken, *_equal(t.tokens.c.client_id, client_id), after=after, limit=limit)
+
+    def grant(self, thing_id: Id) -> Grant | None:
+        """The grant of that id, deleted or not."""
+        return self._first(Grant, t.grants.c.id == thing_id)
+
+    def grants(
+        self,
+        client_id: Id | None = None,
+        *,
+        include_deleted: bool = False,
+        after: Id | None = None,
+        limit: int | None = None,
+    ) -> list[Grant]:
+        """Grants, of one client or of all."""
+        c = t.grants.c
+        where = [*_equal(c.client_id, client_id), *([] if include_deleted else [c.deleted_at.is_(None)])]
+        return self._list(Grant, *where, after=after, limit=limit)
+
+    # --- processes
+
+    def worker(self, thing_id: Id) -> Worker | None:
+        """The worker of that id, stopped or not."""
+        return self._first(Worker, t.workers.c.id == thing_id)
+
+    def workers(self, *, include_stopped: bool = False) -> list[Worker]:
+        """Workers that count, or all there ever were."""
+        return self._list(Worker, *([] if include_stopped else [t.workers.c.stopped_at.is_(None)]))
+
+    def intent(self, thing_id: Id) -> Intent | None:
+        """The intent of that id."""
+        return self._first(Intent, t.intents.c.id == thing_id)
+
+    def intents(
+        self,
+        *,
+        states: Collection[IntentState] | None = None,
+        version_id: Id | None = None,
+        after: Id | None = None,
+        limit: int | None = None,
+    ) -> list[Intent]:
+        """Intents, in some states, of one version."""
+        where = _equal(t.intents.c.version_id, version_id)
+        if states is not None:
+            where.append(t.intents.c.state.in_([s.value for s in states]))
+        return self._list(Intent, *where, after=after, limit=limit)
+
+    def custodian_lease(self) -> CustodianLease | None:
+        """Who acts, and until when."""
+        found = self._connection.execute(select(t.custodian)).mappings().first()
+        return None if found is None else MAPPERS[CustodianLease].from_row(found)
+
+    # --- inside
+
+    def _first(self, cls: type[T], *where: Where) -> T | None:
+        mapper = MAPPERS[cls]
+        row = self._connection.execute(select(mapper.table).where(*where)).mappings().first()
+        return None if row is None else mapper.from_row(row)
+
+    def _list(self, cls: type[T], *where: Where, after: Id | None = None, limit: int | None = None) -> list[T]:
+        mapper = MAPPERS[cls]
+        query = select(mapper.table).where(*where).order_by(mapper.table.c.id)
+        if after is not None:
+            query = query.where(mapper.table.c.id > after)
+        if limit is not None:
+            query = query.limit(limit)
+        return [mapper.from_row(row) for row in self._connection.execute(query).mappings()]
+
+    def _viewed(self, cls: type[T], *where: Where) -> tuple[T, ...]:
+        return tuple(thing for thing in self._list(cls, *where) if snapshot_view(thing) is not None)  # type: ignore[arg-type]
+
+
+def _equal(column: Any, value: Id | None) -> list[Where]:
+    return [] if value is None else [column == value]
