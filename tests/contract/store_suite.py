@@ -1,0 +1,330 @@
+"""What every registry store must do. A database adopts the suite by giving `url` a fresh, empty database."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from kms_jwks import errors
+from kms_jwks.model import (
+    SECOND,
+    Breach,
+    Client,
+    CustodianLease,
+    Epoch,
+    Grant,
+    Id,
+    Instant,
+    Intent,
+    IntentKind,
+    IntentState,
+    VersionState,
+    Worker,
+    new_id,
+)
+from kms_jwks.model import ApiToken as Token
+from kms_jwks.store import Store, WriteTx, snapshot_view
+from tests.unit.builders import T0, at, external, key, key_set, version
+
+S = VersionState
+NOW = T0
+
+
+def fill(tx: WriteTx) -> None:
+    """One of everything, under the builders' ids."""
+    tx.add(key_set())
+    tx.add(key())
+    tx.add(
+        version(1, S.ACTIVE, breaches=(Breach("I1", at(1), "emergency"),), evidence={"attributes": {"CKA_LOCAL": True}})
+    )
+    tx.add(external())
+    tx.add(Client(Id("client-1"), "issuer", NOW))
+    tx.add(Token(Id("token-1"), Id("client-1"), "ab" * 32, NOW, at(60)))
+    tx.add(Grant(Id("grant-1"), Id("client-1"), "signer", NOW, Id("set-1"), Id("key-1")))
+    tx.add(Worker(Id("worker-1"), "node", 7, 10, NOW, NOW))
+    tx.add(Intent(Id("intent-1"), IntentKind.GENERATE, Id("version-1"), "softhsm", "kj-1", IntentState.DONE, NOW, NOW))
+
+
+class StoreContract:
+    """Adopt by subclassing with a fixture `url`."""
+
+    @pytest.fixture
+    def url(self) -> str:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def store(self, url: str) -> Iterator[Store]:
+        made = Store(url, wall=lambda: NOW)
+        made.upgrade()
+        yield made
+        made.dispose()
+
+    @pytest.fixture
+    def filled(self, store: Store) -> Store:
+        with store.write() as tx:
+            fill(tx)
+        return store
+
+    # --- values go in and come out
+
+    def test_everything_comes_back_as_it_went_in(self, filled: Store) -> None:
+        with filled.read() as tx:
+            assert tx.key_set("main") == tx.key_set_by_id(Id("set-1")) == key_set()
+            assert tx.key(Id("set-1"), "default") == tx.key_by_id(Id("key-1")) == key()
+            found = tx.version(Id("version-1"))
+            assert found == tx.version_by_kid("kid-1") == tx.version_by_number(Id("key-1"), 1)
+            assert found is not None
+            assert found.breaches == (Breach("I1", at(1), "emergency"),)
+            assert found.evidence == {"attributes": {"CKA_LOCAL": True}}
+            assert tx.external_key(Id("set-1"), "old") == external()
+            assert tx.client("issuer") == tx.client_by_id(Id("client-1"))
+            assert tx.token(Id("token-1")) == tx.token_by_sha256("ab" * 32)
+            assert tx.grants(Id("client-1")) == [tx.grant(Id("grant-1"))]
+            assert [w.confirmed for w in tx.workers()] == [None]
+            assert tx.intents(states={IntentState.DONE}) == [tx.intent(Id("intent-1"))]
+            assert tx.kid_owner("kid-1") == ("version", "version-1")
+            assert tx.kid_owner("old") == ("external_key", "external-1")
+
+    def test_what_is_not_there_is_none(self, store: Store) -> None:
+        nobody = Id("nobody")
+        with store.read() as tx:
+            found: list[Any] = [tx.key_set("x"), tx.key_set_by_id(nobody), tx.key(nobody, "x"), tx.key_by_id(nobody)]
+            found += [tx.version(nobody), tx.version_by_kid("x"), tx.version_by_number(nobody, 1)]
+            found += [tx.external_key(nobody, "x"), tx.kid_owner("x"), tx.client("x"), tx.client_by_id(nobody)]
+            found += [tx.token(nobody), tx.token_by_sha256("x"), tx.grant(nobody), tx.worker(nobody), tx.intent(nobody)]
+            found += [tx.custodian_lease()]
+        assert found == [None] * len(found)
+
+    def test_names_and_kids_are_compared_byte_by_byte(self, filled: Store) -> None:
+        with filled.read() as tx:
+            assert tx.key_set("MAIN") is None
+            assert tx.version_by_kid("KID-1") is None
+
+    def test_lists_are_filtered_and_paged_in_the_order_of_creation(self, filled: Store) -> None:
+        with filled.write() as tx:
+            for number in (2, 3, 4):
+                tx.add(version(number, S.PUBLISHED))
+        with filled.read() as tx:
+            assert [v.number for v in tx.versions(key_id=Id("key-1"))] == [1, 2, 3, 4]
+            assert [v.number for v in tx.versions(states={S.ACTIVE})] == [1]
+            assert tx.versions(states=set()) == []
+            assert tx.versions(key_set_id=Id("other")) == []
+            page = tx.versions(limit=2)
+            assert [v.number for v in page] == [1, 2]
+            assert [v.number for v in tx.versions(after=page[-1].id, limit=9)] == [3, 4]
+
+    def test_a_worker_s_confirmation_is_kept(self, filled: Store) -> None:
+        with filled.write() as tx:
+            row = tx.worker(Id("worker-1"))
+            assert row is not None
+            tx.save(replace(row, confirmed=tx.epoch()))
+        with filled.read() as tx:
+            row = tx.worker(Id("worker-1"))
+            assert row is not None
+            assert row.confirmed == tx.epoch()
+
+    # --- refusals
+
+    def test_names_are_taken_for_ever(self, filled: Store) -> None:
+        with filled.write() as tx:
+            client = tx.client("issuer")
+            assert client is not None
+            tx.save(replace(client, deleted_at=NOW))
+        for thing in (
+            key_set(id=Id("set-2")),
+            key(id=Id("key-2")),
+            Client(Id("client-2"), "issuer", NOW),
+        ):
+            with pytest.raises(errors.NameTaken), filled.write() as tx:
+                tx.add(thing)
+
+    def test_a_kid_is_never_bound_again(self, filled: Store) -> None:
+        with filled.write() as tx:
+            tx.save(replace(external(), removed_at=NOW))
+        for thing in (
+            version(2, S.PUBLISHED, kid="old"),
+            external(id=Id("external-2"), kid="kid-1"),
+            external(id=Id("external-2")),
+        ):
+            with pytest.raises(errors.KidTaken), filled.write() as tx:
+                tx.add(thing)
+        with filled.write() as tx:
+            tx.add(version(2, S.CREATING, kid=None, ref=None, public_jwk=None))
+        with pytest.raises(errors.KidTaken), filled.write() as tx:
+            tx.save(version(2, S.CREATING, kid="kid-1"))
+
+    def test_one_version_of_a_key_is_active(self, filled: Store) -> None:
+        with pytest.raises(errors.TransitionRefused), filled.write() as tx:
+            tx.add(version(2, S.ACTIVE))
+        with filled.write() as tx:
+            tx.add(version(2, S.PUBLISHED))
+        with pytest.raises(errors.TransitionRefused), filled.write() as tx:
+            tx.save(version(2, S.ACTIVE))
+
+    def test_a_row_needs_what_it_refers_to(self, store: Store) -> None:
+        with pytest.raises(errors.Conflict), store.write() as tx:
+            tx.add(key())
+
+    def test_a_refused_or_broken_transaction_leaves_nothing(self, store: Store) -> None:
+        def broken(error: type[Exception]) -> None:
+            with store.write() as tx:
+                fill(tx)
+                if error is ZeroDivisionError:
+                    raise error
+                tx.add(key_set(id=Id("set-2")))
+
+        for error in (ZeroDivisionError, errors.NameTaken):
+            with pytest.raises(error):
+                broken(error)
+        with store.read() as tx:
+            assert tx.contents().key_sets == ()
+            assert tx.workers(include_stopped=True) == []
+            assert tx.epoch().counter == 1
+
+    # --- the epoch
+
+    def test_the_epoch_grows_by_one_with_what_a_snapshot_holds(self, store: Store) -> None:
+        with store.write() as tx:
+            expected = tx.next_epoch()
+            fill(tx)
+        assert tx.committed_epoch == expected
+        assert store.poll()[0] == expected
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda tx: tx.save(replace(tx.token("token-1"), last_used_at=at(5))),
+            lambda tx: tx.save(replace(tx.worker("worker-1"), heartbeat_at=at(5))),
+            lambda tx: tx.save(replace(tx.intent("intent-1"), error="x")),
+            lambda tx: tx.save(replace(tx.key_set("main"), revision=2, updated_at=at(5))),
+            lambda tx: tx.save(replace(tx.version("version-1"), destroy_at=at(5), evidence={})),
+            lambda tx: tx.save(tx.version("version-1")),
+            lambda tx: tx.add(version(2, S.CREATING, kid=None, ref=None, public_jwk=None)),
+            lambda tx: tx.set_custodian_lease(CustodianLease(1, "h", "n", NOW, NOW)),
+        ],
+    )
+    def test_nothing_else_moves_it(self, filled: Store, change: Any) -> None:
+        before, _ = filled.poll()
+        with filled.write() as tx:
+            change(tx)
+        assert tx.committed_epoch is None
+        assert filled.poll()[0] == before
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda tx: tx.save(replace(tx.token("token-1"), revoked_at=at(5))),
+            lambda tx: tx.save(replace(tx.grant("grant-1"), deleted_at=at(5))),
+            lambda tx: tx.save(replace(tx.client("issuer"), deleted_at=at(5))),
+            lambda tx: tx.save(replace(tx.key_by_id("key-1"), disabled_at=at(5))),
+            lambda tx: tx.save(replace(tx.key_set("main"), cache_lifetime=60)),
+            lambda tx: tx.save(replace(tx.version("version-1"), state=S.REVOKED, revoked_at=at(5))),
+            lambda tx: tx.save(replace(tx.version("version-1"), visible_since=at(5))),
+            lambda tx: tx.save(replace(external(), removed_at=at(5))),
+            lambda tx: tx.new_incarnation(),
+        ],
+    )
+    def test_these_move_it_and_the_contents(self, filled: Store, change: Any) -> None:
+        with filled.read() as reading:
+            before = reading.contents()
+        with filled.write() as tx:
+            change(tx)
+        with filled.read() as reading:
+            after = reading.contents()
+        assert after.epoch != before.epoch
+        assert tx.committed_epoch == after.epoch
+
+    def test_contents_are_what_has_a_view(self, filled: Store) -> None:
+        with filled.write() as tx:
+            for number, state in enumerate((S.CREATING, S.PUBLISHED, S.RETIRING, S.RETIRED, S.DESTROYED), 2):
+                tx.add(version(number, state))
+            tx.add(version(9, S.REVOKED, revoked_at=at(1)))
+            tx.add(version(8, S.DESTROYED, revoked_at=at(1)))
+        with filled.read() as reading:
+            contents = reading.contents()
+            everything = reading.versions()
+        assert [v.number for v in contents.versions] == [1, 3, 4, 8, 9]
+        assert [v.id for v in contents.versions] == [v.id for v in everything if snapshot_view(v) is not None]
+
+    # --- several at once
+
+    def test_writers_wait_for_each_other(self, store: Store) -> None:
+        def write(number: int) -> None:
+            with store.write() as tx:
+                tx.add(Client(new_id(), f"client-{number}", NOW))
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(write, range(40)))
+        assert store.poll()[0].counter == 41
+
+    def test_processes_wait_for_each_other_and_share_no_connection(self, store: Store) -> None:
+        store.poll()
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=_write_many, args=(store, number)) for number in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(30)
+            assert process.exitcode == 0
+        assert store.poll()[0].counter == 41
+
+    def test_a_reader_sees_one_moment(self, filled: Store) -> None:
+        with filled.read() as reading:
+            before = reading.epoch()
+            with filled.write() as tx:
+                tx.add(Client(new_id(), "late", NOW))
+            assert reading.epoch() == before
+            assert reading.client("late") is None
+
+    def test_a_writer_that_is_killed_leaves_nothing(self, store: Store) -> None:
+        process = multiprocessing.get_context("fork").Process(target=_die_in_the_midst, args=(store,))
+        process.start()
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        with store.write() as tx:
+            assert tx.client("half") is None
+            tx.add(Client(new_id(), "whole", NOW))
+
+    # --- the custodian's lease
+
+    def test_a_term_never_goes_back(self, store: Store) -> None:
+        lease = CustodianLease(5, "holder", "node", NOW, Instant(NOW + SECOND))
+        with store.write() as tx:
+            tx.set_custodian_lease(lease)
+        with store.read() as reading:
+            assert reading.custodian_lease() == lease
+        with pytest.raises(errors.InternalError), store.write() as tx:
+            tx.set_custodian_lease(replace(lease, term=4))
+
+    def test_two_registries_are_two_installations(self, store: Store) -> None:
+        with store.read() as reading:
+            assert len(reading.installation().id) == 8
+            assert reading.epoch() == Epoch(reading.epoch().incarnation, 1)
+
+    def test_an_upgrade_of_what_is_up_to_date_changes_nothing(self, filled: Store) -> None:
+        with filled.read() as reading:
+            before = (reading.installation(), replace(reading.contents(), now=NOW))
+        filled.upgrade()
+        filled.check_schema()
+        with filled.read() as reading:
+            assert (reading.installation(), replace(reading.contents(), now=NOW)) == before
+
+
+def _write_many(store: Store, number: int) -> None:
+    for step in range(10):
+        with store.write() as tx:
+            tx.add(Client(new_id(), f"client-{number}-{step}", NOW))
+    store.dispose()
+
+
+def _die_in_the_midst(store: Store) -> None:
+    with store.write() as tx:
+        tx.add(Client(new_id(), "half", NOW))
+        os.kill(os.getpid(), signal.SIGKILL)
