@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,14 @@ from kms_jwks.backends.base import Backend
 
 
 def _pkcs11(name: str, options: Any, state_dir: Path) -> Backend:
-    from kms_jwks.backends.pkcs11 import Pkcs11Backend, Pkcs11Options, PinSource
+    from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, Pkcs11Options
 
+    if options.pin_file is not None:
+        pin = PinSource.from_file(options.pin_file)
+    elif options.pin_env is not None:
+        pin = PinSource.from_env(options.pin_env)
+    else:
+        pin = _pin_of_standard_input()
     return Pkcs11Backend(
         name,
         Pkcs11Options(
@@ -21,7 +28,7 @@ def _pkcs11(name: str, options: Any, state_dir: Path) -> Backend:
             token_serial=options.token_serial,
             slot=options.slot,
             expected_serial=options.expected_serial,
-            pin=PinSource.of(file=options.pin_file, env=options.pin_env, stdin=options.pin_stdin),
+            pin=pin,
             sessions=options.sessions,
             locking=options.locking,
             sign_in_place=options.sign_in_place,
@@ -29,6 +36,14 @@ def _pkcs11(name: str, options: Any, state_dir: Path) -> Backend:
             environment=options.environment,
         ),
     )
+
+
+@cache
+def _pin_of_standard_input() -> Any:
+    """Read once per process tree: a child of a fork finds it here."""
+    from kms_jwks.backends.pkcs11 import PinSource
+
+    return PinSource.from_stdin()
 
 
 BACKENDS: Mapping[str, Callable[[str, Any, Path], Backend]] = {"pkcs11": _pkcs11}

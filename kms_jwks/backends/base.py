@@ -25,12 +25,14 @@ class KeyRef:
 
     @classmethod
     def of(cls, **parts: str) -> KeyRef:
+        """A reference from its parts."""
         return cls(tuple(sorted(parts.items())))
 
     def __getitem__(self, name: str) -> str:
         return dict(self.locator)[name]
 
     def as_dict(self) -> dict[str, str]:
+        """The parts, as the registry keeps them."""
         return dict(self.locator)
 
 
@@ -81,6 +83,7 @@ class Evidence:
 
     @property
     def holds(self) -> bool:
+        """Whether promise 1 is kept."""
         return self.generated_in_module and self.non_extractable and self.sign_only
 
 

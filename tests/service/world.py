@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from kms_jwks.store import Store
 
 from kms_jwks import authn, wire
 from kms_jwks.access import Role
@@ -23,6 +22,7 @@ from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.custodian import Custodian
 from kms_jwks.service.modules import Modules
 from kms_jwks.service.signing import Batch, Operation
+from kms_jwks.store import Store
 from tests.memory_backend import MemoryBackend
 
 T = TypeVar("T")

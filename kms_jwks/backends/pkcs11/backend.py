@@ -1,0 +1,239 @@
+"""The backend contract (backends/base.py) over one PKCS#11 token. Sessions, retries and attributes live beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from pkcs11 import Attribute, Object, ObjectClass
+
+from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
+from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
+from kms_jwks.backends.pkcs11 import keys, objects
+from kms_jwks.backends.pkcs11.access import Access
+from kms_jwks.backends.pkcs11.locks import locked
+from kms_jwks.backends.pkcs11.meanings import Lost
+from kms_jwks.backends.pkcs11.mechanisms import offered
+from kms_jwks.backends.pkcs11.module import module_at
+from kms_jwks.backends.pkcs11.opening import lock_path, serial_of
+from kms_jwks.errors import BackendRefused, BackendTimeout, UnsupportedAlgorithm
+
+if TYPE_CHECKING:
+    from kms_jwks.backends.pkcs11.connection import Seat
+    from kms_jwks.backends.pkcs11.options import Pkcs11Options
+
+T = TypeVar("T")
+
+_READING: Final = 10.0
+"""Seconds that calls without a deadline of their own wait for locks, sessions and the opening."""
+_MUTATING: Final = 60.0
+"""The same for making and destroying: another process may be at an RSA key."""
+_LABEL_BYTES: Final = 40
+
+
+class Pkcs11Backend:
+    """A `Backend` over one token. Made before the fork; each process opens the token at its own first call.
+
+    References hold `id` (CKA_ID in hexadecimal), `label` and `serial` (the token's).
+    """
+
+    kind = "pkcs11"
+
+    def __init__(self, name: str, options: Pkcs11Options) -> None:
+        self.name = name
+        self.sign_in_place = options.sign_in_place
+        self._options = options
+        # By process: a child of a fork sees the parent's entry, keeps it alive (its locks and handles are not the
+        # child's to touch) and makes its own.
+        self._accesses: dict[int, Access] = {}
+
+    # --- signing and reading --------------------------------------------------------------------------------------
+
+    def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
+        """See `Backend.sign`."""
+        if time.monotonic() >= deadline:
+            raise BackendTimeout("The deadline had passed before the module was asked.")
+
+        def work(seat: Seat) -> bytes:
+            if ref not in seat.handles:
+                self._check_ref(ref, seat)
+            return objects.signed(seat, ref, alg, what)
+
+        return self._access().run(work, deadline, doing=f"signing with {alg.name}")
+
+    def capabilities(self) -> frozenset[str]:
+        """See `Backend.capabilities`. Curves are not in a mechanism list: `generate` may still refuse ES256K."""
+        return self._read("reading the mechanisms", lambda seat: offered(seat.connection.mechanisms))
+
+    def public_key(self, ref: KeyRef) -> PublicJwk:
+        """See `Backend.public_key`."""
+        return self._read("reading a public key", lambda seat: objects.jwk_of(seat, ref, self._private(seat, ref)))
+
+    def attributes(self, ref: KeyRef) -> Evidence:
+        """See `Backend.attributes`."""
+        return self._read("reading attributes", lambda seat: keys.evidence_of(self._private(seat, ref)))
+
+    def list_keys(self, label_prefix: str) -> list[StoredKey]:
+        """See `Backend.list_keys`."""
+
+        def work(seat: Seat) -> list[StoredKey]:
+            found = objects.find(seat.connection, seat.session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
+            labelled = ((str(keys.optional(key, Attribute.LABEL) or ""), key) for key in found)
+            return [
+                StoredKey(objects.ref_of(seat, label, key), label)
+                for label, key in labelled
+                if label.startswith(label_prefix)
+            ]
+
+        return self._read("listing keys", work)
+
+    def adopt(self, locator: str) -> GeneratedKey:
+        """Find the one private key with a label, or with ``id=<hexadecimal CKA_ID>``, that is as good as our own."""
+        template = _adoption(locator)
+
+        def work(seat: Seat) -> GeneratedKey:
+            ref = objects.the_one(seat, template, locator)
+            private = self._private(seat, ref)
+            jwk = objects.jwk_of(seat, ref, private)
+            if weak := keys.weakness(keys.evidence_of(private)):
+                raise BackendRefused(
+                    f"The key {locator!r} is not adopted: by the module's own attributes {weak}.",
+                    next_step="Generate a new key and rotate to it.",
+                )
+            return GeneratedKey(ref, jwk)
+
+        return self._read("adopting a key", work)
+
+    def ping(self) -> Health:
+        """See `Backend.ping`. The counts of sessions are the module's, where it tells, and this process's own."""
+
+        def work(seat: Seat) -> Health:
+            connection = seat.connection
+            facts = connection.module.cryptoki.token_facts(connection.token.slot.slot_id)
+            if facts is None or not connection.is_healthy():
+                raise Lost
+            token = connection.token
+            return Health(
+                f"token {token.label!r}, serial {connection.serial}, {token.manufacturer_id} {token.model}",
+                {
+                    "token_label": token.label,
+                    "token_serial": serial_of(token),
+                    "token_model": token.model,
+                    "token_manufacturer": token.manufacturer_id,
+                    "token_firmware": "{}.{}".format(*token.firmware_version),
+                    "slot": str(token.slot.slot_id),
+                    "library": connection.module.description,
+                    "library_version": connection.module.version,
+                    "locking": "process" if connection.module.gate.serial else "os",
+                    "sessions_of_token": _known(facts.sessions),
+                    "rw_sessions_of_token": _known(facts.rw_sessions),
+                    "sessions_of_process": str(connection.sessions),
+                },
+            )
+
+        return self._read("asking for a sign of life", work)
+
+    # --- making and destroying ------------------------------------------------------------------------------------
+
+    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
+        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns."""
+        if not label.isascii() or not label.isprintable() or not 0 < len(label) <= _LABEL_BYTES:
+            raise BackendRefused(f"A key's label is 1 to {_LABEL_BYTES} printable ASCII characters.")
+        if alg.is_rsa:
+            rsa_bits = rsa_bits or DEFAULT_RSA_BITS
+            if rsa_bits not in alg.rsa_bits:
+                raise UnsupportedAlgorithm(f"{alg.name} keys have {_either(alg.rsa_bits)} bits, not {rsa_bits}.")
+        elif rsa_bits is not None:
+            raise BackendRefused(f"{alg.name} keys have no RSA modulus.")
+        request = objects.Request(label, alg, rsa_bits)
+        made: list[bytes] = []
+
+        def work(seat: Seat) -> GeneratedKey:
+            # What an earlier attempt of this call left behind, before the label is looked for.
+            objects.clear(seat, made)
+            objects.check_label_free(seat, label)
+            try:
+                return objects.generated(seat, request, made)
+            except BaseException:
+                objects.clear(seat, made)
+                raise
+
+        return self._mutate("generating a key", work)
+
+    def destroy(self, ref: KeyRef) -> None:
+        """See `Backend.destroy`. Both halves are gone, and were looked for again, when this returns."""
+
+        def work(seat: Seat) -> None:
+            self._check_ref(ref, seat)
+            objects.destroy_all(seat, objects.locator(ref, ObjectClass.PRIVATE_KEY))
+
+        self._mutate("destroying a key", work)
+
+    def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
+        """Tokens have no waiting period: False."""
+        return False
+
+    def cancel_destroy(self, ref: KeyRef) -> None:
+        """Nothing was scheduled."""
+
+    def close(self) -> None:
+        """Close this process's sessions. Where a call is stuck in the module its session stays."""
+        access = self._accesses.get(os.getpid())
+        if access is not None:
+            access.close(time.monotonic() + _READING)
+
+    # --- the ways in ----------------------------------------------------------------------------------------------
+
+    def _access(self) -> Access:
+        pid = os.getpid()
+        access = self._accesses.get(pid)
+        if access is None:
+            access = self._accesses.setdefault(pid, Access(module_at(self._options.module), self._options))
+        return access
+
+    def _read(self, doing: str, work: Callable[[Seat], T]) -> T:
+        return self._access().run(work, time.monotonic() + _READING, doing=doing)
+
+    def _mutate(self, doing: str, work: Callable[[Seat], T]) -> T:
+        """One at a time per token, whatever the thread or process: FACTS.md 1."""
+        deadline = time.monotonic() + _MUTATING
+        access = self._access()
+        serial = access.run(lambda seat: seat.connection.serial, deadline, doing=doing)
+        with locked(lock_path(self._options.lock_dir, "mutate", serial), deadline):
+            return access.run(work, deadline, doing=doing, pool=lambda connection: connection.mutating)
+
+    def _private(self, seat: Seat, ref: KeyRef) -> Object:
+        self._check_ref(ref, seat)
+        return objects.private_key(seat, ref)
+
+    def _check_ref(self, ref: KeyRef, seat: Seat) -> None:
+        """A reference names its token: the same label on another one is another key."""
+        parts = ref.as_dict()
+        serial = parts.get("serial")
+        if serial is None or not (parts.get("id") or parts.get("label")):
+            raise BackendRefused(f"The reference {ref.as_dict()} is none of a PKCS#11 backend.")
+        if serial != seat.connection.serial:
+            raise BackendRefused(
+                f"The key {objects.described(ref)} is on the token with serial {serial}; backend {self.name!r} has "
+                f"the one with serial {seat.connection.serial}.",
+                next_step="Put the right token back, or correct the backend's token in the configuration.",
+            )
+
+
+def _adoption(locator: str) -> keys.Template:
+    if not locator.startswith("id="):
+        return {Attribute.LABEL: locator}
+    try:
+        return {Attribute.ID: bytes.fromhex(locator[3:])}
+    except ValueError:
+        raise BackendRefused(f"The locator {locator!r} is no label and no id=<hexadecimal CKA_ID>.") from None
+
+
+def _known(count: int | None) -> str:
+    return "unknown" if count is None else str(count)
+
+
+def _either(sizes: tuple[int, ...]) -> str:
+    return " or ".join(str(size) for size in sizes)

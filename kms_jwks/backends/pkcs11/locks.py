@@ -1,0 +1,135 @@
+"""Waiting with a deadline: locks between processes (flock) and the gate that every call into a module passes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kms_jwks.errors import BackendRefused, BackendTimeout
+
+_FIRST_WAIT = 0.002
+_LONGEST_WAIT = 0.05
+
+
+@contextmanager
+def locked(path: Path, deadline: float) -> Iterator[None]:
+    """Hold an exclusive flock on `path` (made where missing). Raises BackendTimeout, BackendRefused.
+
+    The kernel lets go of it when the process dies. It excludes threads too: each call has a file description of its
+    own. Unlocked explicitly, because a child forked meanwhile shares the description.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BackendRefused(
+            f"The lock {path} cannot be opened: {error.strerror}.",
+            next_step=f"Make {path.parent} a folder that this user may write to.",
+        ) from error
+    try:
+        wait = _FIRST_WAIT
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise BackendTimeout(f"Another process or thread holds {path}.") from None
+                time.sleep(min(wait, left))
+                wait = min(wait * 2, _LONGEST_WAIT)
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def held(lock: threading.Lock, deadline: float, what: str) -> Iterator[None]:
+    """Hold a thread lock. Raises BackendTimeout, which names `what` was waited for."""
+    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise BackendTimeout(f"Waited too long for {what}.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Gate:
+    """Counts the threads inside a module, so that nobody finalises it under them (softhsm issue 446).
+
+    With `serial` set, one thread at a time gets in: for modules that cannot lock for themselves. Not re-entrant: a
+    thread that is inside and enters again waits for itself.
+    """
+
+    def __init__(self) -> None:
+        self.serial = False
+        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._inside = 0
+        self._closed = False
+
+    def enter(self, deadline: float) -> bool:
+        """Come in; the answer is to be given to `leave`. Raises BackendTimeout."""
+        turn = self.serial
+        if turn and not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise BackendTimeout("Another call was inside the module, which takes one at a time.")
+        with self._lock:
+            if self._closed and not self._changed.wait_for(self._is_open, max(0.0, deadline - time.monotonic())):
+                if turn:
+                    self._turn.release()
+                raise BackendTimeout("The module was being started again.")
+            self._inside += 1
+        return turn
+
+    def leave(self, turn: bool) -> None:
+        """Go out again."""
+        with self._lock:
+            self._inside -= 1
+            if self._closed:
+                self._changed.notify_all()
+        if turn:
+            self._turn.release()
+
+    @contextmanager
+    def inside(self, deadline: float) -> Iterator[None]:
+        """`enter` and `leave`, where speed does not matter."""
+        turn = self.enter(deadline)
+        try:
+            yield
+        finally:
+            self.leave(turn)
+
+    @contextmanager
+    def alone(self, deadline: float) -> Iterator[None]:
+        """Let nobody in and wait until everybody is out. Raises BackendTimeout when a call does not come back."""
+        with self._lock:
+            if not self._changed.wait_for(self._is_open, max(0.0, deadline - time.monotonic())):
+                raise BackendTimeout("The module was being started again.")
+            self._closed = True
+            try:
+                if not self._changed.wait_for(lambda: not self._inside, max(0.0, deadline - time.monotonic())):
+                    raise BackendTimeout("A call into the module does not come back, so it cannot be started again.")
+            except BaseException:
+                self._reopen()
+                raise
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reopen()
+
+    def _is_open(self) -> bool:
+        return not self._closed
+
+    def _reopen(self) -> None:
+        self._closed = False
+        self._changed.notify_all()

@@ -1,0 +1,171 @@
+"""A loaded PKCS#11 module, once per process and shared object: loading, (re)initialising, slots. No token, no PIN."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Protocol
+
+from pkcs11 import PKCS11Error, Token, _pkcs11
+from pkcs11.exceptions import TokenNotPresent, TokenNotRecognised
+
+from kms_jwks.backends.pkcs11.cryptoki import (
+    CKR_CANT_LOCK,
+    CKR_CRYPTOKI_ALREADY_INITIALIZED,
+    CKR_OK,
+    Cryptoki,
+)
+from kms_jwks.backends.pkcs11.locks import Gate
+from kms_jwks.backends.pkcs11.meanings import said, unavailable
+
+_RESTART_UNDER_OTHERS: Final = 30.0
+"""Seconds between two restarts of a module of which another token, in use in this process, is well."""
+
+
+class Tenant(Protocol):
+    """Somebody with sessions in the module."""
+
+    def is_healthy(self) -> bool:
+        """Whether its token answers; asked while nobody else is inside."""
+        ...
+
+
+class _Library(_pkcs11.lib):
+    """python-pkcs11's library without its C_Initialize(NULL): `Module` has initialised the module before."""
+
+    def initialize(self) -> None:
+        """Do nothing."""
+
+
+class Module:
+    """One shared object in this process. `generation` grows with each initialisation: what older ones gave is dead.
+
+    Every call into the module passes `gate`.
+    """
+
+    def __init__(self, path: Path, *, inherited: bool) -> None:
+        self.gate = Gate()
+        self.generation = 0
+        self.tenants: set[Tenant] = set()
+        self.path = path
+        self._inherited = inherited
+        """A parent process had the module initialised before it forked us."""
+        self._foreign = False
+        self._cryptoki: Cryptoki | None = None
+        self._library: _Library | None = None
+        self._restarted = float("-inf")
+
+    @property
+    def cryptoki(self) -> Cryptoki:
+        """The C functions; only after `start`."""
+        assert self._cryptoki is not None
+        return self._cryptoki
+
+    @property
+    def description(self) -> str:
+        """The module's own words about itself."""
+        library = self._library
+        return "" if library is None else f"{library.manufacturer_id} {library.library_description}".strip()
+
+    @property
+    def version(self) -> str:
+        """Of the library, as it says itself."""
+        return "" if self._library is None else "{}.{}".format(*self._library.library_version)
+
+    def start(self, environment: Mapping[str, str], *, os_locking: bool, deadline: float) -> None:
+        """Load and initialise, once. Raises BackendUnavailable, BackendTimeout."""
+        if not os_locking:
+            self.gate.serial = True
+        if not self.generation:
+            with self.gate.alone(deadline):
+                self._load(environment)
+
+    def restart(self, deadline: float) -> bool:
+        """Finalise and initialise: the only cure after SoftHSM lost its token. All sessions and handles die.
+
+        Not done, and False, where it would be wrong: other code in this process initialised the module, or another
+        token of it is in use here and well and the last restart is not long ago. Raises BackendUnavailable,
+        BackendTimeout.
+        """
+        with self.gate.alone(deadline):
+            self.tenants = {tenant for tenant in self.tenants if tenant.is_healthy()}
+            soon = time.monotonic() < self._restarted + _RESTART_UNDER_OTHERS
+            if self._foreign or (self.tenants and soon):
+                return False
+            self.cryptoki.finalize()
+            self.tenants.clear()
+            self._restarted = time.monotonic()
+            self._initialize()
+            return True
+
+    def tokens(self) -> list[Token]:
+        """The tokens that are there now; to be called inside. Raises PKCS11Error."""
+        assert self._library is not None
+        found = []
+        for slot in self._library.get_slots(token_present=True):
+            try:
+                found.append(slot.get_token())
+            except (TokenNotPresent, TokenNotRecognised):
+                continue
+        return found
+
+    def _load(self, environment: Mapping[str, str]) -> None:
+        if self.generation:
+            return  # another thread was first
+        os.environ.update(environment)
+        try:
+            self._cryptoki = Cryptoki(self.path)
+        except OSError as error:
+            raise unavailable(f"The module {self.path} cannot be loaded: {error}.") from error
+        except AttributeError as error:
+            raise unavailable(f"{self.path} is no PKCS#11 module: it offers no C_GetFunctionList.") from error
+        self._initialize()
+        self._restarted = time.monotonic()
+
+    def _initialize(self) -> None:
+        code = self._initialized()
+        if code == CKR_CANT_LOCK:
+            self.gate.serial = True
+            code = self.cryptoki.initialize(os_locking=False)
+        if code == CKR_CRYPTOKI_ALREADY_INITIALIZED:
+            # Somebody else in this process did it, and may not have asked for locking.
+            self._foreign = self.gate.serial = True
+        elif code != CKR_OK:
+            raise unavailable(f"The module {self.path} answered {code:#x} to C_Initialize.")
+        try:
+            if self._library is None:
+                self._library = _Library(str(self.path))
+                # Never deallocated: that would unload the shared object, which sessions and a child's parent use.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._library))
+        except PKCS11Error as error:
+            raise unavailable(f"The module {self.path} answered {said(error)} to C_GetInfo.") from error
+        self.generation += 1
+
+    def _initialized(self) -> int:
+        """C_Initialize. What a child has from its parent is thrown away first: not all modules notice a fork."""
+        os_locking = not self.gate.serial
+        code = self.cryptoki.initialize(os_locking=os_locking)
+        for _ in range(2):
+            if code == CKR_OK or not self._inherited:
+                break
+            self.cryptoki.finalize()
+            code = self.cryptoki.initialize(os_locking=os_locking)
+        self._inherited = False
+        return code
+
+
+_modules: dict[tuple[int, Path], Module] = {}
+
+
+def module_at(path: Path) -> Module:
+    """The process's one `Module` for a shared object. After a fork the child gets a new one."""
+    real = path.resolve()
+    key = (os.getpid(), real)
+    module = _modules.get(key)
+    if module is None:
+        inherited = any(known.generation for (_, other), known in _modules.items() if other == real)
+        module = _modules.setdefault(key, Module(real, inherited=inherited))
+    return module

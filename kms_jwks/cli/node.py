@@ -1,0 +1,315 @@
+"""Commands that work on the node itself, with its configuration: init, serve, custodian, doctor, db."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kms_jwks import errors
+from kms_jwks.cli.api import confirm
+from kms_jwks.cli.failures import ExitCode
+from kms_jwks.cli.text import clean, note
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from kms_jwks.backends.base import Backend
+    from kms_jwks.config import Settings
+    from kms_jwks.service.doctor import Check
+    from kms_jwks.store import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PREFIX = "KMS_JWKS_"
+
+
+def _config_option(function: F) -> F:
+    return click.option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar="KMS_JWKS_CONFIG",
+        show_envvar=True,
+        help="The TOML file with the settings; environment variables KMS_JWKS_… win over it.",
+    )(function)
+
+
+# --- init -------------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@_config_option
+@click.option("--key-set", metavar="NAME", help="Create this key set with a key `default` too.")
+@click.option("--alg", default="ES256", show_default=True, help="The algorithm of that key.")
+@click.option(
+    "--admin-token-file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the API token of an administrator there (mode 0600).",
+)
+@click.option(
+    "--signer-token-file",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the API token of a client that may only sign with that key there.",
+)
+def init(
+    config: Path | None, key_set: str | None, alg: str, admin_token_file: Path | None, signer_token_file: Path | None
+) -> None:
+    """Bring the registry up to date and make the first administrator and key set.
+
+    What is there is kept, so it can be run at every start. The key pair is made once the service runs.
+    """
+    from kms_jwks import wiring
+    from kms_jwks.config import prepare_state_dir
+    from kms_jwks.service import bootstrap
+
+    if signer_token_file is not None and key_set is None:
+        raise click.UsageError("--signer-token-file needs --key-set.")
+    settings = _settings(config)
+    prepare_state_dir(settings)
+    _make_registry_folder(settings)
+    modules = wiring.make_modules(settings)
+    with _registry(settings) as store:
+        try:
+            lines = bootstrap.initialise(
+                store,
+                settings,
+                modules,
+                key_set=key_set,
+                alg=alg,
+                admin_token_file=admin_token_file,
+                signer_token_file=signer_token_file,
+            )
+        except OSError as error:
+            raise errors.ConfigurationError(f"{error.filename}: {error.strerror}.") from None
+        finally:
+            modules.close()
+    for line in lines:
+        click.echo(line)
+
+
+# --- serve and custodian ----------------------------------------------------------------------------------------------
+
+
+@click.command()
+@_config_option
+@click.option(
+    "--routes",
+    type=click.Choice(["public", "private", "all"]),
+    help="What is answered: JWKS, discovery and health (public), the rest (private), or all. [default: the settings']",
+)
+@click.option(
+    "--bind", metavar="HOST:PORT", multiple=True, help="Where to listen; repeatable. [default: the settings']"
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Signing processes. [default: the settings']")
+@click.option("--role", type=click.Choice(["all", "http"]), default="all", hidden=True)
+def serve(config: Path | None, routes: str | None, bind: tuple[str, ...], workers: int | None, role: str) -> None:
+    """Serve until told to stop: the workers and, unless only public routes are served, the custodian.
+
+    TERM and INT end it gracefully; HUP reads the settings again.
+    """
+    changes = {"ROUTES": routes, "BIND": ",".join(bind) or None, "WORKERS": workers}
+    settings = _settings(config, {name: str(value) for name, value in changes.items() if value is not None})
+    _refuse_wrong_schema(settings)
+    if role == "http":
+        from kms_jwks.http.server import run_gunicorn
+
+        if config is not None:
+            # The workers read the settings for themselves.
+            os.environ[f"{_PREFIX}CONFIG"] = str(config.absolute())
+        run_gunicorn(settings)
+        return
+    from kms_jwks.cli import supervisor
+    from kms_jwks.config import prepare_state_dir
+
+    prepare_state_dir(settings)
+    click.get_current_context().exit(supervisor.serve(settings, config))
+
+
+@click.command()
+@_config_option
+def custodian(config: Path | None) -> None:
+    """Make, rotate and destroy keys until told to stop. `serve` runs one already.
+
+    One custodian of an installation acts; others stand by.
+    """
+    from kms_jwks import wiring
+    from kms_jwks.config import prepare_state_dir
+    from kms_jwks.http import logs
+
+    settings = _settings(config)
+    logs.configure(settings.log_level, settings.log_format)
+    prepare_state_dir(settings)
+    _refuse_wrong_schema(settings)
+    stop = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    wiring.custodian(settings).run(stop)
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the state and all checks.")
+@click.option("--strict", is_flag=True, help="Warnings count as failures.")
+@click.option("--remove-orphans", is_flag=True, help="Destroy the key pairs that no key version refers to; asks first.")
+@click.option("--yes", "-y", "sure", is_flag=True, help="Do not ask.")
+def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: bool, sure: bool) -> None:
+    """Examine this node: module, PIN, keys, registry, files, clocks; and say how to mend what is wrong.
+
+    Changes nothing, unless --remove-orphans is given. Exits with 1 when something is wrong; warnings alone exit with 0.
+    """
+    import msgspec
+
+    from kms_jwks import wiring
+    from kms_jwks.service import doctor as examination
+
+    settings = _settings(config)
+    modules = wiring.make_modules(settings)
+    checks: list[Check] = []
+    with _registry(settings) as store:
+        try:
+            if remove_orphans:
+                _remove_orphans(store, modules.backends, sure=sure)
+            for check in examination.examine(settings, store, modules.backends):
+                checks.append(check)
+                if not as_json:
+                    _print_check(check)
+        finally:
+            modules.close()
+    worst = examination.worst(checks)
+    if as_json:
+        click.echo(msgspec.json.encode({"state": worst, "checks": checks}))
+    else:
+        bad = [sum(check.state == state for check in checks) for state in ("failure", "warning")]
+        click.echo(f"{len(checks)} checks: {bad[0]} failed, {bad[1]} with a warning.")
+    failed = worst is examination.State.FAILURE or (strict and worst is not examination.State.OK)
+    click.get_current_context().exit(ExitCode.REFUSED if failed else ExitCode.DONE)
+
+
+_MARKS = {"ok": ("ok", None), "warning": ("WARNING", "yellow"), "failure": ("FAILED", "red")}
+
+
+def _print_check(check: Check) -> None:
+    word, colour = _MARKS[check.state]
+    click.echo(
+        f"{click.style(f'{word:8}', fg=colour, bold=colour is not None)} {clean(f'{check.name}: {check.detail}')}"
+    )
+    if check.next_step:
+        click.echo(f"         → {clean(check.next_step)}")
+
+
+def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool) -> None:
+    from kms_jwks.service import doctor as examination
+
+    found = examination.orphans(store, backends)
+    if not found:
+        note("There are no orphans.")
+        return
+    for orphan in found:
+        note(f"orphan in {orphan.backend}: {orphan.label}")
+    confirm(f"Destroy {len(found)} key pair(s)? They cannot be brought back.", sure=sure)
+    for orphan in found:
+        done = examination.remove(orphan, store, backends)
+        note(f"{'destroyed' if done else 'needed after all, and left alone'}: {orphan.label}")
+
+
+# --- db ---------------------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def db() -> None:
+    """The registry's database."""
+
+
+@db.command()
+@_config_option
+def upgrade(config: Path | None) -> None:
+    """Make the registry, or bring its schema up to date."""
+    settings = _settings(config)
+    _make_registry_folder(settings)
+    with _registry(settings) as store:
+        store.upgrade()
+        click.echo(f"The schema of {store.url} is up to date.")
+
+
+@db.command()
+@_config_option
+def check(config: Path | None) -> None:
+    """Check that the registry can be reached and has the schema this program needs."""
+    with _registry(_settings(config)) as store:
+        store.check_schema()
+        with store.read() as tx:
+            epoch = tx.epoch()
+        click.echo(f"The schema of {store.url} is right; epoch {epoch.counter} of {epoch.incarnation}.")
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _settings(config: Path | None, changes: dict[str, str] | None = None) -> Settings:
+    """The settings, with what the command line changes validated as everything else is."""
+    from kms_jwks.config import load_settings
+
+    with _variables({f"{_PREFIX}{name}": value for name, value in (changes or {}).items()}):
+        return load_settings(config)
+
+
+@contextmanager
+def _variables(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _registry(settings: Settings) -> Iterator[Store]:
+    from kms_jwks import wiring
+
+    store = wiring.make_store(settings)
+    try:
+        yield store
+    finally:
+        store.dispose()
+
+
+def _refuse_wrong_schema(settings: Settings) -> None:
+    """Raise SchemaMismatch. A registry that is away is no obstacle: the last JWKS is served until it is back."""
+    with _registry(settings) as store:
+        try:
+            store.check_schema()
+        except errors.StoreUnavailable as error:
+            note(f"Warning: {clean(error.detail)} The last JWKS is served until the registry is back.")
+
+
+def _make_registry_folder(settings: Settings) -> None:
+    """The folder of an SQLite registry, readable by its owner alone."""
+    from kms_jwks.service.doctor import registry_file
+
+    file = registry_file(settings)
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.ConfigurationError(f"database_url: {file.parent} cannot be made: {error.strerror}.") from None

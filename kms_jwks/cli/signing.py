@@ -1,0 +1,60 @@
+"""`kms-jwks jwks`, `sign` and `verify`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from kms_jwks.cli.api import api_command, key_arguments, write
+from kms_jwks.cli.text import clean
+from kms_jwks.cli.values import DURATION, content, json_object
+
+if TYPE_CHECKING:
+    from kms_jwks.cli.api import Api
+
+DEFAULT_KEY_SET = "default"
+
+
+@api_command(None, "jwks")
+@click.argument("key_set", metavar="[KEY_SET]", required=False)
+def jwks(api: Api, key_set: str | None) -> None:
+    """Print the JWKS of a key set, or of the default one."""
+    found = api.client.jwks(key_set)
+    api.show(lambda: write(msgspec.json.format(msgspec.json.encode(found))))
+
+
+@api_command(None, "sign")
+@key_arguments
+@click.option(
+    "--claims", metavar="JSON|@FILE|-", required=True, help="The claims; @FILE reads a file, - standard input."
+)
+@click.option("--expires-in", type=DURATION, help="How long the token lives. [default: the key's profile]")
+@click.option("--profile", metavar="NAME", help="The signing profile. [default: the key's only one]")
+def sign(api: Api, key_set: str, key: str, claims: str, expires_in: int | None, profile: str | None) -> None:
+    """Sign a JWT and print it."""
+    made = api.client.sign_jwt(key_set, key, json_object(claims, "--claims"), expires_in=expires_in, profile=profile)
+    api.show(lambda: click.echo(made.token))
+
+
+@api_command(None, "verify", options_metavar="[OPTIONS] [KEY_SET] TOKEN|-")
+@click.argument("words", nargs=-1, metavar="")
+@click.option("--audience", metavar="AUDIENCE", required=True, help="Whom the token must be meant for; any: nobody.")
+@click.option("--typ", metavar="TYP", help="The typ it must have.")
+def verify(api: Api, words: tuple[str, ...], audience: str, typ: str | None) -> None:
+    """Verify a token and print its claims; `-` reads it from standard input.
+
+    Without KEY_SET the key set `default` counts. Exits with 1 when the token is not good.
+    """
+    if not 1 <= len(words) <= 2:
+        raise click.UsageError("Give [KEY_SET] and TOKEN, or - to read the token from standard input.")
+    token = words[-1] if words[-1] != "-" else content("-", "TOKEN").strip()
+    key_set = words[0] if len(words) == 2 else DEFAULT_KEY_SET
+    found = api.client.verify(key_set, token, audience, typ)
+
+    def render() -> None:
+        click.echo(f"Good: signed by {clean(found.kid)}", err=True)
+        write(msgspec.json.format(msgspec.json.encode(found.claims)))
+
+    api.show(render)

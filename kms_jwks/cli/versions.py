@@ -1,0 +1,235 @@
+"""`kms-jwks version`."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from kms_jwks.cli.api import api_command, confirm, key_arguments, version_arguments, yes_option
+from kms_jwks.cli.text import details, note, table, when, yes
+from kms_jwks.cli.values import INSTANT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kms_jwks import wire
+    from kms_jwks.cli.api import Api
+
+
+@click.group()
+def version() -> None:
+    """Key versions: one key pair each. VERSION is its number or its kid."""
+
+
+@api_command(version, "list")
+@key_arguments
+def list_versions(api: Api, key_set: str, key: str) -> None:
+    """List the versions of a key, destroyed ones included."""
+    api.show_list(
+        api.client.versions(key_set, key),
+        lambda items: table(*version_rows([(key, v) for v in items], named=False)),
+    )
+
+
+@api_command(version, "show")
+@version_arguments
+def show_version(api: Api, key_set: str, key: str, version: str) -> None:
+    """Show a version and when it became what it is."""
+    found = api.client.version(key_set, key, version)
+    api.show(lambda: _show(found))
+
+
+@api_command(version, "create")
+@key_arguments
+def create_version(api: Api, key_set: str, key: str) -> None:
+    """Make a standby version, where there is none."""
+    made = api.client.create_version(key_set, key)
+    api.show(lambda: _show(made))
+
+
+@api_command(version, "activate")
+@version_arguments
+def activate_version(api: Api, key_set: str, key: str, version: str) -> None:
+    """Let a published version sign."""
+    changed = api.client.activate(key_set, key, version)
+    api.show(lambda: _show(changed))
+
+
+@api_command(version, "revoke")
+@version_arguments
+@click.option("--reason", default="", help="Why; stays on the version.")
+@yes_option
+def revoke_version(api: Api, key_set: str, key: str, version: str, reason: str, sure: bool) -> None:
+    """Emergency: out of the JWKS, and it never signs again.
+
+    The standby takes over at once. The command returns when no worker signs with the version any more.
+    """
+    confirm(f"Revoke version {version} of {key_set} {key}? That cannot be undone.", sure=sure)
+    done = api.client.revoke(key_set, key, version, reason=reason)
+
+    def render() -> None:
+        click.echo(f"Version {done.version.number} ({done.version.kid or 'without a key pair'}) is revoked.")
+        if done.successor is not None:
+            click.echo(f"Version {done.successor.number} ({done.successor.kid}) signs now.")
+        else:
+            note("Warning: there was no standby; the key does not sign until its next version is active.")
+
+    api.show(render)
+    for worker in done.unconfirmed:
+        note(
+            f"Warning: worker {worker.worker} on node {worker.node} has not confirmed and may publish the old JWKS; "
+            f"last heard of at {when(worker.heartbeat_at)}."
+        )
+
+
+@api_command(version, "destroy")
+@version_arguments
+@click.option("--at", "destroy_at", type=INSTANT, help="When, 7 days ahead at least. [default: the key's policy]")
+@yes_option
+def destroy_version(
+    api: Api,
+    key_set: str,
+    key: str,
+    version: str,
+    destroy_at: str | None,
+    sure: bool,
+) -> None:
+    """Set when the key pair of a retired or revoked version is destroyed in its module."""
+    confirm(f"Have version {version} of {key_set} {key} destroyed?", sure=sure)
+    at = datetime.fromisoformat(destroy_at) if destroy_at else None
+    changed = api.client.destroy(key_set, key, version, destroy_at=at)
+    api.show(lambda: _show(changed))
+
+
+@api_command(version, "cancel-destroy")
+@version_arguments
+def cancel_destroy(api: Api, key_set: str, key: str, version: str) -> None:
+    """Take a dated destruction back."""
+    changed = api.client.cancel_destroy(key_set, key, version)
+    api.show(lambda: _show(changed))
+
+
+@api_command(version, "safety")
+@version_arguments
+def show_safety(api: Api, key_set: str, key: str, version: str) -> None:
+    """Show each invariant of a version with both its sides, and what happens next."""
+    found = api.client.safety(key_set, key, version)
+
+    def render() -> None:
+        details(
+            ("kid", found.kid or "-"),
+            ("state", found.state),
+            ("now", when(found.now)),
+            ("next", found.next),
+            ("next at", when(found.next_at)),
+        )
+        click.echo()
+        table(
+            ("INVARIANT", "HOLDS", "LEFT", "RIGHT", "STATEMENT"),
+            ((c.invariant, yes(c.holds), when(c.left), when(c.right), c.statement) for c in found.checks),
+        )
+
+    api.show(render)
+
+
+@api_command(version, "attributes")
+@version_arguments
+def show_attributes(api: Api, key_set: str, key: str, version: str) -> None:
+    """Show the module's evidence that the private key is its own and stays there."""
+    found = api.client.attributes(key_set, key, version)
+
+    def render() -> None:
+        details(
+            ("kid", found.kid),
+            ("backend", found.backend),
+            ("made in the module", yes(found.generated_in_module)),
+            ("not extractable", yes(found.non_extractable)),
+            ("signs only", yes(found.sign_only)),
+        )
+        click.echo()
+        recorded = found.recorded.get("attributes", found.recorded)
+        then: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+        table(
+            ("ATTRIBUTE", "NOW", "WHEN IT WAS MADE"),
+            ((name, _word(value), _word(then.get(name, "-"))) for name, value in sorted(found.attributes.items())),
+        )
+
+    api.show(render)
+
+
+@api_command(version, "public-key")
+@version_arguments
+@click.option("--format", "form", type=click.Choice(["jwk", "pem", "der"]), default="jwk", show_default=True)
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen.")
+def public_key(api: Api, key_set: str, key: str, version: str, form: str, output: Path | None) -> None:
+    """Print the public key of a version."""
+    if form == "jwk":
+        body = msgspec.json.encode(api.client.public_jwk(key_set, key, version)) + b"\n"
+    elif form == "pem":
+        body = api.client.public_pem(key_set, key, version).encode()
+    else:
+        body = api.client.public_der(key_set, key, version)
+    if output is None:
+        sys.stdout.buffer.write(body)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        output.write_bytes(body)
+    except OSError as error:
+        raise click.UsageError(f"--output: {output} cannot be written: {error.strerror}.") from None
+
+
+def version_rows(
+    versions: Sequence[tuple[str, wire.Version]], *, named: bool
+) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Columns and rows of a table of versions, each with its key's name where they are of several keys."""
+    columns = ("NUMBER", "STATE", "ALG", "SINCE", "KID")
+    rows = [(v.number, v.state, v.alg, when(_since(v)), v.kid or "-") for _, v in versions]
+    if not named:
+        return columns, list(rows)
+    return ("KEY", *columns), [(name, *row) for (name, _), row in zip(versions, rows, strict=True)]
+
+
+def _since(found: wire.Version) -> datetime | None:
+    """When the version came into its state."""
+    entered = {
+        "creating": found.created_at,
+        "published": found.published_at,
+        "active": found.activated_at,
+        "retiring": found.deactivated_at,
+        "retired": found.retired_at,
+        "revoked": found.revoked_at,
+        "destroyed": found.destroyed_at,
+    }
+    return entered.get(found.state)
+
+
+def _show(found: wire.Version) -> None:
+    details(
+        ("number", found.number),
+        ("kid", found.kid or "-"),
+        ("state", found.state),
+        ("alg", found.alg),
+        ("backend", found.backend),
+        ("created", when(found.created_at)),
+        ("published", when(found.published_at)),
+        ("visible since", when(found.visible_since)),
+        ("usable at", when(found.usable_at)),
+        ("activated", when(found.activated_at)),
+        ("deactivated", when(found.deactivated_at)),
+        ("retired", when(found.retired_at)),
+        ("revoked", when(found.revoked_at) + (f" ({found.revoke_reason})" if found.revoke_reason else "")),
+        ("destroy at", when(found.destroy_at)),
+        ("destroyed", when(found.destroyed_at)),
+    )
+    for breach in found.breaches:
+        note(f"Warning: {breach.invariant} was overridden at {when(breach.at)}: {breach.reason}")
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -1,0 +1,282 @@
+"""The client's calls for administrators and operators: key sets, keys, versions, callers, operation.
+
+Lists are iterators that fetch page after page. Calls that hold their answer until every worker works under the change
+wait for it: up to a minute longer than the usual timeout.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from kms_jwks import errors, wire
+from kms_jwks.client.problems import marked
+from kms_jwks.client.transport import Repeat, Reply, Transport, decode, segment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import datetime
+
+PATIENCE: Final = 65.0
+"""Seconds: the longest signing lease, and what the service adds to it."""
+PAGE: Final = 200
+"""Items of one page."""
+
+T = TypeVar("T")
+
+
+class _Page(msgspec.Struct, Generic[T]):
+    items: list[T]
+    next: str | UnsetType = UNSET
+
+
+class Administration:
+    """Mixed into `Client`. `version` is a number or a kid everywhere."""
+
+    _transport: Transport
+
+    # --- key sets
+
+    def key_sets(self) -> Iterator[wire.KeySet]:
+        """The key sets that the caller's grants cover."""
+        return self._pages("/v1/key-sets", _Page[wire.KeySet])
+
+    def key_set(self, name: str) -> wire.KeySet:
+        """One key set with its keys."""
+        return decode(self._get(_set(name)), wire.KeySet)
+
+    def create_key_set(self, request: wire.KeySetCreate) -> wire.KeySet:
+        """Create a key set, with its first keys in the same call. A version still `creating` is made later."""
+        return decode(self._change("POST", "/v1/key-sets", request), wire.KeySet)
+
+    def update_key_set(self, name: str, changes: wire.KeySetPatch, *, revision: int) -> wire.KeySet:
+        """Change a key set that is still at `revision`. Raises RevisionMismatch, Immutable, PolicyRefused."""
+        return decode(self._change("PATCH", _set(name), changes, revision=revision), wire.KeySet)
+
+    # --- keys
+
+    def keys(self, key_set: str) -> Iterator[wire.Key]:
+        """The keys of a key set."""
+        return self._pages(f"{_set(key_set)}/keys", _Page[wire.Key])
+
+    def key(self, key_set: str, key: str) -> wire.Key:
+        """One key with its versions."""
+        return decode(self._get(_key(key_set, key)), wire.Key)
+
+    def create_key(self, key_set: str, request: wire.KeyCreate) -> wire.Key:
+        """Create a key. A version still `creating` in the answer is made later."""
+        return decode(self._change("POST", f"{_set(key_set)}/keys", request), wire.Key)
+
+    def update_key(self, key_set: str, key: str, changes: wire.KeyPatch, *, revision: int) -> wire.Key:
+        """Change the policy or profile of a key that is still at `revision`. Raises RevisionMismatch, PolicyRefused."""
+        return decode(self._change("PATCH", _key(key_set, key), changes, revision=revision), wire.Key)
+
+    def rotate(self, key_set: str, key: str, *, expected_kid: str | None = None) -> wire.Key:
+        """Activate the standby now. Raises NotYetUsable (`fields["usable_at"]`), NoStandby, RotationInProgress.
+
+        `expected_kid` makes it safe to repeat: raises ActiveKidMismatch when another kid is active already.
+        """
+        request = wire.RotateRequest(expected_kid=UNSET if expected_kid is None else expected_kid)
+        return decode(self._change("POST", f"{_key(key_set, key)}/rotate", request), wire.Key)
+
+    def disable_key(self, key_set: str, key: str) -> wire.Key:
+        """Stop a key from signing on every worker; its versions stay published."""
+        return decode(self._change("POST", f"{_key(key_set, key)}/disable"), wire.Key)
+
+    def enable_key(self, key_set: str, key: str) -> wire.Key:
+        """Let a disabled key sign again."""
+        return decode(self._change("POST", f"{_key(key_set, key)}/enable"), wire.Key)
+
+    # --- versions
+
+    def versions(self, key_set: str, key: str) -> Iterator[wire.Version]:
+        """The versions of a key, destroyed ones included."""
+        return self._pages(f"{_key(key_set, key)}/versions", _Page[wire.Version])
+
+    def version(self, key_set: str, key: str, version: str | int) -> wire.Version:
+        """One version."""
+        return decode(self._get(_version(key_set, key, version)), wire.Version)
+
+    def create_version(self, key_set: str, key: str) -> wire.Version:
+        """Ask for a standby version. Raises TransitionRefused when there is one."""
+        return decode(self._change("POST", f"{_key(key_set, key)}/versions"), wire.Version)
+
+    def activate(self, key_set: str, key: str, version: str | int) -> wire.Version:
+        """Make a published version the one that signs. Raises NotYetUsable, TransitionRefused."""
+        return decode(self._change("POST", f"{_version(key_set, key, version)}/activate"), wire.Version)
+
+    def revoke(self, key_set: str, key: str, version: str | int, *, reason: str = "") -> wire.Revoked:
+        """Emergency: when this returns no worker signs with the version, and its successor is active."""
+        path = f"{_version(key_set, key, version)}/revoke"
+        return decode(self._change("POST", path, wire.RevokeRequest(reason=reason)), wire.Revoked)
+
+    def destroy(
+        self, key_set: str, key: str, version: str | int, *, destroy_at: datetime | None = None
+    ) -> wire.Version:
+        """Date the destruction of a retired or revoked version's key pair; by the key's policy without a date."""
+        request = wire.DestroyRequest(destroy_at=UNSET if destroy_at is None else destroy_at)
+        return decode(self._change("POST", f"{_version(key_set, key, version)}/destroy", request), wire.Version)
+
+    def cancel_destroy(self, key_set: str, key: str, version: str | int) -> wire.Version:
+        """Take a dated destruction back."""
+        return decode(self._change("POST", f"{_version(key_set, key, version)}/cancel-destroy"), wire.Version)
+
+    def safety(self, key_set: str, key: str, version: str | int) -> wire.Safety:
+        """Each invariant of a version with both sides as instants, and what happens next."""
+        return decode(self._get(f"{_version(key_set, key, version)}/safety"), wire.Safety)
+
+    def attributes(self, key_set: str, key: str, version: str | int) -> wire.Attributes:
+        """The module's evidence that the private key was made there and stays there, read for this call."""
+        return decode(self._get(f"{_version(key_set, key, version)}/attributes"), wire.Attributes)
+
+    def public_jwk(self, key_set: str, key: str, version: str | int) -> dict[str, Any]:
+        """A version's public key as the JWKS shows it (RFC 7517 §4)."""
+        return decode(self._public_key(key_set, key, version, "application/jwk+json"), dict[str, Any])
+
+    def public_pem(self, key_set: str, key: str, version: str | int) -> str:
+        """A version's public key as a PEM SubjectPublicKeyInfo (RFC 7468 §13)."""
+        reply = self._public_key(key_set, key, version, "application/x-pem-file")
+        try:
+            return reply.body.decode("ascii")
+        except UnicodeDecodeError:
+            unexpected = errors.UnexpectedAnswer(f"GET {reply.path}: the body is no PEM.")
+            raise marked(unexpected, reply.status, reply.request_id) from None
+
+    def public_der(self, key_set: str, key: str, version: str | int) -> bytes:
+        """A version's public key as a DER SubjectPublicKeyInfo (RFC 5280 §4.1.2.7)."""
+        return self._public_key(key_set, key, version, "application/octet-stream").body
+
+    # --- external keys
+
+    def external_keys(self, key_set: str) -> Iterator[wire.ExternalKey]:
+        """The foreign public keys that a key set publishes."""
+        return self._pages(f"{_set(key_set)}/external-keys", _Page[wire.ExternalKey])
+
+    def external_key(self, key_set: str, kid: str) -> wire.ExternalKey:
+        """One external key."""
+        return decode(self._get(f"{_set(key_set)}/external-keys/{segment(kid, 'kid')}"), wire.ExternalKey)
+
+    def add_external_key(self, key_set: str, request: wire.ExternalKeyCreate) -> wire.ExternalKey:
+        """Publish a foreign public key until `remove_at`. Raises InvalidJwk, KidTaken, LimitReached."""
+        return decode(self._change("POST", f"{_set(key_set)}/external-keys", request), wire.ExternalKey)
+
+    def remove_external_key(self, key_set: str, kid: str) -> None:
+        """Stop publishing an external key before its date; its kid stays taken."""
+        self._change("DELETE", f"{_set(key_set)}/external-keys/{segment(kid, 'kid')}")
+
+    # --- clients, tokens, grants
+
+    def clients(self) -> Iterator[wire.Client]:
+        """Every client."""
+        return self._pages("/v1/clients", _Page[wire.Client])
+
+    def client(self, name: str) -> wire.Client:
+        """One client."""
+        return decode(self._get(_client(name)), wire.Client)
+
+    def create_client(self, name: str) -> wire.Client:
+        """Create a client, which may do nothing until it has a grant."""
+        return decode(self._change("POST", "/v1/clients", wire.ClientCreate(name=name)), wire.Client)
+
+    def delete_client(self, name: str) -> None:
+        """Delete a client with its tokens and grants; its name stays taken."""
+        self._change("DELETE", _client(name))
+
+    def tokens(self, client: str) -> Iterator[wire.Token]:
+        """A client's API tokens, never the secrets themselves."""
+        return self._pages(f"{_client(client)}/tokens", _Page[wire.Token])
+
+    def create_token(self, client: str, *, expires_in: int | None = None) -> wire.TokenCreated:
+        """Make an API token; `expires_in` in seconds, 90 days without it. It is shown this once."""
+        request = wire.TokenCreate() if expires_in is None else wire.TokenCreate(expires_in=expires_in)
+        return decode(self._change("POST", f"{_client(client)}/tokens", request), wire.TokenCreated)
+
+    def revoke_token(self, client: str, token_id: str) -> None:
+        """Revoke an API token; no worker accepts it once this returns."""
+        self._change("DELETE", f"{_client(client)}/tokens/{segment(token_id, 'token')}")
+
+    def grants(self) -> Iterator[wire.Grant]:
+        """Every grant."""
+        return self._pages("/v1/grants", _Page[wire.Grant])
+
+    def grant(self, grant_id: str) -> wire.Grant:
+        """One grant."""
+        return decode(self._get(f"/v1/grants/{segment(grant_id, 'grant')}"), wire.Grant)
+
+    def create_grant(self, request: wire.GrantCreate) -> wire.Grant:
+        """Give a client a role within a scope; an empty scope is everything."""
+        return decode(self._change("POST", "/v1/grants", request), wire.Grant)
+
+    def delete_grant(self, grant_id: str) -> None:
+        """Take a grant back; true on every worker once this returns."""
+        self._change("DELETE", f"/v1/grants/{segment(grant_id, 'grant')}")
+
+    # --- operation
+
+    def nodes(self) -> Iterator[wire.Node]:
+        """Every registered worker and the epoch it has confirmed."""
+        return self._pages("/v1/nodes", _Page[wire.Node])
+
+    def forget_worker(self, worker: str) -> None:
+        """Stop counting a worker that will not come back."""
+        self._change("DELETE", f"/v1/nodes/{segment(worker, 'worker')}")
+
+    def backends(self) -> list[wire.Backend]:
+        """Every backend of the node that answers, and how it finds it."""
+        return decode(self._get("/v1/backends"), _Page[wire.Backend]).items
+
+    def backend(self, name: str) -> wire.Backend:
+        """One backend."""
+        return decode(self._get(f"/v1/backends/{segment(name, 'backend')}"), wire.Backend)
+
+    # --- inside
+
+    def _get(self, path: str) -> Reply:
+        return self._transport.call("GET", path, repeat=Repeat.READ)
+
+    def _change(
+        self, method: str, path: str, request: wire.Request | None = None, *, revision: int | None = None
+    ) -> Reply:
+        body: object = request
+        if request is None and method == "POST":
+            body = {}
+        headers = {} if revision is None else {"If-Match": f'"{revision}"'}
+        return self._transport.call(method, path, repeat=Repeat.CHANGE, body=body, headers=headers, patience=PATIENCE)
+
+    def _pages(self, path: str, into: type[_Page[T]]) -> Iterator[T]:
+        seen: set[str] = set()
+        cursor: str | None = None
+        while True:
+            query = {"limit": PAGE, "cursor": cursor}
+            reply = self._transport.call("GET", path, repeat=Repeat.READ, query=query)
+            page = decode(reply, into)
+            yield from page.items
+            if page.next is UNSET:
+                return
+            cursor = page.next
+            if cursor in seen:
+                unexpected = errors.UnexpectedAnswer(f"GET {path}: the pages go round in a circle.")
+                raise marked(unexpected, reply.status, reply.request_id)
+            seen.add(cursor)
+
+    def _public_key(self, key_set: str, key: str, version: str | int, media_type: str) -> Reply:
+        path = f"{_version(key_set, key, version)}/public-key"
+        return self._transport.call("GET", path, repeat=Repeat.READ, headers={"Accept": media_type})
+
+
+def _set(name: str) -> str:
+    return f"/v1/key-sets/{segment(name, 'key_set')}"
+
+
+def _key(key_set: str, key: str) -> str:
+    return f"{_set(key_set)}/keys/{segment(key, 'key')}"
+
+
+def _version(key_set: str, key: str, version: str | int) -> str:
+    return f"{_key(key_set, key)}/versions/{segment(str(version), 'version')}"
+
+
+def _client(name: str) -> str:
+    return f"/v1/clients/{segment(name, 'client')}"

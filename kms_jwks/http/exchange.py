@@ -1,0 +1,140 @@
+"""What endpoint functions take and return: plain requests and responses that know no web framework."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+import msgspec
+
+from kms_jwks import errors, wire
+from kms_jwks.service.guard import Presented
+
+if TYPE_CHECKING:
+    from kms_jwks.service.present import Created
+
+JSON: Final = "application/json"
+PROBLEM_JSON: Final = "application/problem+json"
+
+DEFAULT_PAGE = 50
+MAX_PAGE = 200
+MAX_CURSOR = 512
+"""Characters."""
+
+NO_STORE: Final = ("Cache-Control", "no-store")
+"""Of every answer but the documents that verifiers fetch."""
+
+encode = msgspec.json.Encoder().encode
+"""Structs, dicts and lists as JSON; aware instants as RFC 3339 in UTC with `Z`."""
+
+_ETAG_REVISION = re.compile(r'"([0-9]{1,18})"')
+_ETAG = re.compile(r'(?:W/)?("[^"]*")')
+
+
+class Empty(wire.Request):
+    """A body without fields: nothing at all, or `{}`."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One HTTP request, read to its end.
+
+    `params` are the decoded segments of the path template, `query` and `header` answer None for what is not there
+    (header names in any case), `peer_certificate` is DER.
+    """
+
+    method: str
+    params: Mapping[str, str]
+    query: Callable[[str], str | None]
+    header: Callable[[str], str | None]
+    body: bytes
+    peer_certificate: bytes | None
+    request_id: str
+
+    @property
+    def who(self) -> Presented:
+        """The credentials this request came with."""
+        return Presented(self.header("authorization"), self.peer_certificate)
+
+    def page(self) -> tuple[int, str | None]:
+        """`?limit&cursor` of a list. Raises InvalidField."""
+        limit = self.query("limit")
+        if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+            raise errors.InvalidField(f"limit: an integer from 1 to {MAX_PAGE}", fields={"field": "limit"})
+        cursor = self.query("cursor")
+        if cursor is not None and not (0 < len(cursor) <= MAX_CURSOR and cursor.isprintable()):
+            raise errors.InvalidField("cursor: take it from the page before", fields={"field": "cursor"})
+        return DEFAULT_PAGE if limit is None else int(limit), cursor
+
+    def revision(self) -> int | None:
+        """The revision that If-Match names, None without the header (RFC 9110 §13.1.1; comparison is strong).
+
+        Raises RevisionMismatch for a validator that this service never gave out, RevisionRequired for `*`.
+        """
+        header = self.header("if-match")
+        if header is None:
+            return None
+        if header.strip() == "*":
+            raise errors.RevisionRequired("If-Match: * names no revision.")
+        match = _ETAG_REVISION.fullmatch(header.strip())
+        if match is None:
+            raise errors.RevisionMismatch("If-Match does not hold one ETag of this object.")
+        return int(match[1])
+
+    def has(self, etag: str) -> bool:
+        """Whether If-None-Match names `etag` (weak comparison, RFC 9110 §13.1.2)."""
+        header = self.header("if-none-match")
+        if header is None:
+            return False
+        return header.strip() == "*" or etag in _ETAG.findall(header)
+
+
+@dataclass(slots=True)
+class Response:
+    """One HTTP answer; whoever writes it adds Content-Length."""
+
+    status: int
+    headers: list[tuple[str, str]] = field(default_factory=list)
+    body: bytes = b""
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def ok(answer: wire.Answer | Mapping[str, Any], status: int = 200) -> Response:
+    """An object as JSON, never stored."""
+    return Response(status, [("Content-Type", JSON), NO_STORE], encode(answer))
+
+
+def revised(request: Request, answer: wire.KeySet | wire.Key) -> Response:
+    """An object that has a revision, with its ETag; 304 for a GET that names it in If-None-Match."""
+    etag = f'"{answer.revision}"'
+    if request.method != "PATCH" and request.has(etag):
+        return Response(304, [("ETag", etag), NO_STORE])
+    response = ok(answer)
+    response.headers.append(("ETag", etag))
+    return response
+
+
+def created(made: Created[Any]) -> Response:
+    """201 with the whole object, or 202 while the custodian is still at it; Location says where it is."""
+    response = ok(made.answer, 201 if made.complete else 202)
+    response.headers.append(("Location", made.location))
+    if isinstance(made.answer, wire.KeySet | wire.Key):
+        response.headers.append(("ETag", f'"{made.answer.revision}"'))
+    return response
+
+
+def added(answer: wire.Answer, *location: str) -> Response:
+    """201 with the whole object; `location` are the segments of its path."""
+    response = ok(answer, 201)
+    response.headers.append(("Location", "/" + "/".join(quote(part, safe="") for part in location)))
+    return response
+
+
+def gone() -> Response:
+    """204: it is deleted."""
+    return Response(204, [NO_STORE])

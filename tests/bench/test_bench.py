@@ -1,0 +1,67 @@
+"""`./dev bench` runs, and says what programs rely on; how fast it was is nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def figures(found: dict[str, Any]) -> bool:
+    return all(
+        isinstance(found[name], int | float) and found[name] >= 0
+        for name in ("per_second", "requests", "p50_ms", "p99_ms", "load_generator_cpus")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.softhsm
+def test_the_report_has_its_shape() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench", "--quick", "--json", "--workers", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {
+        "machine",
+        "workers",
+        "seconds_per_figure",
+        "load",
+        "algorithms",
+        "jwks",
+        "took_seconds",
+    }
+    assert [row["name"] for row in report["algorithms"]] == ["ES256", "RS256-2048", "RS256-3072", "EdDSA"]
+    for row in report["algorithms"]:
+        assert set(row) == {"name", "raw", "http", "http_one_connection", "http_batch", "ratios"}
+        assert row["raw"]["module_per_second"] > 0
+        assert row["raw"]["backend_per_second"] > 0
+        assert row["http_batch"]["size"] == 64
+        assert all(figures(row[name]) for name in ("http", "http_one_connection", "http_batch"))
+        assert all(ratio > 0 for ratio in row["ratios"].values())
+    assert figures(report["jwks"]["full"])
+    assert figures(report["jwks"]["not_modified"])
+
+
+def test_a_wrong_option_is_refused_before_anything_starts() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench", "--workers", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--workers" in done.stderr

@@ -1,0 +1,146 @@
+"""Who may call what: every private row of the table, without a token, without the permission, and with it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from kms_jwks.access import ROLES, Permission, Role
+from kms_jwks.http.openapi import operation_id
+from kms_jwks.http.routes import ROUTES, Route
+from tests.integration.conftest import Server, fresh
+
+P = Permission
+OPEN = {"get_healthz", "get_readyz", "get_readyz_sign", "get_openapijson", "get_docs"}
+
+JWK = {"kty": "EC", "crv": "P-256", "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+       "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}  # fmt: skip
+
+# What each row asks for, and a body that is refused after the caller was let in, so that nothing is changed by asking.
+SET, KEY = "key_sets_by_key_set", "key_sets_by_key_set_keys_by_key"
+VERSION = f"{KEY}_versions_by_version"
+EXPECTED: dict[str, tuple[Permission, Any]] = {
+    f"post_{KEY}_jwt": (P.JWT_SIGN, {"claims": {}}),
+    f"post_{KEY}_jws": (P.JWS_SIGN, {"payload": "YQ"}),
+    f"post_{KEY}_signature": (P.JWT_SIGN, {"signing_input": "a.b", "kid": "x"}),
+    f"get_{KEY}_active": (P.KEY_READ, None),
+    f"post_{SET}_verify": (P.TOKEN_VERIFY, {"token": "x", "audience": "any"}),
+    "get_key_sets": (P.KEY_SET_READ, None),
+    "post_key_sets": (P.KEY_SET_CREATE, {"name": "v1"}),
+    f"get_{SET}": (P.KEY_SET_READ, None),
+    f"patch_{SET}": (P.KEY_SET_UPDATE, {"cache_lifetime": 301}),
+    f"get_{SET}_keys": (P.KEY_READ, None),
+    f"post_{SET}_keys": (P.KEY_CREATE, {"name": "v1", "alg": "ES256"}),
+    f"get_{KEY}": (P.KEY_READ, None),
+    f"patch_{KEY}": (P.KEY_UPDATE, {}),
+    f"post_{KEY}_rotate": (P.KEY_ROTATE, None),
+    f"post_{KEY}_disable": (P.KEY_DISABLE, None),
+    f"post_{KEY}_enable": (P.KEY_ENABLE, None),
+    f"get_{KEY}_versions": (P.KEY_READ, None),
+    f"post_{KEY}_versions": (P.KEY_ROTATE, None),
+    f"get_{VERSION}": (P.KEY_READ, None),
+    f"get_{VERSION}_public_key": (P.KEY_READ, None),
+    f"get_{VERSION}_safety": (P.KEY_READ, None),
+    f"get_{VERSION}_attributes": (P.KEY_READ, None),
+    f"post_{VERSION}_activate": (P.VERSION_ACTIVATE, None),
+    f"post_{VERSION}_revoke": (P.VERSION_REVOKE, None),
+    f"post_{VERSION}_destroy": (P.VERSION_DESTROY, None),
+    f"post_{VERSION}_cancel_destroy": (P.VERSION_DESTROY, None),
+    f"get_{SET}_external_keys": (P.KEY_READ, None),
+    f"post_{SET}_external_keys": (
+        P.EXTERNAL_KEY_MANAGE,
+        {"kid": "x", "alg": "ES256", "remove_at": "2001-01-01T00:00:00Z", "jwk": JWK},
+    ),
+    f"get_{SET}_external_keys_by_kid": (P.KEY_READ, None),
+    f"delete_{SET}_external_keys_by_kid": (P.EXTERNAL_KEY_MANAGE, None),
+    "get_clients": (P.CLIENT_READ, None),
+    "post_clients": (P.CLIENT_MANAGE, {"name": "v1"}),
+    "get_clients_by_client": (P.CLIENT_READ, None),
+    "delete_clients_by_client": (P.CLIENT_MANAGE, None),
+    "get_clients_by_client_tokens": (P.CLIENT_READ, None),
+    "post_clients_by_client_tokens": (P.CLIENT_MANAGE, {}),
+    "delete_clients_by_client_tokens_by_token": (P.CLIENT_MANAGE, None),
+    "get_grants": (P.CLIENT_READ, None),
+    "post_grants": (P.GRANT_MANAGE, {"client": "nothing", "role": "admin", "scope": {}}),
+    "get_grants_by_grant": (P.CLIENT_READ, None),
+    "delete_grants_by_grant": (P.GRANT_MANAGE, None),
+    "get_nodes": (P.NODE_READ, None),
+    "delete_nodes_by_worker": (P.NODE_MANAGE, None),
+    "get_backends": (P.BACKEND_READ, None),
+    "get_backends_by_backend": (P.BACKEND_READ, None),
+}
+
+PRIVATE = [r for r in ROUTES if "/.well-known/" not in r.path and operation_id(r) not in OPEN]
+
+
+def test_every_private_row_has_an_expectation_and_no_other() -> None:
+    assert {operation_id(route) for route in PRIVATE} == set(EXPECTED)
+
+
+@dataclass
+class Callers:
+    """A key set to ask about, and a token per role; `nobody` has no grant."""
+
+    server: Server
+    key_set: str
+    tokens: dict[str, str]
+
+    def ask(self, route: Route, token: str | None) -> tuple[int, bytes]:
+        path = route.path.replace("{key_set}", self.key_set)
+        path = re.sub(r"\{\w+\}", "nothing", path)
+        answer = self.server.call(route.method, path, EXPECTED[operation_id(route)][1], token=token)
+        if answer.status >= 400:
+            assert answer.problem
+        return answer.status, answer.body
+
+
+@pytest.fixture(scope="module")
+def callers(server: Server) -> Callers:
+    key_set = fresh("auth")
+    server.must("POST", "/v1/key-sets", {"name": key_set})
+    tokens = {role.value: server.client(role.value) for role in Role} | {"nobody": server.client()}
+    return Callers(server, key_set, tokens)
+
+
+@pytest.mark.parametrize("route", PRIVATE, ids=operation_id)
+class TestEveryPrivateRoute:
+    def test_without_a_token(self, callers: Callers, route: Route) -> None:
+        assert callers.ask(route, None)[0] == 401
+
+    def test_without_any_grant(self, callers: Callers, route: Route) -> None:
+        assert callers.ask(route, callers.tokens["nobody"])[0] == 403
+
+    def test_with_every_role(self, callers: Callers, route: Route) -> None:
+        """403 for the roles that lack the permission; the others get past the guard, and nothing is there."""
+        permission, _ = EXPECTED[operation_id(route)]
+        for role, permissions in ROLES.items():
+            status, body = callers.ask(route, callers.tokens[role.value])
+            assert (status == 403) == (permission not in permissions), (role, status, body)
+            assert status < 500 or status == 502, body
+
+
+def test_a_scope_holds_what_it_names_and_nothing_else(server: Server) -> None:
+    here, there = server.key_set(None, "ES256", "ES256"), server.key_set(None, "ES256")
+    whole, one = server.client("signer", key_set=here), server.client("signer", key_set=here, key="k1")
+
+    def sign(key_set: str, key: str, token: str) -> int:
+        return server.call("POST", f"/v1/key-sets/{key_set}/keys/{key}/jwt", {"claims": {}}, token=token).status
+
+    assert [sign(here, k, whole) for k in ("k1", "k2")] == [200, 200]
+    assert [sign(here, k, one) for k in ("k1", "k2")] == [200, 403]
+    assert [sign(there, "k1", token) for token in (whole, one)] == [403, 403]
+
+
+def test_lists_show_what_the_grants_cover(server: Server) -> None:
+    here = server.key_set(None, "ES256")
+    token = server.client("auditor", key_set=here)
+    assert [s["name"] for s in server.must("GET", "/v1/key-sets", token=token)["items"]] == [here]
+
+
+def test_open_routes_ask_nobody(server: Server) -> None:
+    for path in ("/healthz", "/readyz", "/readyz/sign", "/openapi.json", "/docs", "/default/.well-known/jwks.json"):
+        assert server.call("GET", path, token=None).status == 200, path
+        assert server.call("GET", path, token="not a token").status == 200, path

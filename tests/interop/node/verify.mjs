@@ -1,0 +1,35 @@
+// Verifies tokens with jose's createRemoteJWKSet, as a verifier in Node would.
+//
+// In: one JSON array of jobs a line on standard input, {"token", "jwks_uri", "issuer", "audience", "algorithms"}, and
+// {"discover": issuer} in place of a jwks_uri for a verifier that reads the issuer's metadata first.
+// Out: one JSON array a line in the same order, {"payload", "header"} or {"error": {"name", "code", "message"}}.
+// Every job has a JWKS cache of its own: each is a verifier that has never seen the service before.
+
+import { createInterface } from 'node:readline'
+import { createRemoteJWKSet, jwtVerify } from 'jose'
+
+async function jwksUri(issuer) {
+  const answer = await fetch(`${issuer}/.well-known/openid-configuration`)
+  if (!answer.ok) throw new Error(`issuer metadata: status ${answer.status}`)
+  const metadata = await answer.json()
+  if (metadata.issuer !== issuer) throw new Error(`issuer metadata names ${metadata.issuer}`)
+  return metadata.jwks_uri
+}
+
+async function verify(job) {
+  try {
+    const keys = createRemoteJWKSet(new URL(job.discover ? await jwksUri(job.discover) : job.jwks_uri))
+    const { payload, protectedHeader } = await jwtVerify(job.token, keys, {
+      issuer: job.issuer,
+      audience: job.audience,
+      algorithms: job.algorithms,
+    })
+    return { payload, header: protectedHeader }
+  } catch (error) {
+    return { error: { name: error.name, code: error.code ?? null, message: error.message } }
+  }
+}
+
+for await (const line of createInterface({ input: process.stdin })) {
+  console.log(JSON.stringify(await Promise.all(JSON.parse(line).map(verify))))
+}

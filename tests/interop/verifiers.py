@@ -1,0 +1,125 @@
+"""Verifiers that we did not write, each fetching the JWKS that the service serves: PyJWT, joserfc, and jose in Node.
+
+Each call is a verifier that has never seen the service before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import joserfc.jws
+import joserfc.jwt
+import jwt
+import pytest
+from joserfc.jwk import KeySet
+from joserfc.jwt import JWTClaimsRegistry
+
+NODE = Path(__file__).parent / "node"
+
+
+def fetch(url: str) -> Any:
+    """A JSON document."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)
+
+
+def with_pyjwt(token: str, jwks_uri: str, *, alg: str, issuer: str, audience: str) -> dict[str, Any]:
+    """The claims, after `PyJWKClient` found the key. Raises jwt.PyJWTError."""
+    key = jwt.PyJWKClient(jwks_uri).get_signing_key_from_jwt(token)
+    claims: dict[str, Any] = jwt.decode(
+        token,
+        key,
+        algorithms=[alg],
+        issuer=issuer,
+        audience=audience,
+        options={"require": ["exp", "iat", "iss", "jti"]},
+    )
+    return claims
+
+
+def with_joserfc(token: str, jwks_uri: str, *, alg: str, issuer: str, audience: str) -> dict[str, Any]:
+    """The claims, after `KeySet` found the key. Raises joserfc.errors.JoseError, or ValueError for an unknown kid."""
+    found = joserfc.jwt.decode(token, KeySet.import_key_set(fetch(jwks_uri)), algorithms=[alg])
+    JWTClaimsRegistry(
+        iss={"essential": True, "value": issuer},
+        aud={"essential": True, "value": audience},
+        exp={"essential": True},
+    ).validate(found.claims)
+    return dict(found.claims)
+
+
+class JoseError(Exception):
+    """What jose threw; `code` is its own stable name (ERR_…)."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(f"{error['name']} {error['code']}: {error['message']}")
+        self.code = error["code"]
+
+
+class Jose:
+    """One Node process that answers line by line, so that Node starts once."""
+
+    def __init__(self) -> None:
+        node = shutil.which("node")
+        if node is None:
+            pytest.fail("Node is not installed; `./dev test` installs it (Debian: apt-get install nodejs npm)")
+        if not (NODE / "node_modules" / "jose").is_dir():
+            pytest.fail("npm's jose is not installed; `./dev test` installs it (npm ci in tests/interop/node)")
+        self._process = subprocess.Popen(
+            [node, "verify.mjs"],
+            cwd=NODE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def ask(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The answer to each job, in order (see verify.mjs)."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(jobs) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "Node ended: see its messages above"
+        answers: list[dict[str, Any]] = json.loads(line)
+        return answers
+
+    def verify(self, token: str, jwks_uri: str, *, alg: str, issuer: str, audience: str) -> dict[str, Any]:
+        """The claims, after `createRemoteJWKSet` found the key. Raises JoseError."""
+        job = {"token": token, "jwks_uri": jwks_uri, "issuer": issuer, "audience": audience, "algorithms": [alg]}
+        return self._claims(job)
+
+    def discover(self, token: str, *, alg: str, issuer: str, audience: str) -> dict[str, Any]:
+        """The same, by a verifier that knows the issuer alone."""
+        job = {"token": token, "discover": issuer, "issuer": issuer, "audience": audience, "algorithms": [alg]}
+        return self._claims(job)
+
+    def _claims(self, job: dict[str, Any]) -> dict[str, Any]:
+        (answer,) = self.ask([job])
+        if "error" in answer:
+            raise JoseError(answer["error"])
+        claims: dict[str, Any] = answer["payload"]
+        return claims
