@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import click
 
 from kms_jwks import __version__
@@ -31,8 +33,18 @@ def cli() -> None:
     """
 
 
+def _summarise(group: click.Group) -> None:
+    """Let lists of commands show the first sentence of each, whole; click would cut it off."""
+    for command in group.commands.values():
+        paragraph = inspect.cleandoc(command.help or "").partition("\n\n")[0].replace("\n", " ")
+        command.short_help = f"{paragraph.partition('. ')[0].rstrip('.')}."
+        if isinstance(command, click.Group):
+            _summarise(command)
+
+
 for _command in (
     init, serve, custodian, doctor, db,
     key_set, key, version, external_key, client, grant, node, jwks, sign, verify,
 ):  # fmt: skip
     cli.add_command(_command)
+_summarise(cli)

@@ -84,7 +84,8 @@ def document(error: errors.Error) -> dict[str, object]:
         "next_step": error.next_step,
     }
     more = {"status": _status(error), "request_id": vars(error).get("request_id"), "retry_after": error.retry_after}
-    return {**error.fields, **found, **{name: value for name, value in more.items() if value is not None}}
+    found |= {name: value for name, value in more.items() if value is not None}
+    return found | {name: value for name, value in error.fields.items() if name not in found}
 
 
 def _status(error: errors.Error) -> int | None:

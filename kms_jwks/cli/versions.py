@@ -164,7 +164,14 @@ def show_attributes(api: Api, key_set: str, key: str, version: str) -> None:
 
 @api_command(version, "public-key")
 @version_arguments
-@click.option("--format", "form", type=click.Choice(["jwk", "pem", "der"]), default="jwk", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["jwk", "pem", "der"]),
+    default="jwk",
+    show_default=True,
+    help="How it is written.",
+)
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen.")
 def public_key(api: Api, key_set: str, key: str, version: str, form: str, output: Path | None) -> None:
     """Print the public key of a version."""

@@ -21,8 +21,8 @@ PROBLEM_JSON: Final = "application/problem+json"
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 200
-MAX_CURSOR = 512
-"""Characters."""
+CURSOR = "[A-Za-z0-9_-]{1,128}"
+"""What a cursor looks like; what it says is the use case's business."""
 
 NO_STORE: Final = ("Cache-Control", "no-store")
 """Of every answer but the documents that verifiers fetch."""
@@ -30,6 +30,7 @@ NO_STORE: Final = ("Cache-Control", "no-store")
 encode = msgspec.json.Encoder().encode
 """Structs, dicts and lists as JSON; aware instants as RFC 3339 in UTC with `Z`."""
 
+_CURSOR = re.compile(CURSOR)
 _ETAG_REVISION = re.compile(r'"([0-9]{1,18})"')
 _ETAG = re.compile(r'(?:W/)?("[^"]*")')
 
@@ -65,7 +66,7 @@ class Request:
         if limit is not None and not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
             raise errors.InvalidField(f"limit: an integer from 1 to {MAX_PAGE}", fields={"field": "limit"})
         cursor = self.query("cursor")
-        if cursor is not None and not (0 < len(cursor) <= MAX_CURSOR and cursor.isprintable()):
+        if cursor is not None and not _CURSOR.fullmatch(cursor):
             raise errors.InvalidField("cursor: take it from the page before", fields={"field": "cursor"})
         return DEFAULT_PAGE if limit is None else int(limit), cursor
 

@@ -12,7 +12,7 @@ import msgspec
 import kms_jwks
 from kms_jwks import errors, wire
 from kms_jwks.http import problems
-from kms_jwks.http.exchange import JSON, MAX_CURSOR, MAX_PAGE, PROBLEM_JSON
+from kms_jwks.http.exchange import CURSOR, JSON, MAX_PAGE, PROBLEM_JSON
 from kms_jwks.http.routes import ROUTES, Route
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def refusals(route: Route) -> list[type[errors.Error]]:
     found: list[type[errors.Error]] = [errors.InternalError]
     if route.permission:
         found += [errors.Unauthenticated, errors.Forbidden]
-    if route.params and route.method != "OPTIONS":
-        found.append(errors.NotFound)
+    if route.params:
+        found.append(errors.NotFound if route.method != "OPTIONS" else errors.RouteNotFound)
     if route.request is not None:
         found += [
             errors.InvalidRequest,
@@ -132,7 +132,7 @@ def _parameters(route: Route) -> Iterator[dict[str, Any]]:
     if route.paged:
         limit = {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}
         yield {"name": "limit", "in": "query", "schema": limit, "description": "Items of a page, 50 by default."}
-        cursor = {"type": "string", "minLength": 1, "maxLength": MAX_CURSOR}
+        cursor = {"type": "string", "pattern": f"^{CURSOR}$"}
         yield {"name": "cursor", "in": "query", "schema": cursor, "description": "`next` of the page before."}
     if route.method == "PATCH":
         yield {

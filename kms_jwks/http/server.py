@@ -37,12 +37,13 @@ def gunicorn_settings(settings: Settings) -> dict[str, Any]:
         "workers": settings.workers,
         "worker_class": Worker,
         "threads": settings.threads,
-        "timeout": settings.request_timeout,
+        # How long a worker may be without a sign of life; requests have their limit on their connections.
+        "timeout": max(settings.request_timeout, 30),
         "graceful_timeout": settings.graceful_timeout,
         "keepalive": settings.keepalive,
         "preload_app": False,  # nothing of a module may be opened before the fork
         "control_socket_disable": True,
-        "limit_request_line": 4094,
+        "limit_request_line": 8190,  # a kid of 255 characters has up to 3060 when percent-encoded
         "limit_request_fields": 64,
         "limit_request_field_size": 8190,
         "header_map": "refuse",

@@ -117,16 +117,23 @@ class Versions:
         return answer
 
     def revoke(self, who: Presented, key_set: str, key: str, version: str, request: wire.RevokeRequest) -> wire.Revoked:
-        """Revoke now. The answer comes when no worker anywhere signs with the version any more; promise 5."""
+        """Revoke now. The answer comes when no worker anywhere signs with the version any more.
+
+        Said again of a version that is revoked already, it changes nothing and waits as before: who lost the first
+        answer gets the same certainty.
+        """
         control = self._control
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, who, Permission.VERSION_REVOKE, key_set, key)
             value = _find(tx, found, version)
             lease = control.confirmation.lease(tx)
-            successor = lifecycle.revoke(tx, found.key_set, found.key, value, request.reason, lease=lease)
+            successor = None
+            if value.state is not VersionState.REVOKED:
+                successor = lifecycle.revoke(tx, found.key_set, found.key, value, request.reason, lease=lease)
+            here = tx.epoch()
             answer = present.version(found.key, tx.version(value.id) or value)
             next_answer = present.version(found.key, successor) if successor else None
-        left = control.confirmation.revoked(tx.committed_epoch, lease)
+        left = control.confirmation.revoked(tx.committed_epoch or here, lease)
         return wire.Revoked(
             version=answer,
             successor=next_answer,

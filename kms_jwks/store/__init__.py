@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import select
-
 from kms_jwks import errors
 from kms_jwks.model import Epoch, Instant
 from kms_jwks.store import schema, tables
 from kms_jwks.store.engine import Database
+from kms_jwks.store.failures import HOW_TO_MAKE_ONE
 from kms_jwks.store.mapping import snapshot_view
 from kms_jwks.store.reading import ReadTx, RegistryContents
 from kms_jwks.store.writing import WriteTx
@@ -45,15 +44,15 @@ class Store:
         with self._database.begin(write=True) as connection:
             tx = WriteTx(self._database, connection)
             yield tx
-            tx.advance_epoch()
+            epoch = tx.advance_epoch()
+        tx.committed_epoch = epoch
 
     def poll(self) -> tuple[Epoch, Instant]:
-        """The epoch and the database's time."""
-        with self._database.begin(write=False) as connection:
-            row = connection.execute(select(tables.epoch.c.incarnation, tables.epoch.c.counter)).first()
-            if row is None:
-                raise errors.SchemaMismatch("The registry is empty.", next_step="Run `kms-jwks init`.")
-            return Epoch(row.incarnation, row.counter), self._database.now(connection)
+        """The epoch and the database's time, cheaply."""
+        row, now = self._database.ask("incarnation, counter", tables.epoch.name)
+        if row is None:
+            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_MAKE_ONE)
+        return Epoch(row.incarnation, row.counter), now
 
     def check_schema(self) -> None:
         """Raise SchemaMismatch unless the schema is the one this program was written for."""
@@ -63,7 +62,7 @@ class Store:
     def upgrade(self) -> None:
         """Make the database if it is not there, and bring its schema up to date."""
         self._database.create_file()
-        with self._database.begin(write=True) as connection:
+        with self._database.migrate() as connection:
             schema.upgrade(connection, self._database.now(connection))
 
     def dispose(self) -> None:

@@ -1,25 +1,30 @@
-"""Connections to SQLite (WAL, synchronous=FULL) or PostgreSQL, made anew after a fork; their errors translated."""
+"""Connections to SQLite (WAL, synchronous=FULL) or PostgreSQL, never shared over a fork; transactions on them."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, Row, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from kms_jwks import errors
 from kms_jwks.model import Instant
+from kms_jwks.store.failures import HOW_TO_MAKE_ONE, translated
+from kms_jwks.store.forks import GATE, tell
 
 BUSY_TIMEOUT = 5.0
-"""Seconds a writer waits for another one."""
+"""Seconds a writer waits for another one, and anybody for a connection."""
+
+_MIGRATION_LOCK = 0x6B6D736A776B73
+"""PostgreSQL's advisory lock under which one program at a time changes the schema."""
+
+_POSTGRESQL_NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
 
 class Database:
@@ -27,10 +32,12 @@ class Database:
 
     def __init__(self, url: str, wall: Callable[[], int] | None) -> None:
         self._url = make_url(url)
-        self._wall = wall
+        self._wall = wall or (lambda: time.time_ns() // 1000)
         self._engine: Engine | None = None
-        self._pid = 0
-        self._lock = threading.Lock()
+        self._opened: tuple[int, int] | None = None
+        self._in_use = 0
+        self._parents: Engine | None = None
+        tell(self)
 
     @property
     def shown_url(self) -> str:
@@ -47,23 +54,6 @@ class Database:
         """SQLite's file; None for a server."""
         return Path(self._url.database) if self.is_sqlite and self._url.database else None
 
-    def engine(self) -> Engine:
-        """This process's engine. Raises StoreUnavailable for a SQLite file that is not there: none is made unasked."""
-        if self._engine is None or self._pid != os.getpid():
-            with self._lock:
-                if self._engine is None or self._pid != os.getpid():
-                    # A parent's connections are its own: the engine is left behind, not closed.
-                    if self._engine is not None:
-                        self._engine.dispose(close=False)
-                    self._engine, self._pid = self._make(), os.getpid()
-        file = self.file
-        if file is not None and not file.exists():
-            self._engine.dispose()
-            raise errors.StoreUnavailable(
-                "The registry's file is not there.", retry_after=1, next_step="Run `kms-jwks init`, or bring it back."
-            )
-        return self._engine
-
     def create_file(self) -> None:
         """Make SQLite's file with mode 0600 before anybody opens it."""
         if self.file is not None:
@@ -72,72 +62,144 @@ class Database:
             except OSError as error:
                 raise errors.StoreUnavailable(f"The registry's file cannot be made: {error.strerror}.") from error
 
+    # --- transactions
+
     def now(self, connection: Connection) -> Instant:
         """The database's time."""
         if self.is_sqlite:
-            return Instant(self._wall() if self._wall is not None else time.time_ns() // 1000)
-        return Instant(connection.scalar(text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")))
+            return Instant(self._wall())
+        return Instant(connection.scalar(text(f"SELECT {_POSTGRESQL_NOW}")))
 
     @contextmanager
     def begin(self, *, write: bool) -> Iterator[Connection]:
         """A transaction. On SQLite a writer takes the lock at once, so that it never has to be repeated."""
-        with translated(), self.engine().connect() as connection:
-            connection.info["write"] = write
+        with translated(), self._connection("BEGIN IMMEDIATE" if write else "BEGIN") as connection, connection.begin():
+            if not self.is_sqlite and not write:
+                connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+            yield connection
+
+    def ask(self, columns: str, table: str) -> tuple[Row[Any] | None, Instant]:
+        """The first row of a table, and the database's time, in one statement and no transaction."""
+        with translated(), self._connection(None) as connection:
+            if self.is_sqlite:
+                return connection.exec_driver_sql(f"SELECT {columns} FROM {table}").first(), self.now(connection)
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            row = connection.exec_driver_sql(f"SELECT {columns}, {_POSTGRESQL_NOW} AS now FROM {table}").first()
+            return row, Instant(row.now if row is not None else 0)
+
+    @contextmanager
+    def migrate(self) -> Iterator[Connection]:
+        """A transaction that changes the schema, one program at a time.
+
+        Batch mode rebuilds tables that others refer to, so SQLite looks at foreign keys before the commit, not after
+        each statement.
+        """
+        with translated(), self._connection("BEGIN IMMEDIATE") as connection:
+            connection.detach()
+            if self.is_sqlite:
+                _run(connection.connection.dbapi_connection, "PRAGMA foreign_keys=OFF")
             with connection.begin():
-                if not self.is_sqlite and not write:
-                    connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+                if not self.is_sqlite:
+                    connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
                 yield connection
+                if self.is_sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all()):
+                    raise errors.InternalError(f"The migration would leave {len(broken)} rows that refer to nothing.")
+
+    # --- connections
 
     def dispose(self) -> None:
         """Close this process's connections."""
-        if self._engine is not None and self._pid == os.getpid():
-            self._engine.dispose()
+        with GATE:
+            if self._engine is not None:
+                self._engine.dispose()
+                self._engine = None
+
+    def before_fork(self) -> None:
+        """Close what nobody uses, so that the child inherits nothing."""
+        if not self._in_use:
+            self.dispose()
+
+    def in_child(self) -> None:
+        """Leave alone, neither closed nor collected, what another thread of the parent was using."""
+        if self._in_use:
+            self._parents, self._engine, self._in_use = self._engine, None, 0
+
+    @contextmanager
+    def _connection(self, begin: str | None) -> Iterator[Connection]:
+        with GATE:
+            engine = self._ready()
+            self._in_use += 1
+        try:
+            with engine.connect() as connection:
+                connection.info["begin"] = begin
+                yield connection
+        finally:
+            with GATE:
+                self._in_use -= 1
+
+    def _ready(self) -> Engine:
+        """The engine, for the file that has the name now. None is made unasked."""
+        if self.file is not None:
+            if self._parents is not None:
+                raise errors.InternalError("This process was forked while its parent was using the registry.")
+            try:
+                status = self.file.stat()
+            except OSError as error:
+                self.dispose()
+                raise errors.StoreUnavailable(
+                    f"The registry's file is not there: {error.strerror}.",
+                    retry_after=1,
+                    next_step=f"{HOW_TO_MAKE_ONE} If there was one, bring it back.",
+                ) from error
+            if self._opened != (status.st_dev, status.st_ino):
+                # Somebody put another file there. Who kept the old one open would never see a change again.
+                self.dispose()
+                self._opened = (status.st_dev, status.st_ino)
+        if self._engine is None:
+            self._engine = self._make()
+        return self._engine
 
     def _make(self) -> Engine:
         if not self.is_sqlite:
-            return create_engine(self._url, pool_pre_ping=True, pool_size=8, max_overflow=8)
+            patience = {} if "connect_timeout" in self._url.query else {"connect_timeout": int(BUSY_TIMEOUT)}
+            return create_engine(
+                self._url,
+                pool_pre_ping=True,
+                pool_size=8,
+                max_overflow=8,
+                pool_timeout=BUSY_TIMEOUT,
+                connect_args=patience,
+            )
         engine = create_engine(
             self._url,
             connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False, "isolation_level": None},
             pool_size=8,
             max_overflow=24,
+            pool_timeout=BUSY_TIMEOUT,
         )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
 
 
+def _run(connection: Any, statement: str) -> Any:
+    cursor = connection.execute(statement)
+    row = cursor.fetchone()
+    cursor.close()
+    return row[0] if row else None
+
+
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
+    try:
+        if _run(connection, "PRAGMA journal_mode=WAL") != "wal":
+            raise sqlite3.OperationalError("this file system cannot hold a write-ahead log")
+        _run(connection, "PRAGMA synchronous=FULL")
+        _run(connection, "PRAGMA foreign_keys=ON")
+    except sqlite3.Error:
+        connection.close()
+        raise
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.info.get("write") else "BEGIN")
-
-
-# Which of our conflicts a violated constraint means: by the constraint's name (PostgreSQL) or its columns (SQLite).
-_CONFLICTS: tuple[tuple[tuple[str, ...], type[errors.Conflict]], ...] = (
-    (("pk_kids", "kids.kid"), errors.KidTaken),
-    (("uq_versions_active", "versions.key_id"), errors.TransitionRefused),
-    (("uq_key_sets_name", "key_sets.name"), errors.NameTaken),
-    (("uq_keys_key_set_id_name", "keys.key_set_id, keys.name"), errors.NameTaken),
-    (("uq_clients_name", "clients.name"), errors.NameTaken),
-)
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """The database's errors as ours; whatever else is raised inside passes."""
-    try:
-        yield
-    except IntegrityError as error:
-        said = str(error.orig)
-        for marks, conflict in _CONFLICTS:
-            if any(said.endswith(mark) or f'"{mark}"' in said for mark in marks):
-                raise conflict from error
-        raise errors.Conflict("The change contradicts what the registry holds.") from error
-    except (DBAPIError, sqlite3.Error) as error:
-        raise errors.StoreUnavailable("The registry's database did not answer as it should.", retry_after=1) from error
-    except SQLAlchemyError as error:
-        raise errors.StoreUnavailable("The registry's database cannot be used.", retry_after=1) from error
+    if connection.info["begin"] is not None:
+        connection.exec_driver_sql(connection.info["begin"])

@@ -132,6 +132,8 @@ _WHOLE = _all_but()
 
 
 def _version_view(version: KeyVersion) -> tuple[object, ...] | None:
+    if version.state is VersionState.CREATING:
+        return None
     if version.revoked_at is not None:
         return (version.id, version.key_set_id, version.kid, version.revoked_at)
     return _PUBLISHED_VIEW(version) if version.state.in_jwks else None

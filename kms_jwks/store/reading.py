@@ -29,6 +29,7 @@ from kms_jwks.model import (
 )
 from kms_jwks.store import tables as t
 from kms_jwks.store.engine import Database
+from kms_jwks.store.failures import HOW_TO_MAKE_ONE
 from kms_jwks.store.mapping import MAPPERS, snapshot_view
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ class ReadTx:
         """The epoch this transaction sees."""
         row = self._connection.execute(select(t.epoch.c.incarnation, t.epoch.c.counter)).first()
         if row is None:
-            raise errors.SchemaMismatch("The registry is empty.", next_step="Run `kms-jwks init`.")
+            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_MAKE_ONE)
         return Epoch(row.incarnation, row.counter)
 
     def installation(self) -> Installation:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, insert, select
 from kms_jwks import errors
 from kms_jwks.model import Instant
 from kms_jwks.store import tables as t
+from kms_jwks.store.failures import HOW_TO_MAKE_ONE
 
 
 def _config() -> Config:
@@ -42,7 +43,7 @@ def check(connection: Connection) -> None:
         raise errors.SchemaMismatch(
             f"The database holds no registry; revision {wanted} is needed.",
             fields=fields,
-            next_step="Run `kms-jwks db upgrade`, or `kms-jwks init` for a new installation.",
+            next_step=HOW_TO_MAKE_ONE,
         )
     known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
     if found in known:

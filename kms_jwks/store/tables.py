@@ -74,7 +74,6 @@ installation = Table(
     "installation",
     metadata,
     _single(),
-    CheckConstraint("single = 1", name="single"),
     Column("id", String(8), nullable=False),
     _instant("created_at"),
 )
@@ -83,7 +82,6 @@ epoch = Table(
     "epoch",
     metadata,
     _single(),
-    CheckConstraint("single = 1", name="single"),
     _id("incarnation", primary=False),
     _number("counter"),
 )
@@ -170,6 +168,7 @@ versions = Table(
     _instant("destroyed_at", nullable=True),
     _text("breaches"),
     UniqueConstraint("key_id", "number"),
+    UniqueConstraint("kid"),
     _one_of("state", VersionState),
     Index("ix_versions_state", "state"),
     Index("ix_versions_key_set_id", "key_set_id"),
@@ -284,7 +283,6 @@ custodian = Table(
     "custodian",
     metadata,
     _single(),
-    CheckConstraint("single = 1", name="single"),
     _number("term"),
     _id("holder", primary=False),
     _text("node"),

@@ -7,9 +7,10 @@ import uuid
 from sqlalchemy import Connection, insert, select, update
 
 from kms_jwks import errors
-from kms_jwks.model import CustodianLease, Epoch, ExternalKey, KeyVersion
+from kms_jwks.model import CustodianLease, Epoch, ExternalKey, Id, KeyVersion
 from kms_jwks.store import tables as t
 from kms_jwks.store.engine import Database
+from kms_jwks.store.failures import HOW_TO_MAKE_ONE, translated
 from kms_jwks.store.mapping import MAPPERS, Thing, snapshot_view
 from kms_jwks.store.reading import ReadTx
 
@@ -23,8 +24,10 @@ class WriteTx(ReadTx):
     def __init__(self, database: Database, connection: Connection) -> None:
         super().__init__(database, connection)
         # On SQLite the transaction holds the lock already; elsewhere this row is what writers queue for.
-        connection.execute(select(t.epoch.c.counter).with_for_update())
-        self._changed = False
+        if connection.execute(select(t.epoch.c.counter).with_for_update()).first() is None:
+            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_MAKE_ONE)
+        self._views: dict[tuple[type[object], Id], tuple[object, object]] = {}
+        self._reborn = False
         self.committed_epoch: Epoch | None = None
         """After the commit: the new epoch, or None when no snapshot is affected."""
 
@@ -34,11 +37,12 @@ class WriteTx(ReadTx):
         return Epoch(current.incarnation, current.counter + 1)
 
     def add(self, thing: Thing) -> None:
-        """Write a new thing. Raises NameTaken, KidTaken, Conflict."""
+        """Write a new thing. Raises NameTaken, KidTaken, TransitionRefused, Conflict; then nothing of it is written."""
         mapper = MAPPERS[type(thing)]
-        self._connection.execute(insert(mapper.table).values(mapper.to_row(thing)))
-        self._bind_kid(thing)
-        self._changed = self._changed or snapshot_view(thing) is not None
+        with translated(), self._connection.begin_nested():
+            self._bind_kid(thing)
+            self._connection.execute(insert(mapper.table).values(mapper.to_row(thing)))
+        self._note(thing, None)
 
     def save(self, thing: Thing) -> None:
         """Write a thing as it is now; one that has not changed writes nothing. Raises KidTaken, TransitionRefused."""
@@ -50,10 +54,13 @@ class WriteTx(ReadTx):
         changed = {name: value for name, value in new.items() if old[name] != value}
         if not changed:
             return
-        self._connection.execute(update(mapper.table).where(mapper.table.c.id == thing.id).values(changed))
-        if "kid" in changed:
-            self._bind_kid(thing)
-        self._changed = self._changed or snapshot_view(before) != snapshot_view(thing)
+        if "kid" in changed and old["kid"] is not None:
+            raise errors.InternalError("A kid that is bound cannot be taken off its key.")
+        with translated(), self._connection.begin_nested():
+            if "kid" in changed:
+                self._bind_kid(thing)
+            self._connection.execute(update(mapper.table).where(mapper.table.c.id == thing.id).values(changed))
+        self._note(thing, snapshot_view(before))
 
     def set_custodian_lease(self, lease: CustodianLease) -> None:
         """Write who acts. The term never goes back."""
@@ -69,14 +76,20 @@ class WriteTx(ReadTx):
     def new_incarnation(self) -> None:
         """Begin the epochs anew: no worker's confirmation of before counts any more (a restored backup)."""
         self._connection.execute(update(t.epoch).values(incarnation=str(uuid.uuid4())))
-        self._changed = True
+        self._reborn = True
 
-    def advance_epoch(self) -> None:
-        """Called once, just before the commit."""
-        if self._changed:
-            epoch = self.next_epoch()
-            self._connection.execute(update(t.epoch).values(counter=epoch.counter))
-            self.committed_epoch = epoch
+    def advance_epoch(self) -> Epoch | None:
+        """Called once, just before the commit: the epoch it commits, or None when every view is what it was."""
+        if not self._reborn and all(before == after for before, after in self._views.values()):
+            return None
+        epoch = self.next_epoch()
+        self._connection.execute(update(t.epoch).values(counter=epoch.counter))
+        return epoch
+
+    def _note(self, thing: Thing, before: object) -> None:
+        key = (type(thing), thing.id)
+        first, _ = self._views.get(key, (before, None))
+        self._views[key] = (first, snapshot_view(thing))
 
     def _bind_kid(self, thing: Thing) -> None:
         if not isinstance(thing, KeyVersion | ExternalKey) or thing.kid is None:

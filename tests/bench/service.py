@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.integration.conftest import Server, running, wait_until
+from tests.integration.conftest import Server, free_port, prepare, running, settled, wait_until
 
 KEY = "main"
 GENERATION = 60.0
@@ -15,32 +15,28 @@ GENERATION = 60.0
 
 
 @contextlib.contextmanager
-def throwaway(workers: int) -> Iterator[Server]:
+def throwaway(workers: int = 2) -> Iterator[Server]:
     """A service on a SoftHSM token of its own, with what nobody set at its default; all gone at the end."""
-    with (
-        tempfile.TemporaryDirectory(prefix="kms-jwks-", ignore_cleanup_errors=True) as folder,
-        running(Path(folder), workers=workers, threads=8, request_timeout=30, log_level="info") as server,
-    ):
-        yield server
+    with tempfile.TemporaryDirectory(prefix="kms-jwks-", ignore_cleanup_errors=True) as name:
+        folder, port = Path(name), free_port()
+        prepare(folder, port, workers=workers, threads=8, request_timeout=30, log_level="info")
+        with running(folder, port) as server:
+            wait_until(lambda: settled(server.must("GET", "/v1/key-sets/default/keys/default")))
+            yield server
 
 
-def make_key_set(server: Server, name: str, alg: str, *, rsa_bits: int | None = None, purpose: str = "jwt") -> str:
-    """A key set with one key `main` that signs when this returns; the token of a client that may sign with it."""
+def make_key_set(
+    server: Server, name: str, alg: str, token: str, *, rsa_bits: int | None = None, purpose: str = "jwt"
+) -> None:
+    """A key set with one key `main`, which signs for the client with `token` when this returns."""
     key: dict[str, object] = {"name": KEY, "alg": alg}
     if rsa_bits is not None:
         key["rsa_bits"] = rsa_bits
     server.must("POST", "/v1/key-sets", {"name": name, "purpose": purpose, "keys": [key]})
-    token = server.client("signer" if purpose == "jwt" else "raw-signer", key_set=name)
     path = f"/v1/key-sets/{name}/keys/{KEY}/active"
     wait_until(lambda: server.call("GET", path, token=token).status == 200, GENERATION)
-    return token
 
 
 def wait_for_standby(server: Server, name: str) -> None:
-    """Until the custodian has made the version that comes next: it no longer keeps the processor busy."""
-
-    def there() -> bool:
-        versions = server.must("GET", f"/v1/key-sets/{name}/keys/{KEY}")["versions"]
-        return any(version["state"] == "published" for version in versions)
-
-    wait_until(there, GENERATION)
+    """Until every worker publishes the version that comes next; its making no longer keeps the processor busy."""
+    wait_until(lambda: settled(server.must("GET", f"/v1/key-sets/{name}/keys/{KEY}")), GENERATION)

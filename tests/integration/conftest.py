@@ -136,11 +136,15 @@ class Server:
 
     def client(self, role: str | None = None, **scope: str) -> str:
         """A client with one grant, or with none; its API token."""
+        return self.client_with(role, **scope)[1]
+
+    def client_with(self, role: str | None = None, **scope: str) -> tuple[str, str]:
+        """The same; its name and its API token."""
         name = fresh("client")
         self.must("POST", "/v1/clients", {"name": name})
         if role is not None:
             self.must("POST", "/v1/grants", {"client": name, "role": role, "scope": scope})
-        return str(self.must("POST", f"/v1/clients/{name}/tokens", {})["token"])
+        return name, str(self.must("POST", f"/v1/clients/{name}/tokens", {})["token"])
 
     def revision_of_everything(self) -> bytes:
         """Every listing there is, for "nothing changed"."""

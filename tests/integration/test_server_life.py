@@ -54,11 +54,9 @@ def test_one_service_through_many_deaths(own: Own) -> None:
         hup_brings_new_workers_and_loses_no_answer(server)
         a_broken_configuration_is_not_taken_over(server)
         family = server.family()
-        started = time.monotonic()
-        assert stop(server) == 0
-        assert time.monotonic() - started < 15
-        assert gone(family)
-        assert live_workers(own.folder) == 0, "they left the register"
+        server.children()["http"].kill()
+        assert server.process.wait(20) == 128 + signal.SIGKILL, "the end of gunicorn is the end of all"
+        wait_until(lambda: gone(family))
 
 
 def live_workers(folder: Path) -> int:
@@ -130,14 +128,6 @@ def test_nothing_is_left_when_the_parent_is_killed(own: Own) -> None:
         wait_until(lambda: gone(family))
 
 
-def test_the_end_of_gunicorn_is_the_end_of_all(own: Own) -> None:
-    with running(own.folder, own.port) as server:
-        family = server.family()
-        server.children()["http"].kill()
-        assert server.process.wait(20) == 128 + signal.SIGKILL
-        wait_until(lambda: gone(family))
-
-
 def test_a_module_that_is_away_at_the_start(own: Own) -> None:
     """The service starts, publishes, says what is missing, and signs by itself once the module is back."""
     tokens, away = own.folder / "tokens", own.folder / "away"
@@ -201,8 +191,8 @@ def test_a_public_server_needs_neither_pin_nor_module(own: Own) -> None:
             assert set(server.children()) == {"http"}, "no custodian"
             assert len(server.must("GET", JWKS, token=None)["keys"]) == 2
             assert server.call("GET", "/readyz", token=None).status == 200
-            for path in ("/v1/key-sets", "/docs", "/openapi.json", "/readyz/sign"):
-                assert server.call("GET", path).problem == "route_not_found"
+            for private in ("/v1/key-sets", "/docs", "/openapi.json", "/readyz/sign"):
+                assert server.call("GET", private).problem == "route_not_found"
             assert server.call("POST", SIGN, {"claims": {}}, token=server.signer).problem == "route_not_found"
     finally:
         for path in hidden:
@@ -218,8 +208,18 @@ def test_a_private_server_publishes_nothing(own: Own) -> None:
                 assert server.call("GET", path, token=None).problem == "route_not_found"
             assert server.call("POST", SIGN, {"claims": {}}, token=server.signer).status == 200
             request_lines(server)
+            a_graceful_end(server)
     finally:
         own.edit('workers = 1\nroutes = "private"', "workers = 2")
+
+
+def a_graceful_end(server: Server) -> None:
+    family = server.family()
+    started = time.monotonic()
+    assert stop(server) == 0
+    assert time.monotonic() - started < 15
+    assert gone(family)
+    assert live_workers(server.folder) == 0, "they left the register"
 
 
 def request_lines(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from dataclasses import dataclass
 import pytest
 
 from kms_jwks.client import Client
-from tests.bench.service import KEY, make_key_set
-from tests.integration.conftest import Server, running
+from tests.bench.service import KEY, make_key_set, throwaway
+from tests.integration.conftest import Server
 from tests.interop.verifiers import Jose
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """A key set with one key `main`, and a client that may sign with it and do nothing else."""
+    """A key set with one key `main`, and a client that may sign with it."""
 
     name: str
     alg: str
@@ -36,9 +37,9 @@ MakeIssuer = Callable[..., Issuer]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     """One service for the interop tests of a pytest process."""
-    with running(tmp_path_factory.mktemp("service"), log_level="info") as server:
+    with throwaway() as server:
         yield server
 
 
@@ -49,23 +50,31 @@ def admin(server: Server) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def make_issuer(server: Server) -> MakeIssuer:
+def make_issuer(server: Server) -> Iterator[MakeIssuer]:
     """`make_issuer(alg, rsa_bits=None, purpose="jwt")` → a new key set that signs when this returns."""
     numbers = itertools.count(1)
+    tokens = {"jwt": server.client("signer"), "raw": server.client("raw-signer")}
+    clients = {purpose: Client(server.url, token) for purpose, token in tokens.items()}
 
     def make(alg: str, rsa_bits: int | None = None, purpose: str = "jwt") -> Issuer:
         name = f"{alg.lower()}-{next(numbers)}"
-        token = make_key_set(server, name, alg, rsa_bits=rsa_bits, purpose=purpose)
+        make_key_set(server, name, alg, tokens[purpose], rsa_bits=rsa_bits, purpose=purpose)
         url = f"{server.url}/{name}"
-        return Issuer(name, alg, url, f"{url}/.well-known/jwks.json", Client(server.url, token))
+        return Issuer(name, alg, url, f"{url}/.well-known/jwks.json", clients[purpose])
 
-    return make
+    with clients["jwt"], clients["raw"]:
+        yield make
 
 
 @pytest.fixture(scope="session")
-def es256(make_issuer: MakeIssuer) -> Issuer:
-    """A key set that no test changes."""
-    return make_issuer("ES256")
+def shared_issuer(make_issuer: MakeIssuer) -> MakeIssuer:
+    """The same, and for the same arguments the same one: for tests that change nothing in it."""
+    return functools.cache(make_issuer)
+
+
+@pytest.fixture(scope="session")
+def es256(shared_issuer: MakeIssuer) -> Issuer:
+    return shared_issuer("ES256", None)
 
 
 @pytest.fixture(scope="session")

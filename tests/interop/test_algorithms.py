@@ -13,8 +13,13 @@ from tests.interop.conftest import Issuer, MakeIssuer
 from tests.interop.verifiers import Jose, JoseError, fetch, with_joserfc, with_pyjwt
 
 ALGORITHMS = [
-    *((alg, bits) for alg in ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512") for bits in (2048, 3072)),
-    ("RS256", 4096),
+    # Every algorithm, and every size with either padding; which hash goes with which size is all one.
+    *(("RS256", bits) for bits in (2048, 3072, 4096)),
+    *(("PS256", bits) for bits in (2048, 3072)),
+    ("RS384", 3072),
+    ("RS512", 2048),
+    ("PS384", 2048),
+    ("PS512", 3072),
     *((alg, None) for alg in ("ES256", "ES384", "ES512", "ES256K", "EdDSA", "Ed25519")),
 ]
 
@@ -30,9 +35,9 @@ def tampered(token: str) -> str:
 
 @pytest.mark.parametrize(("alg", "bits"), ALGORITHMS, ids=lambda value: str(value or "").lower())
 def test_every_library_verifies_what_it_knows_and_no_forgery(
-    make_issuer: MakeIssuer, jose: Jose, alg: str, bits: int | None
+    shared_issuer: MakeIssuer, jose: Jose, alg: str, bits: int | None
 ) -> None:
-    issuer = make_issuer(alg, bits)
+    issuer = shared_issuer(alg, bits)
     token = issuer.token("alice", "shop")
     header = jwt.get_unverified_header(token)
     assert header == {"alg": alg, "kid": issuer.kid(), "typ": "JWT"}
@@ -43,7 +48,7 @@ def test_every_library_verifies_what_it_knows_and_no_forgery(
 
 
 def check_joserfc(issuer: Issuer, token: str) -> None:
-    """joserfc knows every algorithm of ours."""
+    """joserfc knows every algorithm of ours; `EdDSA` with a warning, since RFC 9864 prefers the name `Ed25519`."""
     expected = {"alg": issuer.alg, "issuer": issuer.url, "audience": "shop"}
     assert with_joserfc(token, issuer.jwks_uri, **expected)["sub"] == "alice"
     with pytest.raises(JoserfcError, match="bad_signature"):

@@ -25,8 +25,8 @@ DATA = b"any bytes at all \x00\xff" * 20
 
 
 @pytest.fixture(scope="module")
-def raw_es256(make_issuer: MakeIssuer) -> Issuer:
-    return make_issuer("ES256", purpose="raw")
+def raw_es256(shared_issuer: MakeIssuer) -> Issuer:
+    return shared_issuer("ES256", None, "raw")
 
 
 def decoded(text: str) -> bytes:
@@ -90,9 +90,9 @@ VERIFIERS: dict[str, tuple[Callable[[Any, bytes, bytes], None], str | None]] = {
 
 
 @pytest.mark.parametrize("alg", VERIFIERS)
-def test_cryptography_verifies_signatures_of_inputs_and_of_digests(make_issuer: MakeIssuer, alg: str) -> None:
+def test_cryptography_verifies_signatures_of_inputs_and_of_digests(shared_issuer: MakeIssuer, alg: str) -> None:
     verify, hash_name = VERIFIERS[alg]
-    issuer = make_issuer(alg, 2048 if alg in ("RS256", "PS384") else None, purpose="raw")
+    issuer = shared_issuer(alg, 2048 if alg in ("RS256", "PS384") else None, "raw")
     (key,) = [jwt.PyJWK(key).key for key in fetch(issuer.jwks_uri)["keys"] if key["kid"] == issuer.kid()]
 
     signatures = [issuer.client.sign_raw(issuer.name, "main", DATA)]

@@ -14,7 +14,7 @@ from tests.bench.service import wait_for_standby
 from tests.integration.conftest import Server
 from tests.interop.conftest import Issuer, MakeIssuer
 from tests.interop.remote_keys import remote_key
-from tests.interop.verifiers import Jose, with_joserfc, with_pyjwt
+from tests.interop.verifiers import with_joserfc, with_pyjwt
 
 
 def claims(issuer: Issuer, **changes: object) -> dict[str, Any]:
@@ -22,17 +22,31 @@ def claims(issuer: Issuer, **changes: object) -> dict[str, Any]:
     return {"iss": issuer.url, "sub": "alice", "aud": "shop", "iat": now, "exp": now + 300} | changes
 
 
-@pytest.mark.parametrize("alg", ["RS256", "PS256", "PS512", "ES256", "ES384", "ES512", "EdDSA"])
-def test_pyjwt_encodes_with_a_key_in_the_module(make_issuer: MakeIssuer, jose: Jose, alg: str) -> None:
-    issuer = make_issuer(alg, 2048 if alg[1] == "S" and alg[0] in "RP" else None)
+@pytest.mark.parametrize(
+    ("alg", "bits"),
+    [
+        ("RS256", 2048),
+        ("RS512", 2048),
+        ("PS256", 2048),
+        ("PS512", 3072),
+        ("ES256", None),
+        ("ES384", None),
+        ("ES512", None),
+        ("ES256K", None),
+        ("EdDSA", None),
+    ],
+)
+def test_pyjwt_encodes_with_a_key_in_the_module(shared_issuer: MakeIssuer, alg: str, bits: int | None) -> None:
+    issuer = shared_issuer(alg, bits)
     key = remote_key(issuer.client, issuer.name, "main")
 
     token = jwt.encode(claims(issuer), key, algorithm=alg, headers={"kid": key.kid})
 
     expected = {"alg": alg, "issuer": issuer.url, "audience": "shop"}
+    assert with_pyjwt(token, issuer.jwks_uri, **expected)["sub"] == "alice"
     assert with_joserfc(token, issuer.jwks_uri, **expected)["sub"] == "alice"
-    assert jose.verify(token, issuer.jwks_uri, **expected)["sub"] == "alice"
-    assert jwt.decode(token, key.public_key(), algorithms=[alg], audience="shop")["sub"] == "alice"
+    with pytest.raises(TypeError, match="in the module"):
+        key.private_bytes()
 
 
 @pytest.mark.parametrize(

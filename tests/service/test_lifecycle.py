@@ -200,11 +200,14 @@ def test_a_revocation_without_a_standby_stops_signing_until_one_is_visible(world
     assert successor.breaches
 
 
-def test_a_destroyed_or_revoked_version_is_not_revoked_again(world: World) -> None:
+def test_a_revocation_can_be_repeated_by_who_lost_its_answer(world: World) -> None:
     world.create()
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
-    with pytest.raises(errors.TransitionRefused):
-        world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    first = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="once"))
+    active = [v.number for v in world.versions() if v.state is S.ACTIVE]
+    again = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="twice"))
+    assert again.version == first.version
+    assert (again.successor, again.unconfirmed) == (None, [])
+    assert [v.number for v in world.versions() if v.state is S.ACTIVE] == active
 
 
 # --- disable, enable

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from pkcs11 import Attribute, Object, ObjectClass
+from pkcs11 import Attribute, ObjectClass
 
 from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
 from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
@@ -55,13 +55,7 @@ class Pkcs11Backend:
         """See `Backend.sign`."""
         if time.monotonic() >= deadline:
             raise BackendTimeout("The deadline had passed before the module was asked.")
-
-        def work(seat: Seat) -> bytes:
-            if ref not in seat.handles:
-                self._check_ref(ref, seat)
-            return objects.signed(seat, ref, alg, what)
-
-        return self._access().run(work, deadline, doing=f"signing with {alg.name}")
+        return self._access().run(lambda seat: objects.signed(seat, ref, alg, what), deadline, doing="signing")
 
     def capabilities(self) -> frozenset[str]:
         """See `Backend.capabilities`. Curves are not in a mechanism list: `generate` may still refuse ES256K."""
@@ -69,11 +63,13 @@ class Pkcs11Backend:
 
     def public_key(self, ref: KeyRef) -> PublicJwk:
         """See `Backend.public_key`."""
-        return self._read("reading a public key", lambda seat: objects.jwk_of(seat, ref, self._private(seat, ref)))
+        return self._read(
+            "reading a public key", lambda seat: objects.jwk_of(seat, ref, objects.private_key(seat, ref))
+        )
 
     def attributes(self, ref: KeyRef) -> Evidence:
         """See `Backend.attributes`."""
-        return self._read("reading attributes", lambda seat: keys.evidence_of(self._private(seat, ref)))
+        return self._read("reading attributes", lambda seat: keys.evidence_of(objects.private_key(seat, ref)))
 
     def list_keys(self, label_prefix: str) -> list[StoredKey]:
         """See `Backend.list_keys`."""
@@ -95,7 +91,7 @@ class Pkcs11Backend:
 
         def work(seat: Seat) -> GeneratedKey:
             ref = objects.the_one(seat, template, locator)
-            private = self._private(seat, ref)
+            private = objects.private_key(seat, ref)
             jwk = objects.jwk_of(seat, ref, private)
             if weak := keys.weakness(keys.evidence_of(private)):
                 raise BackendRefused(
@@ -166,7 +162,7 @@ class Pkcs11Backend:
         """See `Backend.destroy`. Both halves are gone, and were looked for again, when this returns."""
 
         def work(seat: Seat) -> None:
-            self._check_ref(ref, seat)
+            objects.check_ref(seat, ref)
             objects.destroy_all(seat, objects.locator(ref, ObjectClass.PRIVATE_KEY))
 
         self._mutate("destroying a key", work)
@@ -203,23 +199,6 @@ class Pkcs11Backend:
         serial = access.run(lambda seat: seat.connection.serial, deadline, doing=doing)
         with locked(lock_path(self._options.lock_dir, "mutate", serial), deadline):
             return access.run(work, deadline, doing=doing, pool=lambda connection: connection.mutating)
-
-    def _private(self, seat: Seat, ref: KeyRef) -> Object:
-        self._check_ref(ref, seat)
-        return objects.private_key(seat, ref)
-
-    def _check_ref(self, ref: KeyRef, seat: Seat) -> None:
-        """A reference names its token: the same label on another one is another key."""
-        parts = ref.as_dict()
-        serial = parts.get("serial")
-        if serial is None or not (parts.get("id") or parts.get("label")):
-            raise BackendRefused(f"The reference {ref.as_dict()} is none of a PKCS#11 backend.")
-        if serial != seat.connection.serial:
-            raise BackendRefused(
-                f"The key {objects.described(ref)} is on the token with serial {serial}; backend {self.name!r} has "
-                f"the one with serial {seat.connection.serial}.",
-                next_step="Put the right token back, or correct the backend's token in the configuration.",
-            )
 
 
 def _adoption(locator: str) -> keys.Template:

@@ -67,8 +67,10 @@ class Pool:
 
     def take(self, deadline: float) -> Seat:
         """A seat, to be given back. Raises BackendTimeout."""
-        with suppress(queue.Empty):
+        try:
             return self._idle.get_nowait()
+        except queue.Empty:
+            pass
         try:
             return self._idle.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:

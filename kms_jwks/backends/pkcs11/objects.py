@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _LOOKS: Final = (0.0, 0.01, 0.05)
 """Seconds before each look for a key, until it counts as absent: a look may meet the store while it is rewritten."""
 _ID_BYTES: Final = 16
+_HEXADECIMAL: Final = re.compile("(?:[0-9a-f]{2})*")
 _SIGNATURE_ROOM: Final = 1024
 """Bytes python-pkcs11 sets aside for a signature; its default of 8192 costs time in each call."""
 
@@ -59,8 +61,24 @@ def locator(ref: KeyRef, kind: ObjectClass) -> keys.Template:
     return template
 
 
+def check_ref(seat: Seat, ref: KeyRef) -> None:
+    """A reference names its token: the same label on another one is another key. Raises BackendRefused."""
+    parts = ref.as_dict()
+    serial = parts.get("serial")
+    id_ = parts.get("id", "")
+    if serial is None or not (id_ or parts.get("label")) or not _HEXADECIMAL.fullmatch(id_):
+        raise BackendRefused(f"The reference {parts} is none of a PKCS#11 backend.")
+    if serial != seat.connection.serial:
+        raise BackendRefused(
+            f"The key {described(ref)} is on the token with serial {serial}, not on this one with serial "
+            f"{seat.connection.serial}.",
+            next_step="Put the right token back, or correct the backend's token in the configuration.",
+        )
+
+
 def private_key(seat: Seat, ref: KeyRef) -> Object:
     """The one private key of a reference. Raises KeyNotFound only when the token was well around each look."""
+    check_ref(seat, ref)
     connection = seat.connection
     for wait in _LOOKS:
         time.sleep(wait)

@@ -265,6 +265,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["key_set_id"], ["key_sets.id"], name=op.f("fk_versions_key_set_id_key_sets")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_versions")),
         sa.UniqueConstraint("key_id", "number", name=op.f("uq_versions_key_id_number")),
+        sa.UniqueConstraint("kid", name=op.f("uq_versions_kid")),
     )
     op.create_index("ix_versions_key_set_id", "versions", ["key_set_id"], unique=False)
     op.create_index("ix_versions_state", "versions", ["state"], unique=False)

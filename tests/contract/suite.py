@@ -1,0 +1,385 @@
+"""What every backend must do, written once. A backend adopts it in a class of its own that says how it is made:
+
+    class TestMine(BackendContract):
+        @pytest.fixture(scope="class")
+        @classmethod
+        def factory(cls) -> Factory:
+            return functools.partial(make_my_backend, ...)
+
+`factory` is picklable, and each call makes a new backend on the same module, in this process or in another.
+Signatures are verified by cryptography directly and by joserfc, never by the code under test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import TypeAlias
+
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from joserfc import jws
+from joserfc.errors import SecurityWarning
+from joserfc.jwk import ECKey, OKPKey, RSAKey
+
+from kms_jwks.algorithms import ALGORITHMS, RSA_BITS, Algorithm, Family
+from kms_jwks.backends.base import Backend, Digest, GeneratedKey, KeyRef, Message
+from kms_jwks.errors import BackendRefused, BackendTimeout, KeyExists, KeyNotFound, UnsupportedAlgorithm
+from kms_jwks.jose import b64u_encode, public_key
+
+Factory: TypeAlias = Callable[[], Backend]
+Case: TypeAlias = tuple[str, int | None]
+
+CASES: list[Case] = [(name, bits) for name, alg in ALGORITHMS.items() for bits in alg.rsa_bits or (None,)]
+QUICK: list[Case] = [("RS256", 2048), ("PS256", 2048), ("ES256", None), ("EdDSA", None)]
+_HASHES = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashes.SHA512()}
+_JOSERFC = {"RSA": RSAKey, "EC": ECKey, "OKP": OKPKey}
+
+
+def case_id(case: Case) -> str:
+    """For pytest: RS256-2048, ES256."""
+    return "-".join(str(part) for part in case if part is not None)
+
+
+def soon(seconds: float = 10.0) -> float:
+    """A deadline."""
+    return time.monotonic() + seconds
+
+
+def new_label() -> str:
+    """Like those of the service: random, 40 bytes at most."""
+    return f"kj-contract-{uuid.uuid4().hex[:20]}"
+
+
+def verify(alg: Algorithm, jwk: dict[str, str], what: Message | Digest, signature: bytes) -> None:
+    """By cryptography alone. Raises InvalidSignature."""
+    key = public_key(jwk)
+    data = what.data if isinstance(what, Message) else what.value
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        key.verify(signature, data)
+        return
+    hash_ = _HASHES[alg.hash or ""]
+    algorithm = hash_ if isinstance(what, Message) else Prehashed(hash_)
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        assert len(signature) == 2 * alg.coordinate
+        halves = signature[: alg.coordinate], signature[alg.coordinate :]
+        r, s = (int.from_bytes(half, "big") for half in halves)
+        key.verify(encode_dss_signature(r, s), data, ec.ECDSA(algorithm))
+        return
+    assert isinstance(key, rsa.RSAPublicKey)
+    assert len(signature) == key.key_size // 8
+    if alg.family is Family.RSA_PSS:
+        salted = padding.PSS(padding.MGF1(hash_), hash_.digest_size)
+        key.verify(signature, data, salted, algorithm)
+    else:
+        key.verify(signature, data, padding.PKCS1v15(), algorithm)
+
+
+def verify_as_jws(alg: Algorithm, jwk: dict[str, str], sign: Callable[[bytes], bytes]) -> None:
+    """A compact JWS whose signature the backend makes, verified by joserfc. Raises joserfc's BadSignatureError."""
+    header, payload = (b64u_encode(part) for part in (b'{"alg":"%s"}' % alg.name.encode(), b'{"sub":"somebody"}'))
+    signing_input = f"{header}.{payload}"
+    token = f"{signing_input}.{b64u_encode(sign(signing_input.encode()))}"
+    key = _JOSERFC[alg.kty].import_key(dict(jwk))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecurityWarning)  # RFC 9864 deprecates the name EdDSA
+        assert jws.deserialize_compact(token, key, algorithms=[alg.name]).payload == b'{"sub":"somebody"}'
+
+
+def sign_elsewhere(factory: Factory, ref: KeyRef, alg_name: str, data: bytes) -> bytes:
+    """Runs in another process."""
+    backend = factory()
+    try:
+        return backend.sign(ref, ALGORITHMS[alg_name], Message(data), soon())
+    finally:
+        backend.close()
+
+
+def destroy_elsewhere(factory: Factory, ref: KeyRef) -> None:
+    """Runs in another process."""
+    backend = factory()
+    try:
+        backend.destroy(ref)
+    finally:
+        backend.close()
+
+
+class Keys:
+    """Keys that tests share, made when first asked for. RSA keys serve all RSA algorithms: 4096 bits take seconds."""
+
+    def __init__(self, backend: Backend, rsa_keys_shared: bool) -> None:
+        self.backend = backend
+        self._shared = rsa_keys_shared
+        self._made: dict[Case, GeneratedKey] = {}
+
+    def __getitem__(self, case: Case) -> GeneratedKey:
+        name, bits = case
+        alg = ALGORITHMS[name]
+        kind = ("RSA" if alg.is_rsa and self._shared else name, bits)
+        if kind not in self._made:
+            self._made[kind] = self.backend.generate(new_label(), alg, rsa_bits=bits)
+        return self._made[kind]
+
+    def destroy(self) -> None:
+        for key in self._made.values():
+            self.backend.destroy(key.ref)
+
+
+class BackendContract:
+    """The tests. Adopters override `factory`, and the constants where the module differs."""
+
+    unsupported: frozenset[str] = frozenset()
+    """Algorithms this module cannot do; then it must say so."""
+    rsa_keys_shared = True
+    """False where a key of the module is bound to one algorithm."""
+    scheduled_destruction = False
+    """True where the module itself destroys keys after some days."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def factory(cls) -> Factory:
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls, factory: Factory) -> Iterator[Backend]:
+        backend = factory()
+        yield backend
+        backend.close()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def keys(cls, backend: Backend) -> Iterator[Keys]:
+        keys = Keys(backend, cls.rsa_keys_shared)
+        yield keys
+        keys.destroy()
+
+    def supported(self, case: Case) -> Algorithm:
+        """The algorithm of a case; skips where the module does not have it."""
+        if case[0] in self.unsupported:
+            pytest.skip(f"the module has no {case[0]}")
+        return ALGORITHMS[case[0]]
+
+    # --- algorithms -----------------------------------------------------------------------------------------------
+
+    def test_capabilities_are_the_algorithms_of_the_module(
+        self, backend: Backend, record_testsuite_property: Callable[[str, object], None]
+    ) -> None:
+        offered = backend.capabilities()
+        record_testsuite_property(f"algorithms-{backend.kind}", " ".join(sorted(offered)))
+        print(f"{backend.kind}: {' '.join(sorted(offered))}")
+        assert offered == ALGORITHMS.keys() - self.unsupported
+
+    def test_what_is_not_offered_is_refused(self, backend: Backend) -> None:
+        for name, bits in (case for case in CASES if case[0] in self.unsupported):
+            with pytest.raises(UnsupportedAlgorithm):
+                backend.generate(new_label(), ALGORITHMS[name], rsa_bits=bits)
+
+    @pytest.mark.parametrize("case", CASES, ids=case_id)
+    def test_a_generated_key_is_of_its_algorithm_and_never_leaves_the_module(self, keys: Keys, case: Case) -> None:
+        alg, key = self.supported(case), keys[case]
+        assert key.public_jwk["kty"] == alg.kty
+        assert key.public_jwk.get("crv") == alg.crv
+        assert not {"d", "p", "q", "dp", "dq", "qi"} & key.public_jwk.keys()
+        if case[1]:
+            public = public_key(key.public_jwk)
+            assert isinstance(public, rsa.RSAPublicKey)
+            assert (public.key_size, public.public_numbers().e) == (case[1], 65537)
+        assert keys.backend.public_key(key.ref) == key.public_jwk
+        evidence = keys.backend.attributes(key.ref)
+        assert evidence.holds, evidence
+        assert evidence.attributes
+
+    @pytest.mark.parametrize("case", CASES, ids=case_id)
+    def test_a_message_is_signed(self, keys: Keys, case: Case) -> None:
+        alg, key = self.supported(case), keys[case]
+        message = Message(os.urandom(200))
+        signature = keys.backend.sign(key.ref, alg, message, soon())
+        verify(alg, dict(key.public_jwk), message, signature)
+        with pytest.raises(InvalidSignature):
+            verify(alg, dict(key.public_jwk), Message(message.data + b"."), signature)
+
+    @pytest.mark.parametrize("case", CASES, ids=case_id)
+    def test_a_digest_is_signed_as_its_message_is(self, keys: Keys, case: Case) -> None:
+        alg, key = self.supported(case), keys[case]
+        message = os.urandom(300)
+        digest = Digest(hashlib.new(alg.hash or "sha256", message).digest())
+        if alg.hash is None:
+            with pytest.raises(BackendRefused):
+                keys.backend.sign(key.ref, alg, digest, soon())
+            return
+        signature = keys.backend.sign(key.ref, alg, digest, soon())
+        verify(alg, dict(key.public_jwk), digest, signature)
+        verify(alg, dict(key.public_jwk), Message(message), signature)
+
+    @pytest.mark.parametrize("case", CASES, ids=case_id)
+    def test_joserfc_verifies_the_jws(self, keys: Keys, case: Case) -> None:
+        alg, key = self.supported(case), keys[case]
+        verify_as_jws(
+            alg, dict(key.public_jwk), lambda data: keys.backend.sign(key.ref, alg, Message(data), soon())
+        )
+
+    @pytest.mark.parametrize("case", QUICK, ids=case_id)
+    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.binary(max_size=3000))
+    def test_any_message_is_signed(self, keys: Keys, case: Case, data: bytes) -> None:
+        alg, key = self.supported(case), keys[case]
+        verify(alg, dict(key.public_jwk), Message(data), keys.backend.sign(key.ref, alg, Message(data), soon()))
+
+    @pytest.mark.parametrize("size", [0, 20, 31, 33, 64])
+    @pytest.mark.parametrize("case", QUICK, ids=case_id)
+    def test_a_digest_of_another_length_is_refused(self, keys: Keys, case: Case, size: int) -> None:
+        alg = self.supported(case)
+        with pytest.raises(BackendRefused):
+            keys.backend.sign(keys[case].ref, alg, Digest(bytes(size)), soon())
+
+    @pytest.mark.parametrize(
+        ("case", "other"), [(("ES256", None), "ES384"), (("ES256", None), "RS256"), (("RS256", 2048), "EdDSA")]
+    )
+    def test_a_key_does_not_sign_with_the_algorithm_of_another(self, keys: Keys, case: Case, other: str) -> None:
+        self.supported(case)
+        with pytest.raises((BackendRefused, UnsupportedAlgorithm)):
+            keys.backend.sign(keys[case].ref, ALGORITHMS[other], Message(b"x"), soon())
+
+    # --- labels, references, lives --------------------------------------------------------------------------------
+
+    def test_a_label_is_used_once(self, backend: Backend) -> None:
+        label, alg = new_label(), ALGORITHMS["ES256"]
+        key = backend.generate(label, alg)
+        with pytest.raises(KeyExists):
+            backend.generate(label, alg)
+        message = Message(b"still the first")
+        verify(alg, dict(key.public_jwk), message, backend.sign(key.ref, alg, message, soon()))
+        backend.destroy(key.ref)
+
+    @pytest.mark.parametrize("label", ["", "a" * 41, "schlüssel", "line\nbreak"])
+    def test_a_label_outside_the_grammar_is_refused(self, backend: Backend, label: str) -> None:
+        with pytest.raises(BackendRefused):
+            backend.generate(label, ALGORITHMS["ES256"])
+
+    @pytest.mark.parametrize("bits", [512, 1024, 2049, 8192])
+    def test_other_rsa_sizes_are_refused(self, backend: Backend, bits: int) -> None:
+        label = new_label()
+        with pytest.raises(UnsupportedAlgorithm):
+            backend.generate(label, ALGORITHMS["RS256"], rsa_bits=bits)
+        assert backend.list_keys(label) == []
+
+    def test_a_reference_survives_storage(self, keys: Keys) -> None:
+        key, alg = keys["ES256", None], ALGORITHMS["ES256"]
+        again = KeyRef.of(**key.ref.as_dict())
+        assert again == key.ref
+        message = Message(b"stored")
+        verify(alg, dict(key.public_jwk), message, keys.backend.sign(again, alg, message, soon()))
+
+    def test_destruction_is_final_and_may_be_repeated(self, backend: Backend) -> None:
+        label, alg = new_label(), ALGORITHMS["ES256"]
+        key = backend.generate(label, alg)
+        backend.sign(key.ref, alg, Message(b"x"), soon())
+        assert [stored.ref for stored in backend.list_keys(label)] == [key.ref]
+        backend.destroy(key.ref)
+        backend.destroy(key.ref)
+        assert backend.list_keys(label) == []
+        for use in (
+            lambda: backend.sign(key.ref, alg, Message(b"x"), soon()),
+            lambda: backend.public_key(key.ref),
+            lambda: backend.attributes(key.ref),
+        ):
+            with pytest.raises(KeyNotFound):
+                use()
+
+    def test_scheduled_destruction_is_done_or_declined(self, backend: Backend) -> None:
+        key = backend.generate(new_label(), ALGORITHMS["ES256"])
+        assert backend.schedule_destroy(key.ref, 7) is self.scheduled_destruction
+        backend.cancel_destroy(key.ref)
+        backend.sign(key.ref, ALGORITHMS["ES256"], Message(b"x"), soon())
+        backend.destroy(key.ref)
+
+    def test_keys_are_listed_by_the_prefix_of_their_label(self, backend: Backend) -> None:
+        label = new_label()[:30]
+        made = {name: backend.generate(f"{label}-{name}", ALGORITHMS["ES256"]).ref for name in "ab"}
+        other = backend.generate(new_label(), ALGORITHMS["ES256"])
+        assert {stored.label: stored.ref for stored in backend.list_keys(label)} == {
+            f"{label}-{name}": ref for name, ref in made.items()
+        }
+        for ref in (*made.values(), other.ref):
+            backend.destroy(ref)
+
+    def test_a_reference_to_nothing_is_not_found(self, keys: Keys, backend: Backend) -> None:
+        key = backend.generate(new_label(), ALGORITHMS["ES256"])
+        backend.destroy(key.ref)
+        with pytest.raises(KeyNotFound):
+            backend.sign(key.ref, ALGORITHMS["ES256"], Message(b"x"), soon())
+
+    @pytest.mark.parametrize("locator", [{}, {"colour": "blue"}, {"id": "zz", "serial": "no hexadecimal"}])
+    def test_a_reference_of_another_make_is_refused(self, backend: Backend, locator: dict[str, str]) -> None:
+        with pytest.raises((BackendRefused, KeyNotFound)):
+            backend.sign(KeyRef.of(**locator), ALGORITHMS["ES256"], Message(b"x"), soon())
+
+    def test_a_key_that_is_there_is_adopted(self, backend: Backend) -> None:
+        alg = ALGORITHMS["ES256"]
+        key = backend.generate(label := new_label(), alg)
+        adopted = backend.adopt(label)
+        assert adopted.public_jwk == key.public_jwk
+        message = Message(b"adopted")
+        verify(alg, dict(key.public_jwk), message, backend.sign(adopted.ref, alg, message, soon()))
+        backend.destroy(key.ref)
+        with pytest.raises(KeyNotFound):
+            backend.adopt(label)
+
+    # --- time, threads, processes ---------------------------------------------------------------------------------
+
+    def test_a_deadline_that_has_passed_is_kept(self, keys: Keys) -> None:
+        with pytest.raises(BackendTimeout):
+            keys.backend.sign(keys["ES256", None].ref, ALGORITHMS["ES256"], Message(b"x"), time.monotonic() - 0.001)
+
+    def test_a_new_backend_finds_the_key_again(self, keys: Keys, factory: Factory) -> None:
+        key, alg = keys["ES256", None], ALGORITHMS["ES256"]
+        for _ in range(3):
+            again = factory()
+            message = Message(b"reopened")
+            verify(alg, dict(key.public_jwk), message, again.sign(key.ref, alg, message, soon()))
+            again.close()
+        verify(alg, dict(key.public_jwk), message, keys.backend.sign(key.ref, alg, message, soon()))
+
+    def test_threads_get_each_their_own_signature(self, keys: Keys) -> None:
+        cases = [case for case in QUICK if case[0] not in self.unsupported]
+        for case in cases:
+            assert keys[case]  # made before the threads start
+
+        def work(thread: int) -> int:
+            for turn in range(25):
+                name, bits = case = cases[(thread + turn) % len(cases)]
+                message = Message(f"{thread} {turn} {name} {bits}".encode())
+                signature = keys.backend.sign(keys[case].ref, ALGORITHMS[name], message, soon(30))
+                verify(ALGORITHMS[name], dict(keys[case].public_jwk), message, signature)
+            return turn
+
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(work, range(8))) == [24] * 8
+
+    def test_processes_see_each_others_keys_come_and_go(self, backend: Backend, factory: Factory) -> None:
+        alg = ALGORITHMS["ES256"]
+        key = backend.generate(new_label(), alg)
+        backend.sign(key.ref, alg, Message(b"x"), soon())
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as others:
+            signature = others.submit(sign_elsewhere, factory, key.ref, "ES256", b"elsewhere").result()
+            verify(alg, dict(key.public_jwk), Message(b"elsewhere"), signature)
+            others.submit(destroy_elsewhere, factory, key.ref).result()
+        with pytest.raises(KeyNotFound):
+            backend.sign(key.ref, alg, Message(b"x"), soon())
+
+    def test_ping_says_which_module_answered(self, backend: Backend) -> None:
+        health = backend.ping()
+        assert health.description
+        assert all(isinstance(fact, str) for pair in health.facts.items() for fact in pair)

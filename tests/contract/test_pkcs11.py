@@ -1,0 +1,22 @@
+"""The contract suite against SoftHSM: with the module's own locking, and with one call at a time."""
+
+import functools
+
+import pytest
+
+from tests.contract.suite import BackendContract, Factory
+from tests.softhsm import SoftHsm, make_token
+
+pytestmark = pytest.mark.softhsm
+
+
+@pytest.fixture(scope="module")
+def hsm(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
+    return make_token(tmp_path_factory.mktemp("softhsm"))
+
+
+class TestSoftHsm(BackendContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def factory(cls, hsm: SoftHsm) -> Factory:
+        return functools.partial(hsm.backend, sessions=4)

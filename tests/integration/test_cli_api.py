@@ -1,0 +1,285 @@
+"""The command line against the real service: the flows of the README, `--json`, exit codes, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kms_jwks.cli.app import cli
+from kms_jwks.client import administration
+from tests.integration.conftest import Server, fresh
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """One command as the administrator; its exit code is checked."""
+    for name in [name for name in os.environ if name.startswith("KMS_JWKS_")]:
+        monkeypatch.delenv(name)
+
+    def invoke(*words: str, code: int = 0, token: str | None = None, input: str | None = None, **env: str) -> Result:  # noqa: A002
+        variables = {"KMS_JWKS_ADDR": server.url, "KMS_JWKS_TOKEN": token or server.admin, **env}
+        answer = CliRunner().invoke(cli, list(words), input=input, env=variables)
+        if answer.exception is not None and not isinstance(answer.exception, SystemExit):
+            raise answer.exception
+        assert answer.exit_code == code, (words, answer.output)
+        assert server.admin not in answer.output
+        return answer
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def orders(server: Server) -> str:
+    """A key set with the keys k1 (ES256) and k2 (RS256)."""
+    return server.key_set(None, "ES256", "RS256")
+
+
+# --- the flows of the README ------------------------------------------------------------------------------------------
+
+
+def test_from_a_new_key_set_to_an_emergency(run: Run, tmp_path: Path) -> None:
+    name, issuer = fresh("orders"), fresh("issuer")
+    made = run("key-set", "create", name, "--key", "main:ES256", "--cache-lifetime", "60s")
+    assert f"/{name}/.well-known/jwks.json" in made.stdout
+
+    run("client", "create", issuer)
+    run("grant", "create", issuer, "signer", "--key-set", name, "--key", "main")
+    file = tmp_path / "issuer.token"
+    run("client", "token", "create", issuer, "--expires-in", "30d", "--output", str(file))
+    assert file.stat().st_mode & 0o777 == 0o600
+
+    claims = tmp_path / "claims.json"
+    claims.write_text('{"sub": "alice", "aud": "shop"}')
+    signed = run("sign", name, "main", "--claims", f"@{claims}", "--expires-in", "2m", token=file.read_text().strip())
+    token = signed.stdout.strip()
+    assert token.count(".") == 2
+
+    verified = run("verify", name, "-", "--audience", "shop", input=signed.stdout)
+    assert json.loads(verified.stdout)["sub"] == "alice"
+    refused = run("verify", name, token, "--audience", "bank", code=1)
+    assert "Do not trust the token." in refused.stderr
+    assert refused.stdout == ""
+
+    kid = json.loads(run("key", "active", name, "main", "--json").stdout)["kid"]
+    early = run("key", "rotate", name, "main", code=1)
+    assert "usable_at: " in early.stderr
+    problem = json.loads(run("key", "rotate", name, "main", "--json", code=1).stderr)
+    assert problem["type"] == "urn:kms-jwks:problem:not_yet_usable"
+    assert (datetime.fromisoformat(problem["usable_at"]) - datetime.now().astimezone()).total_seconds() > 86_000
+    run("key", "rotate", name, "main", "--expected-kid", "another", code=1)
+
+    run("version", "revoke", name, "main", kid, "--reason", "stolen laptop", "--yes")
+    assert "stolen laptop" in run("version", "show", name, "main", kid).stdout
+    assert "revoked" in run("verify", name, token, "--audience", "shop", code=1).stderr
+    assert kid not in run("jwks", name).stdout
+
+
+def test_the_life_of_a_version(run: Run) -> None:
+    name = fresh("set")
+    run("key-set", "create", name, "--key", "k:EdDSA")
+    standby = json.loads(run("version", "list", name, "k", "--json").stdout)["items"][1]
+    assert standby["state"] == "published"
+    assert "may sign from" in run("version", "activate", name, "k", "2", code=1).stderr
+    assert "active" in run("version", "show", name, "k", "1").stdout
+    assert "I1" in run("version", "safety", name, "k", "1").stdout
+    assert "CKA_NEVER_EXTRACTABLE" in run("version", "attributes", name, "k", "1").stdout
+    run("version", "create", name, "k", code=1)
+    run("version", "destroy", name, "k", "2", "--yes", code=1)
+    run("version", "revoke", name, "k", standby["kid"], "--yes")
+    dated = json.loads(run("version", "destroy", name, "k", "2", "--at", "20d", "--yes", "--json").stdout)
+    assert 19 <= (datetime.fromisoformat(dated["destroy_at"]) - datetime.now().astimezone()).days <= 20
+    assert json.loads(run("version", "cancel-destroy", name, "k", "2", "--json").stdout)["destroy_at"] is None
+
+
+def test_disable_and_enable(run: Run, orders: str, server: Server) -> None:
+    signer = server.client("signer", key_set=orders)
+    assert "enabled           no" in run("key", "disable", orders, "k2").stdout
+    assert "is disabled" in run("sign", orders, "k2", "--claims", "{}", token=signer, code=1).stderr
+    run("key", "enable", orders, "k2")
+    run("sign", orders, "k2", "--claims", "-", token=signer, input='{"sub": "x"}')
+
+
+def test_changes_are_made_at_a_revision(run: Run, orders: str) -> None:
+    before = json.loads(run("key-set", "show", orders, "--json").stdout)
+    after = json.loads(run("key-set", "update", orders, "--stale-if-error", "30m", "--json").stdout)
+    assert (after["stale_if_error"], after["revision"]) == (1800, before["revision"] + 1)
+    stale = run("key-set", "update", orders, "--access", "public", "--revision", str(before["revision"]), code=1)
+    assert "Read it again" in stale.stderr
+    policy = run("key", "update", orders, "k1", "--max-token-ttl", "30m", "--typ", "at+jwt", "--json").stdout
+    assert (json.loads(policy)["policy"]["max_token_ttl"], json.loads(policy)["profile"]["typ"]) == (1800, "at+jwt")
+    unsafe = run("key", "update", orders, "k1", "--publish-lead", "5m", code=1)
+    assert "publish_lead" in unsafe.stderr
+    warned = run("key", "update", orders, "k1", "--publish-lead", "10m", "--allow-unsafe-publish-lead")
+    assert "Warning: " in warned.stderr
+    run("key", "update", orders, "k1", "--publish-lead", "24h", "--no-allow-unsafe-publish-lead", "--typ", "JWT")
+
+
+def test_external_keys(run: Run, server: Server) -> None:
+    name, kid = fresh("set"), fresh("old")
+    run("key-set", "create", name, "--existing-issuer")
+    donor = server.key_set(None, "ES256")
+    jwk = json.loads(run("version", "public-key", donor, "k1", "1").stdout)
+    public = json.dumps({k: jwk[k] for k in ("kty", "crv", "x", "y")})
+    add = ("external-key", "add", name, kid, "--alg", "ES256", "--remove-at", "30d")
+    assert kid in run(*add, "--jwk", "-", input=public).stdout
+    run(*add, "--jwk", public, code=1)
+    assert kid in run("external-key", "list", name).stdout
+    assert kid in run("jwks", name).stdout
+    assert kid in run("external-key", "show", name, kid).stdout
+    run("external-key", "remove", name, kid, "--yes")
+    run("external-key", "show", name, kid, code=1)
+    pem = run("version", "public-key", donor, "k1", "1", "--format", "pem").stdout
+    run(
+        "external-key",
+        "add",
+        name,
+        fresh("pem"),
+        "--alg",
+        "ES256",
+        "--remove-at",
+        "2099-01-01",
+        "--pem",
+        "-",
+        input=pem,
+    )
+
+
+def test_callers(run: Run, server: Server) -> None:
+    name = fresh("client")
+    run("client", "create", name)
+    assert name in run("client", "show", name).stdout
+    assert name in run("client", "list").stdout
+    made = run("client", "token", "create", name)
+    token = made.stdout.strip()
+    assert token.startswith("kj_")
+    assert token not in made.stderr
+    assert token not in run("client", "token", "list", name).stdout
+    run("key-set", "list", token=token, code=3)
+    grant = json.loads(run("grant", "create", name, "auditor", "--everything", "--json").stdout)
+    assert grant["scope"] == {}
+    run("key-set", "list", token=token)
+    assert grant["id"] in run("grant", "list", "--client", name).stdout
+    run("grant", "delete", grant["id"], "--yes")
+    run("key-set", "list", token=token, code=3)
+    identity = json.loads(run("client", "token", "list", name, "--json").stdout)["items"][0]["id"]
+    assert identity in run("client", "token", "revoke", name, identity, "--yes").stdout
+    revoked = run("key-set", "list", token=token, code=3)
+    assert "revoked" in revoked.stderr
+    assert token not in revoked.output
+    run("client", "delete", name, "--yes")
+    run("client", "show", name, code=1)
+
+
+def test_workers_that_are_alive_are_not_forgotten(run: Run) -> None:
+    workers = json.loads(run("node", "list", "--json").stdout)["items"]
+    assert len([w for w in workers if w["live"]]) == 2
+    assert workers[0]["worker"] in run("node", "list").stdout
+    assert "alive" in run("node", "forget", workers[0]["worker"], "--yes", code=1).stderr
+    run("node", "forget", "nobody", "--yes", code=1)
+
+
+# --- for programs -----------------------------------------------------------------------------------------------------
+
+
+def test_json_is_the_apis_own(run: Run, orders: str, server: Server) -> None:
+    same = {
+        ("key-set", "show", orders): f"/v1/key-sets/{orders}",
+        ("key", "show", orders, "k1"): f"/v1/key-sets/{orders}/keys/k1",
+        ("version", "show", orders, "k1", "1"): f"/v1/key-sets/{orders}/keys/k1/versions/1",
+        ("version", "attributes", orders, "k1", "1"): f"/v1/key-sets/{orders}/keys/k1/versions/1/attributes",
+        ("version", "list", orders, "k1"): f"/v1/key-sets/{orders}/keys/k1/versions",
+        ("key", "list", orders): f"/v1/key-sets/{orders}/keys",
+        ("jwks", orders): f"/{orders}/.well-known/jwks.json",
+    }
+    for words, path in same.items():
+        assert run(*words, "--json").stdout.encode() == server.call("GET", path).body + b"\n", words
+
+
+def test_lists_are_whole_however_many_pages_they_have(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {fresh("client") for _ in range(5)}
+    for name in names:
+        run("client", "create", name)
+    monkeypatch.setattr(administration, "PAGE", 2)
+    listed = json.loads(run("client", "list", "--json").stdout)
+    assert set(listed) == {"items"}
+    assert names <= {client["name"] for client in listed["items"]}
+    assert all(name in run("client", "list").stdout for name in names)
+
+
+def test_signing_for_programs(run: Run, orders: str, server: Server) -> None:
+    signer = server.client("signer", key_set=orders)
+    made: dict[str, Any] = json.loads(run("sign", orders, "k1", "--claims", "{}", "--json", token=signer).stdout)
+    assert set(made) == {"token", "kid", "alg", "jti", "expires_at"}
+    verified = json.loads(run("verify", orders, made["token"], "--audience", "any", "--json").stdout)
+    assert set(verified) == {"header", "claims", "kid"}
+
+
+def test_public_keys_in_every_form(run: Run, orders: str, server: Server, tmp_path: Path) -> None:
+    path = f"/v1/key-sets/{orders}/keys/k1/versions/1/public-key"
+    assert json.loads(run("version", "public-key", orders, "k1", "1").stdout) == server.must("GET", path)
+    for form, media in (("pem", "application/x-pem-file"), ("der", "application/octet-stream")):
+        file = tmp_path / form
+        run("version", "public-key", orders, "k1", "1", "--format", form, "--output", str(file))
+        assert file.read_bytes() == server.call("GET", path, headers={"Accept": media}).body
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+
+def test_exit_codes(run: Run, orders: str, server: Server) -> None:
+    run("key-set", "show", "nothing-here", code=1)
+    run("key-set", "create", orders, code=1)
+    run("key-set", "create", "Not-A-Name", code=1)
+    run("key-set", "show", code=2)
+    run("key-set", "list", code=3, token="kj_none")
+    run("client", "list", code=3, token=server.signer)
+    run("client", "list", "--addr", "http://127.0.0.1:9", code=4)
+    unreachable = run("client", "list", "--addr", "http://127.0.0.1:9", "--json", code=4)
+    assert json.loads(unreachable.stderr)["type"] == "urn:kms-jwks:problem:service_unreachable"
+
+
+def test_a_token_from_a_file(run: Run, server: Server) -> None:
+    admin, wrong = str(server.folder / "admin.token"), str(server.folder / "pin")
+    run("client", "list", KMS_JWKS_TOKEN="", KMS_JWKS_TOKEN_FILE=admin)
+    run("client", "list", "--token-file", admin, token="kj_wrong")
+    run("client", "list", "--token-file", wrong, code=3)
+    assert "no credentials" in run("client", "list", code=3, KMS_JWKS_TOKEN="").stderr
+    run("jwks", KMS_JWKS_TOKEN="")
+
+
+def test_as_a_process_of_its_own(server: Server) -> None:
+    def process(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("KMS_JWKS_")}
+        return subprocess.run(
+            [sys.executable, "-m", "kms_jwks", *words],
+            env={**environment, "KMS_JWKS_ADDR": server.url, "KMS_JWKS_TOKEN": server.signer, **env},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=30,
+            check=False,
+        )
+
+    signed = process("sign", "default", "default", "--claims", '{"aud": "demo"}')
+    assert (signed.returncode, signed.stderr) == (0, "")
+    verified = process("verify", signed.stdout.strip(), "--audience", "demo", KMS_JWKS_TOKEN=server.admin)
+    assert (verified.returncode, json.loads(verified.stdout)["aud"]) == (0, "demo")
+    narrow = process("key", "show", "default", "default", COLUMNS="80")
+    assert max(map(len, narrow.stdout.splitlines())) <= 80
+    assert "\x1b" not in narrow.stdout
+    denied = process("client", "list")
+    assert denied.returncode == 3
+    assert denied.stderr.startswith("Error: ")
+    assert "Traceback" not in denied.stderr
+    assert process("version", "revoke", "default", "default", "1").returncode == 2

@@ -1,0 +1,120 @@
+"""Throw-away SoftHSM tokens for tests, made by the same script as everybody's: softhsm/init-token.
+
+SOFTHSM2_CONF and the loaded module belong to a process: one folder per process. Tests that need another one, or that
+break theirs, work in a process of their own (`in_child`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from kms_jwks.backends.pkcs11 import Pkcs11Backend, Pkcs11Options, PinSource
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+INIT_TOKEN = Path(__file__).resolve().parent.parent / "softhsm" / "init-token"
+
+
+@dataclass(frozen=True)
+class SoftHsm:
+    """A token folder: softhsm2.conf, tokens/, pin, so-pin. Can be pickled, so that children use the same token."""
+
+    directory: Path
+    module: Path
+    label: str
+
+    @property
+    def tokens(self) -> Path:
+        return self.directory / "tokens"
+
+    @property
+    def pin_file(self) -> Path:
+        return self.directory / "pin"
+
+    @property
+    def pin(self) -> str:
+        return self.pin_file.read_text().strip()
+
+    @property
+    def lock_dir(self) -> Path:
+        return self.directory / "locks"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"SOFTHSM2_CONF": str(self.directory / "softhsm2.conf")}
+
+    def options(self, **changes: Any) -> Pkcs11Options:
+        """Options for this token; `changes` replace some."""
+        return Pkcs11Options(
+            **{
+                "module": self.module,
+                "pin": PinSource.from_file(self.pin_file),
+                "lock_dir": self.lock_dir,
+                "token_label": self.label,
+                "environment": self.environment,
+                **changes,
+            }
+        )
+
+    def backend(self, **changes: Any) -> Pkcs11Backend:
+        """A backend with `options(**changes)`."""
+        return Pkcs11Backend("test", self.options(**changes))
+
+    def pkcs11_tool(self, *arguments: str) -> str:
+        """What OpenSC's pkcs11-tool, logged in to the token, says to these arguments, errors included."""
+        tool = shutil.which("pkcs11-tool")
+        assert tool is not None, "apt-get install opensc"
+        run = subprocess.run(
+            [tool, "--module", self.module, "--token-label", self.label, "--login", "--pin", "env:TEST_PIN", *arguments],
+            env={**os.environ, **self.environment, "TEST_PIN": self.pin},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return run.stdout + run.stderr
+
+
+def make_token(directory: Path, label: str = "kms-jwks-test") -> SoftHsm:
+    """A new token, or the one that is in the folder."""
+    made = subprocess.run(
+        [INIT_TOKEN, directory, label],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    return SoftHsm(directory, Path(made.stdout.strip()), label)
+
+
+def sessions_in_module(backend: Pkcs11Backend) -> int:
+    """How many sessions SoftHSM has for this process, counted by asking for every handle it can have given out.
+
+    Its C_GetTokenInfo does not tell. Handles of sessions and objects come from one counter.
+    """
+    access = backend._access()
+    connection = access._connection
+    assert connection is not None
+    probe: Any = connection.token.open()
+    newest = probe.handle
+    probe.close()
+    library = ctypes.CDLL(str(access.module.path))
+    room = ctypes.create_string_buffer(64)
+    return sum(library.C_GetSessionInfo(ctypes.c_ulong(number), room) == 0 for number in range(1, newest + 1))
+
+
+def in_child(function: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> T:
+    """What `function` returns or raises in a fresh Python process. A crash there is an error here."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as children:
+        return children.submit(function, *arguments, **more).result(timeout=120)
