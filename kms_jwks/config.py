@@ -105,7 +105,7 @@ def _default_node_name() -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
-"""A name as DESIGN's grammar has it: `[a-z0-9][a-z0-9-]{0,62}`."""
+"""The grammar of names: `[a-z0-9][a-z0-9-]{0,62}`."""
 
 PublicUrl = Annotated[str, AfterValidator(_public_url)]
 Address = Annotated[str, AfterValidator(_address)]

@@ -56,7 +56,7 @@ def new_id() -> Id:
 
 
 def name_error(name: str) -> str | None:
-    """Why `name` cannot name a thing, or None when it can (DESIGN: `[a-z0-9][a-z0-9-]{0,62}`, no route words)."""
+    """Why `name` cannot name a thing, or None when it can: `[a-z0-9][a-z0-9-]{0,62}`, and no word of a route."""
     if not NAME.fullmatch(name):
         return "a name is 1 to 63 of a-z, 0-9 and '-', and starts with a letter or digit"
     if name in RESERVED_NAMES:

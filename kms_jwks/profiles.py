@@ -1,4 +1,4 @@
-"""Signing profiles: what claims a key signs, and what the server puts in itself (DESIGN section 6). Pure.
+"""Signing profiles: what claims a key signs, and what the server puts in itself. Pure.
 
 `issue` builds the payload from a caller's claims; `check_signing_input` holds a caller's own header and payload to
 the same rules and changes no byte of them. Neither knows who calls, and neither sees a key.

@@ -46,7 +46,7 @@ def later(instant: Instant, seconds: int) -> Instant:
 
 
 def publish_lead_floor(cache_lifetime: int) -> int:
-    """The shortest publish lead, in seconds, that known verifiers' caches allow (FACTS: AWS API Gateway keeps 2 h)."""
+    """The shortest publish lead, in seconds, that known verifiers' caches allow (AWS API Gateway keeps 2 h)."""
     return max(MIN_PUBLISH_LEAD, cache_lifetime + 60)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from kms_jwks.backends.pkcs11 import Pkcs11Backend, Pkcs11Options, PinSource
+from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, Pkcs11Options
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -76,7 +76,17 @@ class SoftHsm:
         tool = shutil.which("pkcs11-tool")
         assert tool is not None, "apt-get install opensc"
         run = subprocess.run(
-            [tool, "--module", self.module, "--token-label", self.label, "--login", "--pin", "env:TEST_PIN", *arguments],
+            [
+                tool,
+                "--module",
+                self.module,
+                "--token-label",
+                self.label,
+                "--login",
+                "--pin",
+                "env:TEST_PIN",
+                *arguments,
+            ],
             env={**os.environ, **self.environment, "TEST_PIN": self.pin},
             capture_output=True,
             text=True,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kms_jwks import errors
 from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow
-from kms_jwks.authn import credential_from_header
+from kms_jwks.authn import credential_from_header, matches
 from kms_jwks.model import Id, Instant, Key, KeySet
 from kms_jwks.service.snapshot import KnownToken, PublishedSet, SigningKey, Snapshot, known_token
 from kms_jwks.store import ReadTx
@@ -139,7 +139,7 @@ class Guard:
     def _authenticate(self, source: TokenSource, who: Presented, now: Instant) -> Caller:
         credential = credential_from_header(who.authorization)
         known = source(credential.sha256)
-        if known is None:
+        if known is None or not matches(known.sha256, credential.sha256):
             raise errors.CredentialsUnknown
         if known.revoked:
             raise errors.CredentialsRevoked

@@ -95,6 +95,7 @@ class KnownToken:
     """An API token with the client behind it."""
 
     id: Id
+    sha256: str
     caller: Caller
     expires_at: Instant
     revoked: bool
@@ -238,6 +239,7 @@ def known_token(token: ApiToken, client: str, grants: Sequence[Grant]) -> KnownT
     """What a token stands for, from the registry's rows."""
     return KnownToken(
         id=token.id,
+        sha256=token.sha256,
         caller=Caller(token.client_id, client, token.id, tuple(grants)),
         expires_at=token.expires_at,
         revoked=token.revoked_at is not None,

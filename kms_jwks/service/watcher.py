@@ -1,6 +1,6 @@
 """A worker's view of the registry: it registers, polls the epoch, rebuilds its snapshot, confirms, and holds a lease.
 
-The rules (DESIGN section 4): register before the first read; the lease counts from before the read, on the boot clock,
+The rules: register before the first read; the lease counts from before the read, on the boot clock,
 and only a read whose epoch equals the snapshot's renews it; an epoch is confirmed once the answers that passed under
 older snapshots have left; without a lease nothing is signed, while the last JWKS is served on.
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sqlalchemy import select
+
 from kms_jwks import errors
 from kms_jwks.model import Epoch, Instant
 from kms_jwks.store import schema, tables
@@ -49,9 +51,10 @@ class Store:
 
     def poll(self) -> tuple[Epoch, Instant]:
         """The epoch and the database's time, cheaply."""
-        row, now = self._database.ask("incarnation, counter", tables.epoch.name)
-        if row is None:
+        found = self._database.ask(select(tables.epoch.c.incarnation, tables.epoch.c.counter))
+        if found is None:
             raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_MAKE_ONE)
+        row, now = found
         return Epoch(row.incarnation, row.counter), now
 
     def check_schema(self) -> None:

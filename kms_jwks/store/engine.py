@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, create_engine, event, text
+from sqlalchemy import Connection, Engine, Row, Select, create_engine, event, literal_column, text
 from sqlalchemy.engine import make_url
 
 from kms_jwks import errors
@@ -78,14 +78,15 @@ class Database:
                 connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
             yield connection
 
-    def ask(self, columns: str, table: str) -> tuple[Row[Any] | None, Instant]:
-        """The first row of a table, and the database's time, in one statement and no transaction."""
+    def ask(self, query: Select[*tuple[Any, ...]]) -> tuple[Row[*tuple[Any, ...]], Instant] | None:
+        """The first row of an answer, and the database's time, in one statement and no transaction."""
         with translated(), self._connection(None) as connection:
             if self.is_sqlite:
-                return connection.exec_driver_sql(f"SELECT {columns} FROM {table}").first(), self.now(connection)
+                row = connection.execute(query).first()
+                return None if row is None else (row, self.now(connection))
             connection.execution_options(isolation_level="AUTOCOMMIT")
-            row = connection.exec_driver_sql(f"SELECT {columns}, {_POSTGRESQL_NOW} AS now FROM {table}").first()
-            return row, Instant(row.now if row is not None else 0)
+            row = connection.execute(query.add_columns(literal_column(_POSTGRESQL_NOW).label("now"))).first()
+            return None if row is None else (row, Instant(row.now))
 
     @contextmanager
     def migrate(self) -> Iterator[Connection]:

@@ -1,7 +1,7 @@
 """No connection crosses a fork: SQLite's locks do not, and a child that goes on without them loses commits silently.
 
-The locks of a file belong to a process. A child inherits the memory that says they are held, so the parent's close finds
-nobody, deletes the write-ahead log, and what the child commits afterwards is in a file without a name.
+The locks of a file belong to a process. A child inherits the memory that says they are held, so the parent's close
+finds nobody, deletes the write-ahead log, and what the child commits afterwards is in a file without a name.
 """
 
 from __future__ import annotations

@@ -54,6 +54,11 @@ class Options:
     connections: int
     say: Callable[[str], None]
 
+    @property
+    def batch_connections(self) -> int:
+        """Two for each worker: a batch keeps one busy for long enough."""
+        return 2 * self.workers
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Exit code 0 when every figure could be measured and every checked signature was right."""
@@ -65,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         seconds=min(max(seconds, 0.1), 30.0),
         workers=parsed.workers,
         processes=processes,
-        connections=max(1, parsed.connections // processes),
+        connections=parsed.connections,
         say=lambda text: print(f"bench: {text}", file=sys.stderr, flush=True),
     )
     report = measure(options)
@@ -95,7 +100,9 @@ def _positive(text: str) -> int:
 
 def measure(options: Options) -> dict[str, Any]:
     """Start a service, measure everything, stop it."""
-    began = time.monotonic()
+    began, busy = time.monotonic(), os.getloadavg()[0]
+    if busy > 0.5:
+        options.say(f"this machine is busy already (load {busy:.1f}): expect too little")
     options.say(f"starting a service with {options.workers} workers on a SoftHSM token of its own")
     with throwaway(options.workers) as server:
         token = server.client("signer")
@@ -104,12 +111,17 @@ def measure(options: Options) -> dict[str, Any]:
     return {
         "machine": {
             "cpus": os.cpu_count(),
+            "load_before": round(busy, 2),
             "architecture": platform.machine(),
             "python": platform.python_version(),
         },
         "workers": options.workers,
         "seconds_per_figure": options.seconds,
-        "load": {"processes": options.processes, "connections": options.processes * options.connections},
+        "load": {
+            "processes": options.processes,
+            "connections": options.connections,
+            "batch_connections": options.batch_connections,
+        },
         "algorithms": rows,
         "jwks": jwks,
         "took_seconds": round(time.monotonic() - began, 1),
@@ -126,14 +138,18 @@ def _measure_row(server: Server, row: Row, token: str, options: Options) -> dict
     for kind in ("bare", "backend"):
         options.say(f"{row.name}: the module, {kind}")
         raw[kind] = module.rate(config, kind, label, ref, row.alg, processes=options.workers, seconds=options.seconds)
+    one = {"claims": CLAIMS}
+    {"batch": [one] * BATCH}
     options.say(f"{row.name}: HTTP")
-    single = _load(options, _signing(server, row, token, {"claims": CLAIMS}))
+    single = _load(options, options.connections, _signing(server, row, token, one))
     options.say(f"{row.name}: HTTP, batches of {BATCH}")
-    batch = _load(options, _signing(server, row, token, {"batch": [{"claims": CLAIMS}] * BATCH}))
-    options.say(f"{row.name}: HTTP, one connection")
-    alone = load.run(
-        _signing(server, row, token, {"claims": CLAIMS}), seconds=options.seconds, processes=1, connections=1
+    batch = _load(
+        options,
+        BATCH_CONNECTIONS * options.workers,
+        _signing(server, row, token, {"batch": [{"claims": CLAIMS}] * BATCH}),
     )
+    options.say(f"{row.name}: HTTP, one connection")
+    alone = _load(options, 1, _signing(server, row, token, one))
     _check(server, row, [json.loads(sample) for sample in single.samples])
     _check(server, row, [item for sample in batch.samples[:1] for item in json.loads(sample)["batch"]])
     return {
@@ -155,11 +171,11 @@ def _measure_row(server: Server, row: Row, token: str, options: Options) -> dict
 def _measure_jwks(server: Server, row: Row, options: Options) -> dict[str, Any]:
     path = f"/{row.slug}/.well-known/jwks.json"
     options.say("JWKS")
-    full = _load(options, load.Target(server.port, load.request("GET", path, server.port, {})))
+    full = _load(options, options.connections, load.Target(server.port, load.request("GET", path, server.port, {})))
     etag = server.call("GET", path, token=None).headers["ETag"]
     options.say("JWKS, not modified")
     unchanged = load.Target(server.port, load.request("GET", path, server.port, {"If-None-Match": etag}), status=304)
-    return {"full": _figures(full), "not_modified": _figures(_load(options, unchanged))}
+    return {"full": _figures(full), "not_modified": _figures(_load(options, options.connections, unchanged))}
 
 
 def _signing(server: Server, row: Row, token: str, body: object) -> load.Target:
@@ -175,8 +191,10 @@ def _signing(server: Server, row: Row, token: str, body: object) -> load.Target:
     )
 
 
-def _load(options: Options, target: load.Target) -> load.Load:
-    return load.run(target, seconds=options.seconds, processes=options.processes, connections=options.connections)
+def _load(options: Options, connections: int, target: load.Target) -> load.Load:
+    """`connections` in all, over as many generators as that takes."""
+    processes = min(options.processes, connections)
+    return load.run(target, seconds=options.seconds, processes=processes, connections=connections // processes)
 
 
 def _figures(measured: load.Load, signatures: int = 1) -> dict[str, float]:

@@ -26,12 +26,17 @@ MOST_REQUESTS = 2_000_000
 
 @dataclass(frozen=True)
 class Target:
-    """What to send, byte for byte, and what has to come back. An answer that holds `never` counts as failed."""
+    """What to send, byte for byte, and what has to come back. An answer that holds `never` is not good."""
 
     port: int
     request: bytes
     status: int = 200
     never: bytes = b'"error"'
+
+    def complaint(self, line: _Line) -> bytes:
+        """The answer, where it is not the one that has to come; else nothing."""
+        good = line.received.startswith(f"HTTP/1.1 {self.status} ".encode("ascii")) and self.never not in line.received
+        return b"" if good else bytes(line.received)
 
 
 @dataclass
@@ -40,7 +45,6 @@ class Load:
 
     seconds: float
     requests: int
-    failed: int
     latencies: list[float]
     samples: list[bytes]
     """The last answer's body of every connection."""
@@ -65,7 +69,7 @@ def request(method: str, path: str, port: int, headers: dict[str, str], body: by
 
 
 def run(target: Target, *, seconds: float, processes: int, connections: int) -> Load:
-    """Send for `seconds` over `connections` in each of `processes`. Raises RuntimeError when nothing good came back."""
+    """Send for `seconds` over `connections` in each of `processes`. Raises RuntimeError at an answer that is not good."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes + 1)
     pipes = [context.Pipe(duplex=False) for _ in range(processes)]
@@ -85,18 +89,16 @@ def run(target: Target, *, seconds: float, processes: int, connections: int) -> 
             worker.join(PATIENCE)
             if worker.is_alive():
                 worker.kill()
-    load = Load(
+    complaint = next((part.complaint for part in parts if part.complaint), None)
+    if complaint is not None:
+        raise RuntimeError(f"the load was broken off: {complaint[:500]!r}")
+    return Load(
         seconds=sum(part.seconds for part in parts) / len(parts),
         requests=sum(len(part.latencies) for part in parts),
-        failed=sum(part.failed for part in parts),
         latencies=sorted(latency for part in parts for latency in part.latencies),
         samples=[sample for part in parts for sample in part.samples],
         busy=sum(part.cpu for part in parts) / sum(part.seconds for part in parts),
     )
-    if load.failed or not load.requests:
-        said = next((part.complaint for part in parts if part.complaint), b"no answer")
-        raise RuntimeError(f"{load.failed} of {load.failed + load.requests} answers were not good: {said[:500]!r}")
-    return load
 
 
 # --- one generator ----------------------------------------------------------------------------------------------------
@@ -106,7 +108,6 @@ def run(target: Target, *, seconds: float, processes: int, connections: int) -> 
 class _Part:
     seconds: float
     cpu: float
-    failed: int
     complaint: bytes
     latencies: array[float]
     samples: list[bytes]
@@ -114,14 +115,39 @@ class _Part:
 
 @dataclass
 class _Line:
-    """One connection and what it has received of the answer it waits for."""
+    """One connection, and what it has received of the answer it waits for."""
 
     socket: socket.socket
     sent: float = 0.0
     received: bytearray = field(default_factory=bytearray)
+    head: int = 0
+    """Length of the head, blank line included, once it is there."""
     wanted: int = 0
-    """Length of the whole answer once its head is there, else 0."""
-    body: bytes = b""
+    """Length of the whole answer once its head is there."""
+
+    @property
+    def body(self) -> bytes:
+        return bytes(self.received[self.head :])
+
+    def send(self, request: bytes) -> None:
+        self.received.clear()
+        self.head = self.wanted = 0
+        self.sent = time.perf_counter()
+        self.socket.sendall(request)
+
+    def take(self) -> bool:
+        """Read what is there; whether the answer is whole."""
+        chunk = self.socket.recv(262_144)
+        if not chunk:
+            raise ConnectionError("the service closed a connection")
+        self.received += chunk
+        if not self.wanted:
+            end = self.received.find(b"\r\n\r\n")
+            if end < 0:
+                return False
+            self.head = end + 4
+            self.wanted = self.head + _content_length(bytes(self.received[:end]))
+        return len(self.received) >= self.wanted
 
 
 def _receive(reader: Connection, seconds: float) -> _Part:
@@ -149,62 +175,35 @@ def _generate(target: Target, seconds: float, connections: int, barrier: Barrier
 
 def _loop(target: Target, seconds: float, lines: list[_Line], selector: selectors.BaseSelector) -> _Part:
     clock = time.perf_counter
-    status = f"HTTP/1.1 {target.status} ".encode("ascii")
     latencies: array[float] = array("d")
-    failed, complaint = 0, b""
-    for line in lines:
-        line.sent = clock()
-        line.socket.sendall(target.request)
-    begin, end = clock() + WARM_UP, clock() + WARM_UP + seconds
-    cpu = time.process_time()
-    now = clock()
+    cpu, begin = time.process_time(), clock() + WARM_UP
+    end, counted, waiting, complaint = begin + seconds, 0.0, len(lines), b""
+    samples: list[bytes] = []
     try:
-        while now < end and len(latencies) + failed < MOST_REQUESTS:
+        for line in lines:
+            line.send(target.request)
+        # At least one answer is counted, and the last ones are waited for: they are no load for what comes next.
+        while waiting and not complaint:
             ready = selector.select(PATIENCE)
             if not ready:
-                raise TimeoutError(f"no answer came within {PATIENCE:.0f} s")
+                complaint = b"no answer came in time"
             for key, _ in ready:
                 line = key.data
-                if not _take(line):
+                if not line.take():
                     continue
                 now = clock()
-                if not line.received.startswith(status) or target.never in line.received:
-                    failed, complaint = failed + 1, bytes(line.received)
-                elif now >= begin:
+                complaint = complaint or target.complaint(line)
+                if now >= begin and (now < end or not latencies):
                     latencies.append(now - line.sent)
-                line.received.clear()
-                line.wanted = 0
-                if now < end:
-                    line.sent = now
-                    line.socket.sendall(target.request)
-            now = clock()
+                    counted = now
+                if now < end and len(latencies) < MOST_REQUESTS:
+                    line.send(target.request)
+                else:
+                    waiting -= 1
+                    samples.append(line.body)
     except OSError as error:
-        failed, complaint = failed + 1, str(error).encode()
-    return _Part(
-        seconds=max(now - begin, 1e-9),
-        cpu=time.process_time() - cpu,
-        failed=failed,
-        complaint=complaint,
-        latencies=latencies,
-        samples=[line.body for line in lines if line.body],
-    )
-
-
-def _take(line: _Line) -> bool:
-    """Read what is there; whether the answer is whole."""
-    chunk = line.socket.recv(262_144)
-    if not chunk:
-        raise ConnectionError("the service closed a connection")
-    line.received += chunk
-    if not line.wanted:
-        head = line.received.find(b"\r\n\r\n")
-        if head < 0:
-            return False
-        line.wanted = head + 4 + _content_length(bytes(line.received[:head]))
-    if len(line.received) < line.wanted:
-        return False
-    line.body = bytes(line.received[line.received.find(b"\r\n\r\n") + 4 :])
-    return True
+        complaint = str(error).encode()
+    return _Part(max(end, counted) - begin, time.process_time() - cpu, complaint, latencies, samples)
 
 
 def _content_length(head: bytes) -> int:
@@ -213,5 +212,5 @@ def _content_length(head: bytes) -> int:
     lower = head.lower()
     found = lower.find(b"\r\ncontent-length:")
     if found < 0:
-        raise RuntimeError(f"an answer without a length: {head!r}")
+        raise ConnectionError(f"an answer without a length: {head!r}")
     return int(lower[found + 17 :].split(b"\r\n", 1)[0])

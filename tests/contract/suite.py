@@ -33,7 +33,7 @@ from joserfc import jws
 from joserfc.errors import SecurityWarning
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 
-from kms_jwks.algorithms import ALGORITHMS, RSA_BITS, Algorithm, Family
+from kms_jwks.algorithms import ALGORITHMS, Algorithm, Family
 from kms_jwks.backends.base import Backend, Digest, GeneratedKey, KeyRef, Message
 from kms_jwks.errors import BackendRefused, BackendTimeout, KeyExists, KeyNotFound, UnsupportedAlgorithm
 from kms_jwks.jose import b64u_encode, public_key
@@ -226,9 +226,7 @@ class BackendContract:
     @pytest.mark.parametrize("case", CASES, ids=case_id)
     def test_joserfc_verifies_the_jws(self, keys: Keys, case: Case) -> None:
         alg, key = self.supported(case), keys[case]
-        verify_as_jws(
-            alg, dict(key.public_jwk), lambda data: keys.backend.sign(key.ref, alg, Message(data), soon())
-        )
+        verify_as_jws(alg, dict(key.public_jwk), lambda data: keys.backend.sign(key.ref, alg, Message(data), soon()))
 
     @pytest.mark.parametrize("case", QUICK, ids=case_id)
     @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

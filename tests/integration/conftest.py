@@ -126,12 +126,16 @@ class Server:
 
     # --- things to test with
 
-    def key_set(self, name: str | None = None, /, *algs: str, **fields: Any) -> str:
-        """A key set with a key per algorithm (`k1`, `k2`, …), which sign and have their standby. Returns its name."""
+    def key_set(self, name: str | None = None, /, *algs: str, standby: bool = False, **fields: Any) -> str:
+        """A key set with a key per algorithm (`k1`, `k2`, …), which sign, and have their standby if it is needed.
+
+        Returns its name.
+        """
         name = name or fresh("set")
         keys = [{"name": f"k{i}", "alg": alg} for i, alg in enumerate(algs, 1)]
         self.must("POST", "/v1/key-sets", {"name": name, "keys": keys, **fields})
-        wait_until(lambda: all(settled(key) for key in self.must("GET", f"/v1/key-sets/{name}")["keys"]))
+        done = settled if standby else lambda key: key["active_kid"]
+        wait_until(lambda: all(done(key) for key in self.must("GET", f"/v1/key-sets/{name}")["keys"]))
         return name
 
     def client(self, role: str | None = None, **scope: str) -> str:
@@ -230,6 +234,7 @@ def prepare(folder: Path, port: int, **settings: Any) -> None:
         "workers": 2,
         "threads": 4,
         "request_timeout": 3,
+        "poll_interval_ms": 100,
         "log_level": "debug",
     } | settings
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
@@ -249,18 +254,21 @@ def prepare(folder: Path, port: int, **settings: Any) -> None:
     _run(command, folder)
 
 
-def start(folder: Path, port: int) -> Server:
-    """Start `kms-jwks serve`; it may not be ready yet."""
+def start(folder: Path, port: int, stdin: bytes | None = None) -> Server:
+    """Start `kms-jwks serve`; it may not be ready yet. `stdin` is what its standard input holds."""
     with (folder / "service.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "kms_jwks", "serve", "--config", str(folder / "kms-jwks.toml")],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=_environment(),
             cwd=folder,
             start_new_session=True,
         )
+    if process.stdin is not None:
+        process.stdin.write(stdin or b"")
+        process.stdin.close()
     return Server(folder, port, process)
 
 
@@ -281,9 +289,11 @@ def stop(server: Server) -> int:
 
 
 @contextlib.contextmanager
-def running(folder: Path, port: int, until: Callable[[Server], Any] | None = None) -> Iterator[Server]:
+def running(
+    folder: Path, port: int, until: Callable[[Server], Any] | None = None, *, stdin: bytes | None = None
+) -> Iterator[Server]:
     """The service prepared in `folder`, until the end of the block; it begins when the service is ready, or `until`."""
-    server = start(folder, port)
+    server = start(folder, port, stdin)
     try:
         end = time.monotonic() + START_SECONDS
         while not (until or Server.ready)(server):

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from kms_jwks.cli.app import cli
 from kms_jwks.client import administration
-from tests.integration.conftest import Server, fresh
+from tests.integration.conftest import Server, fresh, wait_until
 
 Run = Callable[..., Result]
 
@@ -41,8 +41,8 @@ def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture(scope="module")
 def orders(server: Server) -> str:
-    """A key set with the keys k1 (ES256) and k2 (RS256)."""
-    return server.key_set(None, "ES256", "RS256")
+    """A key set with the keys k1 (ES256) and k2 (EdDSA)."""
+    return server.key_set(None, "ES256", "EdDSA")
 
 
 # --- the flows of the README ------------------------------------------------------------------------------------------
@@ -88,7 +88,12 @@ def test_from_a_new_key_set_to_an_emergency(run: Run, tmp_path: Path) -> None:
 def test_the_life_of_a_version(run: Run) -> None:
     name = fresh("set")
     run("key-set", "create", name, "--key", "k:EdDSA")
-    standby = json.loads(run("version", "list", name, "k", "--json").stdout)["items"][1]
+
+    def second() -> Any:
+        items = json.loads(run("version", "list", name, "k", "--json").stdout)["items"]
+        return items[1] if len(items) == 2 and items[1]["visible_since"] else None
+
+    standby = wait_until(second)
     assert standby["state"] == "published"
     assert "may sign from" in run("version", "activate", name, "k", "2", code=1).stderr
     assert "active" in run("version", "show", name, "k", "1").stdout

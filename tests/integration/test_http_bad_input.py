@@ -47,7 +47,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(server: Server) -> World:
-    jwt = server.key_set(None, "ES256")
+    jwt = server.key_set(None, "ES256", standby=True)
     raw = server.key_set(None, "ES256", purpose="raw")
     eddsa = server.key_set(None, "EdDSA", purpose="raw")
     disabled = server.key_set(None, "ES256")
@@ -245,17 +245,15 @@ def test_a_purpose_that_does_not_allow_the_route(world: World) -> None:
 
 
 def test_a_version_that_is_not_yet_active_is_not_activated_early(server: Server, world: World) -> None:
-    path = f"/v1/key-sets/{server.key_set(None, 'ES256')}/keys/k1"
+    path = f"/v1/key-sets/{server.key_set(None, 'ES256', standby=True)}/keys/k1"
     before = server.must("GET", path)
     answer = server.call("POST", f"{path}/rotate")
-    assert answer.status == 409
-    assert answer.problem in ("not_yet_usable", "no_standby")
-    assert server.must("GET", path)["active_kid"] == before["active_kid"]
-    standby = next((v for v in before["versions"] if v["state"] == "published"), None)
-    if standby is not None:
-        answer = server.call("POST", f"{path}/versions/{standby['kid']}/activate")
-        assert (answer.status, answer.problem) == (409, "not_yet_usable")
-        assert "usable_at" in answer.json
+    assert (answer.status, answer.problem) == (409, "not_yet_usable")
+    (standby,) = (v for v in before["versions"] if v["state"] == "published")
+    assert answer.json["usable_at"] == standby["usable_at"]
+    answer = server.call("POST", f"{path}/versions/{standby['kid']}/activate")
+    assert (answer.status, answer.problem) == (409, "not_yet_usable")
+    assert server.must("GET", path) == before
 
 
 def test_a_revoked_version_is_never_activated(world: World) -> None:
@@ -334,11 +332,15 @@ def test_names_are_taken_for_ever(server: Server) -> None:
 @pytest.mark.parametrize("path", ["/v1/key-sets/default/keys/default/jwt", "/v1/clients"])
 def test_bad_credentials(server: Server, path: str, authorization: str | None, code: str) -> None:
     headers = {"Authorization": authorization} if authorization is not None else {}
-    payload = {"claims": {}} if path.endswith("jwt") else {"name": fresh("never")}
-    answer = server.call("POST", path, payload, token=None, headers=headers)
+    answer = server.call("POST", path, right_payload(path), token=None, headers=headers)
     assert (answer.status, answer.problem) == (401, code)
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
-    assert (authorization or "nothing").rpartition(" ")[2] not in answer.body.decode() or len(authorization or "") < 10
+    if authorization and authorization.startswith("Bearer kj_"):
+        assert authorization.removeprefix("Bearer ") not in answer.body.decode()
+
+
+def right_payload(path: str) -> dict[str, Any]:
+    return {"claims": {}} if path.endswith("jwt") else {"name": fresh("never")}
 
 
 def unknown_token() -> str:
@@ -349,8 +351,7 @@ def unknown_token() -> str:
 
 def test_a_token_that_nobody_was_given(server: Server) -> None:
     for path in ("/v1/key-sets/default/keys/default/jwt", "/v1/clients"):
-        payload = {"claims": {}} if path.endswith("jwt") else {"name": fresh("never")}
-        answer = server.call("POST", path, payload, token=unknown_token())
+        answer = server.call("POST", path, right_payload(path), token=unknown_token())
         assert (answer.status, answer.problem) == (401, "credentials_unknown")
 
 

@@ -10,7 +10,7 @@ from tests.integration.conftest import Answer, Server, fresh, wait_until
 
 @pytest.fixture(scope="module")
 def shop(server: Server) -> str:
-    return server.key_set(None, "ES256", "EdDSA")
+    return server.key_set(None, "ES256", "EdDSA", standby=True)
 
 
 def fetch(server: Server, path: str, method: str = "GET", **headers: str) -> Answer:

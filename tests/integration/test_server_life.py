@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.integration.conftest import Server, prepared, running, stop, wait_until
+from tests.integration.conftest import Server, fresh, prepared, running, stop, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,7 @@ def a_killed_custodian_is_started_again(server: Server) -> None:
     first = server.children()["custodian"]
     first.kill()
     second = wait_until(lambda: (c := server.children().get("custodian")) and c.pid != first.pid and c)
-    assert server.must("POST", "/v1/key-sets", {"name": "after-death", "keys": [{"name": "k", "alg": "ES256"}]})
+    assert server.must("POST", "/v1/key-sets", {"name": fresh("after"), "keys": [{"name": "k", "alg": "ES256"}]})
     assert second.is_running()
     assert '"process_died"' in server.log
 
@@ -201,16 +201,22 @@ def test_a_public_server_needs_neither_pin_nor_module(own: Own) -> None:
 
 
 def test_a_private_server_publishes_nothing(own: Own) -> None:
+    """Its PIN comes from standard input, which every process of it, later ones included, is to find."""
+    pin = (own.folder / "pin").read_bytes()
+    from_file, from_stdin = f'pin_file = "{own.folder}/pin"', "pin_stdin = true"
     own.edit("workers = 2", 'workers = 1\nroutes = "private"')
+    own.edit(from_file, from_stdin)
     try:
-        with running(own.folder, own.port) as server:
+        with running(own.folder, own.port, stdin=pin) as server:
             for path in (JWKS, "/.well-known/jwks.json", "/default/.well-known/openid-configuration"):
                 assert server.call("GET", path, token=None).problem == "route_not_found"
             assert server.call("POST", SIGN, {"claims": {}}, token=server.signer).status == 200
+            a_killed_custodian_is_started_again(server)
             request_lines(server)
             a_graceful_end(server)
     finally:
         own.edit('workers = 1\nroutes = "private"', "workers = 2")
+        own.edit(from_stdin, from_file)
 
 
 def a_graceful_end(server: Server) -> None:

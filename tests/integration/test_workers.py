@@ -16,7 +16,17 @@ import jwt
 import pytest
 import urllib3
 
-from tests.integration.conftest import Answer, Server, fresh, prepared, running, settled, wait_until
+from tests.integration.conftest import (
+    Answer,
+    Server,
+    free_port,
+    fresh,
+    prepare,
+    prepared,
+    running,
+    settled,
+    wait_until,
+)
 
 UNSAFE = {"publish_lead": 0, "allow_unsafe_publish_lead": True}
 EVERYWHERE = 48
@@ -216,7 +226,11 @@ def test_simultaneous_starts_all_come_up(tmp_path_factory: pytest.TempPathFactor
     """Five starts of four workers (fifty with KMS_JWKS_TEST_LONG): SoftHSM is at its worst there."""
     for _ in range(50 if os.environ.get("KMS_JWKS_TEST_LONG") else 5):
         folder = tmp_path_factory.mktemp("start")
-        with running(folder, prepared(folder, workers=4)) as server:
+        port = free_port()
+        prepare(folder, port, workers=4)
+        with running(folder, port) as server:
+            key = "/v1/key-sets/default/keys/default"
+            wait_until(lambda s=server, k=key: settled(s.must("GET", k)))
             token = server.signer
             answers = everywhere(server, lambda t=token: sign(server, "/v1/key-sets/default/keys/default/jwt", t))
             assert {a.status for a in answers} == {200}

@@ -23,7 +23,7 @@ from kms_jwks.model import (
 
 S = VersionState
 
-# DESIGN section 3, the table: state → what it may become.
+# The table of states: state → what it may become.
 MAY_BECOME = {
     S.CREATING: {S.PUBLISHED, S.DESTROYED},
     S.PUBLISHED: {S.ACTIVE, S.RETIRED, S.REVOKED},

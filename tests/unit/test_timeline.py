@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kms_jwks import timeline
-from kms_jwks.model import DAY, SECOND, Id, Policy, VersionState
+from kms_jwks.model import DAY, SECOND, ExternalKey, Id, Instant, Key, KeyVersion, Policy, VersionState
 from kms_jwks.timeline import StepKind
 from tests.unit.builders import T0, at, external, key, key_set, version
 
@@ -135,9 +135,10 @@ def test_keys_of_a_set_rotate_one_at_a_time() -> None:
 # --- the plan
 
 
-def kinds(*args: object, **kwargs: object) -> list[tuple[StepKind, int]]:
-    now = kwargs.get("now", T0)
-    return [(step.kind, (step.due - T0) // SECOND) for step in timeline.plan(*args, now)]  # type: ignore[arg-type]
+def kinds(
+    keys: list[Key], versions: list[KeyVersion], externals: list[ExternalKey], now: Instant = T0
+) -> list[tuple[StepKind, int]]:
+    return [(step.kind, (step.due - T0) // SECOND) for step in timeline.plan(keys, versions, externals, now)]
 
 
 def test_an_active_version_gets_a_standby_and_no_second_one() -> None:

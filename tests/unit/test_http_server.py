@@ -1,0 +1,79 @@
+"""gunicorn's settings, its refusals as problem documents, and what the supervisor hands to its children."""
+
+import json
+from pathlib import Path
+
+import pytest
+from gunicorn.config import Config  # type: ignore[import-untyped]
+from gunicorn.http import errors as parser  # type: ignore[import-untyped]
+
+from kms_jwks.cli import supervisor
+from kms_jwks.config import Settings, load_settings
+from kms_jwks.http.server import _REFUSED, Worker, gunicorn_settings, refusal
+
+
+def test_gunicorn_knows_every_setting() -> None:
+    config = Config()
+    for name, value in gunicorn_settings(Settings()).items():
+        config.set(name, value)
+    assert config.control_socket_disable is True
+    assert config.preload_app is False
+    assert config.header_map == "refuse"
+    assert config.forwarded_allow_ips == []
+    assert config.worker_class is Worker
+    assert config.accesslog is None
+    assert not config.is_ssl
+
+
+def test_proxies_and_tls_are_passed_on() -> None:
+    settings = Settings(
+        forwarded_allow_ips=("10.0.0.0/8", "::1"),
+        tls_cert=Path("cert.pem"),
+        tls_key=Path("key.pem"),
+        bind=("a:1", "b:2"),
+    )
+    found = gunicorn_settings(settings)
+    assert found["forwarded_allow_ips"] == "10.0.0.0/8,::1"
+    assert (found["certfile"], found["keyfile"]) == ("cert.pem", "key.pem")
+    assert found["bind"] == ["a:1", "b:2"]
+
+
+@pytest.mark.parametrize("cls", list(_REFUSED), ids=lambda cls: cls.__name__)
+def test_what_gunicorn_refuses_is_a_problem_document(cls: type[Exception]) -> None:
+    secret = "kj_secret"
+    made = cls(9000, 8000) if cls is parser.LimitRequestLine else cls(secret)
+    answer = refusal(made)
+    assert answer is not None
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    document = json.loads(body)
+    assert int(status.split()[1]) == document["status"] == _REFUSED[cls][0]
+    assert headers["Content-Type"] == "application/problem+json"
+    assert headers["Content-Length"] == str(len(body))
+    assert headers["Connection"] == "close"
+    assert headers["X-Request-Id"] == document["request_id"]
+    assert secret not in answer.decode()
+
+
+def test_what_is_not_the_callers_fault_is_left_to_gunicorn() -> None:
+    assert refusal(ZeroDivisionError()) is None
+    assert refusal(parser.InvalidHeader("CONTENT-LENGTH")).startswith(b"HTTP/1.1 400")  # type: ignore[union-attr]
+
+
+def test_children_find_the_file_and_what_the_command_line_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('workers = 3\nbind = ["127.0.0.1:9000"]\n')
+    monkeypatch.setenv("KMS_JWKS_THREADS", "5")
+    filed = load_settings(config)
+    changed = Settings(**filed.model_dump() | {"routes": "public", "bind": ("127.0.0.1:1", "127.0.0.1:2")})
+    environment = supervisor._environment(changed, config)
+    assert environment["KMS_JWKS_CONFIG"] == str(config)
+    assert environment["KMS_JWKS_ROUTES"] == "public"
+    assert environment["KMS_JWKS_BIND"] == "127.0.0.1:1,127.0.0.1:2"
+    assert "KMS_JWKS_WORKERS" not in environment, "what the file says can change with a HUP"
+    for name in ("KMS_JWKS_CONFIG", "KMS_JWKS_ROUTES", "KMS_JWKS_BIND"):
+        monkeypatch.setenv(name, environment[name])
+    assert load_settings() == changed
