@@ -11,6 +11,7 @@ from kms_jwks.service import Service
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.custodian import Custodian
 from kms_jwks.service.modules import Modules
+from kms_jwks.service.office import Office
 from kms_jwks.store import Store
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def custodian(settings: Settings) -> Custodian:
         lease=settings.signing_lease,
         kick=lambda: None,
     )
-    return Custodian(store, make_modules(settings), confirmation, node=settings.node_name)
+    return Custodian(store, make_modules(settings), confirmation, Office(store, node=settings.node_name))
 
 
 def wsgi(config: Path | None = None) -> WSGIApplication:

@@ -145,9 +145,9 @@ def custodian(config: Path | None) -> None:
     from kms_jwks.http import logs
 
     settings = _settings(config)
+    _refuse_wrong_schema(settings)
     logs.configure(settings.log_level, settings.log_format)
     prepare_state_dir(settings)
-    _refuse_wrong_schema(settings)
     stop = threading.Event()
 
     def end(_number: int, _frame: FrameType | None) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from kms_jwks import errors, wire
 from kms_jwks.http import problems
 from kms_jwks.http.exchange import JSON, Request, Response, ok
-from kms_jwks.service.signing import Batch, Operation
+from kms_jwks.service.preparing import Operation
+from kms_jwks.service.signing import Batch
 
 if TYPE_CHECKING:
     from kms_jwks.service import Service

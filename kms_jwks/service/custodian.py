@@ -8,8 +8,6 @@ abandoned by the successor, never resumed: the pair in the module is then surplu
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import structlog
@@ -18,8 +16,6 @@ from kms_jwks import errors, jose, timeline
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Evidence, GeneratedKey, KeyRef
 from kms_jwks.model import (
-    SECOND,
-    CustodianLease,
     Epoch,
     Instant,
     Intent,
@@ -28,52 +24,29 @@ from kms_jwks.model import (
     KeySet,
     KeyVersion,
     VersionState,
-    new_id,
 )
 from kms_jwks.service import lifecycle
-from kms_jwks.service.clocks import boot_clock
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.modules import Modules
+from kms_jwks.service.office import Fenced, Office
 from kms_jwks.store import ReadTx, Store, WriteTx
 from kms_jwks.timeline import Step, StepKind
 
 log = structlog.get_logger(__name__)
 
-LEASE = 10
-"""Seconds a custodian acts without renewing."""
 PACE = 0.15
 """Seconds between two ticks."""
 MAX_BACKOFF = 60
-CLOCK_DRIFT = 60
-"""Seconds that database time may depart from the boot clock between two ticks."""
-
-
-class Fenced(Exception):
-    """Another custodian has taken over; what was being done is left to it."""
 
 
 class Custodian:
     """Call `tick` again and again, or `run`. Everything it decides comes from the registry and `timeline.plan`."""
 
-    def __init__(
-        self,
-        store: Store,
-        modules: Modules,
-        confirmation: Confirmation,
-        *,
-        node: str,
-        lease: int = LEASE,
-        boot: Callable[[], int] = boot_clock,
-    ) -> None:
+    def __init__(self, store: Store, modules: Modules, confirmation: Confirmation, office: Office) -> None:
         self._store = store
         self._modules = modules
         self._confirmation = confirmation
-        self._node = node
-        self._lease = lease
-        self._boot = boot
-        self._holder = new_id()
-        self._term = 0
-        self._last_clocks: tuple[int, Instant] | None = None
+        self._office = office
 
     def run(self, stop: threading.Event) -> None:
         """Tick until `stop`; a tick that fails is logged and the next one tries again."""
@@ -83,8 +56,8 @@ class Custodian:
                 self.tick()
                 trouble = ""
             except Fenced:
-                log.info("custodian_fenced", term=self._term)
-                self._term = 0
+                log.info("custodian_fenced", term=self._office.term)
+                self._office.term = 0
             except errors.Error as error:
                 if error.code != trouble:
                     log.warning("custodian_held_up", error=error.detail, code=error.code)
@@ -92,68 +65,18 @@ class Custodian:
             except Exception:
                 log.exception("custodian_tick_failed")
             stop.wait(PACE)
-        self.resign()
+        self._office.resign()
 
     def tick(self) -> None:
         """One round: stay in office, finish what was begun, then do what is due."""
-        if not self._hold_office():
+        if not self._office.hold(self._abandon):
             return
         self._confirmation.reap()
         self._work_off_intents()
         self._note_visibility()
         self._take_due_steps()
 
-    def resign(self) -> None:
-        """Let another custodian act at once. Never raises."""
-        if not self._term:
-            return
-        try:
-            with self._mutation() as tx:
-                lease = tx.custodian_lease()
-                if lease is not None:
-                    tx.set_custodian_lease(replace(lease, expires_at=tx.now()))
-        except (errors.Error, Fenced) as error:
-            log.warning("custodian_did_not_resign", error=str(error))
-        self._term = 0
-
-    # --- office
-
-    def _hold_office(self) -> bool:
-        with self._store.write() as tx:
-            now, lease = tx.now(), tx.custodian_lease()
-            halted = self._clock_trouble(now)
-            mine = lease is not None and self._term != 0 and (lease.term, lease.holder) == (self._term, self._holder)
-            if lease is not None and not mine and lease.expires_at > now:
-                self._term = 0
-                return False
-            half_over = lease is None or (lease.expires_at - now) < self._lease * SECOND // 2
-            if lease is not None and mine and not half_over and lease.halted == halted:
-                return halted is None
-            term = lease.term if lease is not None and mine else (lease.term if lease else 0) + 1
-            renewed = CustodianLease(
-                term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted
-            )
-            tx.set_custodian_lease(renewed)
-            if not mine:
-                self._abandon(tx)
-        if term != self._term:
-            log.info("custodian_acts", term=term)
-        self._term = term
-        if halted is not None:
-            log.error("custodian_halted", reason=halted)
-        return halted is None
-
-    def _clock_trouble(self, now: Instant) -> str | None:
-        """Why database time cannot be trusted, or None. It stays in doubt until it agrees with the boot clock again."""
-        boot = self._boot()
-        if self._last_clocks is not None:
-            passed, passed_there = boot - self._last_clocks[0], now - self._last_clocks[1]
-            if passed_there < 0:
-                return f"database time went back by {-passed_there / SECOND:.1f} s"
-            if abs(passed_there - passed) > CLOCK_DRIFT * SECOND:
-                return f"database time moved {passed_there / SECOND:.0f} s while {passed / SECOND:.0f} s passed"
-        self._last_clocks = (boot, now)
-        return None
+    # --- what a predecessor left
 
     def _abandon(self, tx: WriteTx) -> None:
         """Close what a predecessor had begun; a version that still waits for its pair gets a fresh attempt."""
@@ -174,15 +97,6 @@ class Custodian:
                 lifecycle.add_intent(tx, intent.kind, version, tx.now(), attempt=intent.attempt + 1)
             log.warning("intent_abandoned", intent=intent.id, kind=intent.kind.value, label=intent.label)
 
-    @contextmanager
-    def _mutation(self) -> Iterator[WriteTx]:
-        """A write transaction that commits only while this custodian's term is in office. Raises Fenced."""
-        with self._store.write() as tx:
-            lease = tx.custodian_lease()
-            if lease is None or (lease.term, lease.holder) != (self._term, self._holder):
-                raise Fenced
-            yield tx
-
     # --- intents
 
     def _work_off_intents(self) -> None:
@@ -200,11 +114,11 @@ class Custodian:
             except errors.Error as error:
                 self._postpone(intent, error)
             # One long generation must not cost the office.
-            if not self._hold_office():
+            if not self._office.hold(self._abandon):
                 return
 
     def _begin(self, intent: Intent) -> bool:
-        with self._mutation() as tx:
+        with self._office.mutation() as tx:
             current = tx.intent(intent.id)
             if current is None or current.state is not IntentState.PENDING:
                 return False
@@ -217,7 +131,7 @@ class Custodian:
             if not wanted:
                 tx.save(replace(current, state=IntentState.ABANDONED, finished_at=tx.now(), error="no longer wanted"))
                 return False
-            tx.save(replace(current, state=IntentState.STARTED, term=self._term))
+            tx.save(replace(current, state=IntentState.STARTED, term=self._office.term))
             return True
 
     def _generate(self, intent: Intent) -> None:
@@ -232,7 +146,7 @@ class Custodian:
         self._record(intent, made, evidence)
 
     def _record(self, intent: Intent, made: GeneratedKey, evidence: Evidence) -> None:
-        with self._mutation() as tx:
+        with self._office.mutation() as tx:
             current, version = tx.intent(intent.id), tx.version(intent.version_id)
             assert current is not None and version is not None
             if current.state is not IntentState.STARTED or version.state is not VersionState.CREATING:
@@ -270,7 +184,7 @@ class Custodian:
             pass
         else:
             raise errors.BackendUnavailable("The module still holds the key after its destruction.")
-        with self._mutation() as tx:
+        with self._office.mutation() as tx:
             current, version = tx.intent(intent.id), tx.version(intent.version_id)
             assert current is not None and version is not None
             now = tx.now()
@@ -281,7 +195,7 @@ class Custodian:
     def _postpone(self, intent: Intent, error: errors.Error) -> None:
         """A failed attempt: another one later under a new label, or none where the module will never do it."""
         hopeless = isinstance(error, errors.UnsupportedAlgorithm)
-        with self._mutation() as tx:
+        with self._office.mutation() as tx:
             current, version = tx.intent(intent.id), tx.version(intent.version_id)
             assert current is not None and version is not None
             if current.state is not IntentState.STARTED:
@@ -305,7 +219,7 @@ class Custodian:
         with self._store.read() as tx:
             if not _newly_visible(tx):
                 return
-        with self._mutation() as tx:
+        with self._office.mutation() as tx:
             for version in _newly_visible(tx):
                 tx.save(replace(version, visible_since=tx.now()))
 
@@ -317,7 +231,7 @@ class Custodian:
             due = [(key_set, step) for key_set in tx.key_sets() for step in _plan(tx, key_set, now) if step.due <= now]
         for key_set, step in due:
             try:
-                with self._mutation() as tx:
+                with self._office.mutation() as tx:
                     current = tx.key_set_by_id(key_set.id)
                     # The reason is looked at again under the lock: somebody may have acted meanwhile.
                     if current is not None and _still_due(tx, current, step):

@@ -139,15 +139,11 @@ def _measure_row(server: Server, row: Row, token: str, options: Options) -> dict
         options.say(f"{row.name}: the module, {kind}")
         raw[kind] = module.rate(config, kind, label, ref, row.alg, processes=options.workers, seconds=options.seconds)
     one = {"claims": CLAIMS}
-    {"batch": [one] * BATCH}
+    many = {"batch": [one] * BATCH}
     options.say(f"{row.name}: HTTP")
     single = _load(options, options.connections, _signing(server, row, token, one))
     options.say(f"{row.name}: HTTP, batches of {BATCH}")
-    batch = _load(
-        options,
-        BATCH_CONNECTIONS * options.workers,
-        _signing(server, row, token, {"batch": [{"claims": CLAIMS}] * BATCH}),
-    )
+    batch = _load(options, options.batch_connections, _signing(server, row, token, many))
     options.say(f"{row.name}: HTTP, one connection")
     alone = _load(options, 1, _signing(server, row, token, one))
     _check(server, row, [json.loads(sample) for sample in single.samples])

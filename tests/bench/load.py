@@ -69,7 +69,7 @@ def request(method: str, path: str, port: int, headers: dict[str, str], body: by
 
 
 def run(target: Target, *, seconds: float, processes: int, connections: int) -> Load:
-    """Send for `seconds` over `connections` in each of `processes`. Raises RuntimeError at an answer that is not good."""
+    """Send for `seconds` over `connections` in each of `processes`. Raises RuntimeError at a bad answer."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes + 1)
     pipes = [context.Pipe(duplex=False) for _ in range(processes)]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from kms_jwks import errors
 from kms_jwks.model import (
@@ -31,6 +32,7 @@ from kms_jwks.model import (
 )
 from kms_jwks.model import ApiToken as Token
 from kms_jwks.store import Store, WriteTx, snapshot_view
+from tests.contract.store_histories import History, Transaction, histories
 from tests.unit.builders import T0, at, external, key, key_set, version
 
 S = VersionState
@@ -130,6 +132,34 @@ class StoreContract:
             assert row is not None
             assert row.confirmed == tx.epoch()
 
+    def test_lists_leave_out_what_is_gone_unless_asked(self, filled: Store) -> None:
+        with filled.write() as tx:
+            tx.save(replace(external(), removed_at=NOW))
+            for found in (tx.grant(Id("grant-1")), tx.client("issuer")):
+                assert found is not None
+                tx.save(replace(found, deleted_at=NOW))
+            worker = tx.worker(Id("worker-1"))
+            assert worker is not None
+            tx.save(replace(worker, stopped_at=NOW, stop_reason="stopped"))
+        with filled.read() as reading:
+            assert reading.external_key(Id("set-1"), "old") is None
+            assert reading.client("issuer") is None
+            left: list[Any] = [reading.external_keys(), reading.grants(), reading.clients(), reading.workers()]
+            assert left == [[], [], [], []]
+            assert len(reading.external_keys(Id("set-1"), include_removed=True)) == 1
+            assert len(reading.grants(include_deleted=True)) == len(reading.workers(include_stopped=True)) == 1
+            assert reading.client_by_id(Id("client-1")) is not None
+            assert reading.kid_owner("old") == ("external_key", "external-1")
+            assert reading.contents().tokens == tuple(reading.tokens(Id("client-1")))
+
+    def test_lists_know_whose_they_are(self, filled: Store) -> None:
+        other = Id("other")
+        with filled.read() as tx:
+            mine = [tx.keys(Id("set-1")), tx.tokens(Id("client-1")), tx.intents(version_id=Id("version-1"))]
+            assert [len(found) for found in mine] == [1, 1, 1]
+            assert [tx.keys(other), tx.tokens(other), tx.intents(version_id=other), tx.external_keys(other)] == [[]] * 4
+            assert tx.intents(states={IntentState.PENDING}) == []
+
     # --- refusals
 
     def test_names_are_taken_for_ever(self, filled: Store) -> None:
@@ -159,6 +189,44 @@ class StoreContract:
             tx.add(version(2, S.CREATING, kid=None, ref=None, public_jwk=None))
         with pytest.raises(errors.KidTaken), filled.write() as tx:
             tx.save(version(2, S.CREATING, kid="kid-1"))
+
+    def test_a_bound_kid_stays_on_its_key(self, filled: Store) -> None:
+        for kid in ("another", None):
+            with pytest.raises(errors.InternalError), filled.write() as tx:
+                tx.save(version(1, S.ACTIVE, kid=kid))
+        with filled.read() as reading:
+            assert reading.version_by_kid("kid-1") == reading.version(Id("version-1"))
+
+    def test_what_was_never_added_cannot_be_saved(self, store: Store) -> None:
+        with pytest.raises(errors.InternalError), store.write() as tx:
+            tx.save(key_set())
+
+    @pytest.mark.parametrize(
+        ("refused", "error"),
+        [
+            (version(2, S.PUBLISHED, kid="kid-1"), errors.KidTaken),
+            (version(2, S.ACTIVE, kid="free"), errors.TransitionRefused),
+            (version(1, S.PUBLISHED, id=Id("version-2"), kid="free"), errors.Conflict),
+            (external(id=Id("external-2"), kid="kid-1"), errors.KidTaken),
+            (key_set(id=Id("set-2")), errors.NameTaken),
+            (Token(Id("token-2"), Id("client-1"), "ab" * 32, NOW, NOW), errors.Conflict),
+        ],
+    )
+    def test_who_catches_a_refusal_can_go_on_and_nothing_of_it_is_written(
+        self, filled: Store, refused: Any, error: type[errors.Error]
+    ) -> None:
+        with filled.read() as reading:
+            before = reading.contents()
+        with filled.write() as tx:
+            with pytest.raises(error):
+                tx.add(refused)
+            tx.add(Client(Id("client-9"), "after", NOW))
+        with filled.read() as reading:
+            after = reading.contents()
+            assert reading.kid_owner("free") is None
+        assert after.epoch.counter == before.epoch.counter + 1
+        assert {c.name for c in after.clients} == {"issuer", "after"}
+        assert replace(after, epoch=before.epoch, now=before.now, clients=before.clients) == before
 
     def test_one_version_of_a_key_is_active(self, filled: Store) -> None:
         with pytest.raises(errors.TransitionRefused), filled.write() as tx:
@@ -241,6 +309,40 @@ class StoreContract:
         assert after.epoch != before.epoch
         assert tx.committed_epoch == after.epoch
 
+    def test_what_is_as_it_was_at_the_end_has_not_changed(self, filled: Store) -> None:
+        with filled.write() as tx:
+            client = tx.client("issuer")
+            assert client is not None
+            tx.save(replace(client, deleted_at=NOW))
+            tx.save(client)
+        assert tx.committed_epoch is None
+        assert filled.poll()[0].counter == 2
+
+    def test_a_version_is_published_with_the_epoch_that_shows_it(self, filled: Store) -> None:
+        with filled.write() as tx:
+            tx.add(version(2, S.PUBLISHED, published_epoch=tx.next_epoch().counter))
+        with filled.read() as reading:
+            found = reading.version(Id("version-2"))
+        assert found is not None
+        assert tx.committed_epoch is not None
+        assert found.published_epoch == tx.committed_epoch.counter == filled.poll()[0].counter
+
+    def test_a_transaction_that_fails_has_no_epoch(self, filled: Store) -> None:
+        with pytest.raises(ZeroDivisionError), filled.write() as tx:
+            tx.add(Client(Id("client-9"), "never", NOW))
+            raise ZeroDivisionError
+        assert tx.committed_epoch is None
+
+    def test_any_history_obeys_the_rule(self, store: Store) -> None:
+        @settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+        @given(histories)
+        def play(transactions: list[Transaction]) -> None:
+            history = History(store)
+            for transaction in transactions:
+                history.play(transaction)
+
+        play()
+
     def test_contents_are_what_has_a_view(self, filled: Store) -> None:
         with filled.write() as tx:
             for number, state in enumerate((S.CREATING, S.PUBLISHED, S.RETIRING, S.RETIRED, S.DESTROYED), 2):
@@ -283,6 +385,27 @@ class StoreContract:
             assert reading.epoch() == before
             assert reading.client("late") is None
 
+    @pytest.mark.parametrize("grace", [0.0, 0.004, 0.02])
+    def test_what_was_committed_survives_a_kill_and_what_was_not_leaves_no_half(
+        self, store: Store, grace: float
+    ) -> None:
+        reader, writer = os.pipe()
+        process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(store, writer))
+        process.start()
+        os.close(writer)
+        answered = len(os.read(reader, 1))
+        process.join(grace)
+        process.kill()
+        process.join(30)
+        while got := os.read(reader, 4096):
+            answered += len(got)
+        os.close(reader)
+        with store.read() as reading:
+            clients, grants = reading.clients(), reading.grants()
+        assert len(clients) in (answered, answered + 1)
+        assert {g.client_id for g in grants} == {c.id for c in clients}
+        assert store.poll()[0].counter == 1 + len(clients)
+
     def test_a_writer_that_is_killed_leaves_nothing(self, store: Store) -> None:
         process = multiprocessing.get_context("fork").Process(target=_die_in_the_midst, args=(store,))
         process.start()
@@ -322,6 +445,15 @@ def _write_many(store: Store, number: int) -> None:
         with store.write() as tx:
             tx.add(Client(new_id(), f"client-{number}-{step}", NOW))
     store.dispose()
+
+
+def _write_for_ever(store: Store, answers: int) -> None:
+    while True:
+        client = Client(new_id(), new_id(), NOW)
+        with store.write() as tx:
+            tx.add(client)
+            tx.add(Grant(new_id(), client.id, "signer", NOW))
+        os.write(answers, b".")
 
 
 def _die_in_the_midst(store: Store) -> None:

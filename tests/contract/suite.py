@@ -44,7 +44,7 @@ Case: TypeAlias = tuple[str, int | None]
 CASES: list[Case] = [(name, bits) for name, alg in ALGORITHMS.items() for bits in alg.rsa_bits or (None,)]
 QUICK: list[Case] = [("RS256", 2048), ("PS256", 2048), ("ES256", None), ("EdDSA", None)]
 _HASHES = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashes.SHA512()}
-_JOSERFC = {"RSA": RSAKey, "EC": ECKey, "OKP": OKPKey}
+_JOSERFC: dict[str, type[RSAKey] | type[ECKey] | type[OKPKey]] = {"RSA": RSAKey, "EC": ECKey, "OKP": OKPKey}
 
 
 def case_id(case: Case) -> str:
@@ -352,15 +352,14 @@ class BackendContract:
 
     def test_threads_get_each_their_own_signature(self, keys: Keys) -> None:
         cases = [case for case in QUICK if case[0] not in self.unsupported]
-        for case in cases:
-            assert keys[case]  # made before the threads start
+        made = {case: keys[case] for case in cases}
 
         def work(thread: int) -> int:
             for turn in range(25):
                 name, bits = case = cases[(thread + turn) % len(cases)]
                 message = Message(f"{thread} {turn} {name} {bits}".encode())
-                signature = keys.backend.sign(keys[case].ref, ALGORITHMS[name], message, soon(30))
-                verify(ALGORITHMS[name], dict(keys[case].public_jwk), message, signature)
+                signature = keys.backend.sign(made[case].ref, ALGORITHMS[name], message, soon(30))
+                verify(ALGORITHMS[name], dict(made[case].public_jwk), message, signature)
             return turn
 
         with ThreadPoolExecutor(8) as threads:

@@ -184,7 +184,7 @@ def another_token_under_the_label(hsm: SoftHsm, other: SoftHsm) -> None:
     shutil.move(hsm.tokens, hsm.directory / "hidden")
     shutil.copytree(other.tokens, hsm.tokens)
     for _ in range(2):
-        with pytest.raises(BackendRefused, match="has serial .* are on the one with serial") as caught:
+        with pytest.raises(BackendRefused, match=r"has serial .* are on the one with serial") as caught:
             sign(backend, key)
         assert caught.value.next_step
         time.sleep(1.1)

@@ -9,7 +9,8 @@ import pytest
 
 from kms_jwks import errors, wire
 from kms_jwks.model import DAY, SECOND, IntentState, VersionState
-from kms_jwks.service.custodian import Custodian, Fenced
+from kms_jwks.service.custodian import Custodian
+from kms_jwks.service.office import Fenced
 from tests.service.world import World
 
 S = VersionState
@@ -137,12 +138,12 @@ def test_one_acts_and_the_other_takes_over_when_it_resigns(quiet: World) -> None
     first, second = quiet.custodian(), quiet.custodian()
     first.tick()
     second.tick()
-    assert (first._term, second._term) == (1, 0)
-    first.resign()
+    assert (first._office.term, second._office.term) == (1, 0)
+    first._office.resign()
     second.tick()
-    assert second._term == 2
+    assert second._office.term == 2
     first.tick()
-    assert first._term == 0
+    assert first._office.term == 0
 
 
 def test_a_custodian_that_was_away_past_its_lease_changes_nothing(quiet: World) -> None:

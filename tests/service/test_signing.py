@@ -16,7 +16,8 @@ from kms_jwks import errors, jose, strictjson, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, SECOND, VersionState
 from kms_jwks.service.guard import Presented
-from kms_jwks.service.signing import Batch, Operation
+from kms_jwks.service.preparing import Operation
+from kms_jwks.service.signing import Batch
 from tests.service.world import World
 
 RAW = [{"name": "default", "alg": "ES256"}]

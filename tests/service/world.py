@@ -21,7 +21,9 @@ from kms_jwks.service.clocks import boot_clock
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.custodian import Custodian
 from kms_jwks.service.modules import Modules
-from kms_jwks.service.signing import Batch, Operation
+from kms_jwks.service.office import Office
+from kms_jwks.service.preparing import Operation
+from kms_jwks.service.signing import Batch
 from kms_jwks.store import Store
 from tests.memory_backend import MemoryBackend
 
@@ -88,7 +90,7 @@ class World:
             kick=lambda: None,
         )
         options: dict[str, Any] = {"node": "node-1", "boot": self.boot}
-        return Custodian(store, self.modules(), confirmation, **(options | changes))
+        return Custodian(store, self.modules(), confirmation, Office(store, **(options | changes)))
 
     def client(self, name: str, role: Role, key_set: Id | None = None, key: Id | None = None) -> Presented:
         """A client with one grant and a token, straight from the registry."""

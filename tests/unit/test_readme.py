@@ -22,7 +22,9 @@ def commands() -> list[str]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-            found += re.findall(r"^(?:\S+=\S+ )*(?:\.venv/bin/)?(kms-jwks .*)$", block.replace("\\\n", " "), re.MULTILINE)
+            found += re.findall(
+                r"^(?:\S+=\S+ )*(?:\.venv/bin/)?(kms-jwks .*)$", block.replace("\\\n", " "), re.MULTILINE
+            )
         found += re.findall(r"`(kms-jwks [^`\n]+)`", text)
     return found
 

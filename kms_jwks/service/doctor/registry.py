@@ -97,7 +97,7 @@ def clocks(registry: Registry, difference: int) -> Iterator[Check]:
 
 def custodian(registry: Registry) -> Iterator[Check]:
     """Whether one acts."""
-    lease, serving = registry.lease, bool(registry.workers)
+    lease, serving = registry.lease, any(not silence(w, registry.now) for w in registry.workers)
     start = "Run `kms-jwks serve` or `kms-jwks custodian`."
     if lease is None:
         yield Check("custodian", State.WARNING, "none has ever acted: no key can be made", start)
@@ -154,8 +154,7 @@ def workers(registry: Registry) -> Iterator[Check]:
     """Whether every registered worker is heard of."""
     found = False
     for worker in registry.workers:
-        silent = (registry.now - worker.heartbeat_at) / SECOND
-        if silent > worker.lease + 1:
+        if silent := silence(worker, registry.now):
             found = True
             yield Check(
                 "workers",
@@ -165,6 +164,12 @@ def workers(registry: Registry) -> Iterator[Check]:
             )
     if not found:
         yield Check("workers", State.OK, f"{len(registry.workers)} registered, none silent")
+
+
+def silence(worker: Worker, now: Instant) -> float:
+    """Seconds since a worker was heard of, if that is longer than its lease allows; else 0."""
+    seconds = (now - worker.heartbeat_at) / SECOND
+    return seconds if seconds > worker.lease + 1 else 0.0
 
 
 def policies(registry: Registry) -> Iterator[Check]:

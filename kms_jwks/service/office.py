@@ -1,0 +1,101 @@
+"""The custodian's office: who acts, fenced by a term, and only while database time can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import structlog
+
+from kms_jwks import errors, timeline
+from kms_jwks.model import SECOND, CustodianLease, Instant, new_id
+from kms_jwks.service.clocks import boot_clock
+from kms_jwks.store import Store, WriteTx
+
+log = structlog.get_logger(__name__)
+
+LEASE = 10
+"""Seconds a custodian acts without renewing."""
+CLOCK_DRIFT = 60
+"""Seconds that database time may depart from the boot clock between two looks."""
+
+
+class Fenced(Exception):
+    """Another custodian has taken over; what was being done is left to it."""
+
+
+class Office:
+    """One candidate for the one office of an installation. `lease` in seconds."""
+
+    def __init__(self, store: Store, *, node: str, lease: int = LEASE, boot: Callable[[], int] = boot_clock) -> None:
+        self.term = 0
+        """The term in office, 0 out of it."""
+        self._store = store
+        self._node = node
+        self._lease = lease
+        self._boot = boot
+        self._holder = new_id()
+        self._last_clocks: tuple[int, Instant] | None = None
+
+    def hold(self, take_over: Callable[[WriteTx], None]) -> bool:
+        """Take or keep the office; False while another holds it or the clocks disagree.
+
+        `take_over` runs in the transaction that begins a new term.
+        """
+        with self._store.write() as tx:
+            now, lease = tx.now(), tx.custodian_lease()
+            halted = self._clock_trouble(now)
+            mine = lease is not None and self.term != 0 and (lease.term, lease.holder) == (self.term, self._holder)
+            if lease is not None and not mine and lease.expires_at > now:
+                self.term = 0
+                return False
+            half_over = lease is None or (lease.expires_at - now) < self._lease * SECOND // 2
+            if lease is not None and mine and not half_over and lease.halted == halted:
+                return halted is None
+            term = (lease.term if lease is not None else 0) + (0 if mine else 1)
+            tx.set_custodian_lease(
+                CustodianLease(term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted)
+            )
+            if not mine:
+                take_over(tx)
+        if term != self.term:
+            log.info("custodian_acts", term=term)
+        self.term = term
+        if halted is not None:
+            log.error("custodian_halted", reason=halted)
+        return halted is None
+
+    def resign(self) -> None:
+        """Let another custodian act at once. Never raises."""
+        if not self.term:
+            return
+        try:
+            with self.mutation() as tx:
+                lease = tx.custodian_lease()
+                if lease is not None:
+                    tx.set_custodian_lease(replace(lease, expires_at=tx.now()))
+        except (errors.Error, Fenced) as error:
+            log.warning("custodian_did_not_resign", error=str(error))
+        self.term = 0
+
+    @contextmanager
+    def mutation(self) -> Iterator[WriteTx]:
+        """A write transaction that commits only while this term is in office. Raises Fenced."""
+        with self._store.write() as tx:
+            lease = tx.custodian_lease()
+            if lease is None or (lease.term, lease.holder) != (self.term, self._holder):
+                raise Fenced
+            yield tx
+
+    def _clock_trouble(self, now: Instant) -> str | None:
+        """Why database time cannot be trusted, or None. It stays in doubt until it agrees with the boot clock again."""
+        boot = self._boot()
+        if self._last_clocks is not None:
+            passed, passed_there = boot - self._last_clocks[0], now - self._last_clocks[1]
+            if passed_there < 0:
+                return f"database time went back by {-passed_there / SECOND:.1f} s"
+            if abs(passed_there - passed) > CLOCK_DRIFT * SECOND:
+                return f"database time moved {passed_there / SECOND:.0f} s while {passed / SECOND:.0f} s passed"
+        self._last_clocks = (boot, now)
+        return None

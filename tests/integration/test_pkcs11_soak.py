@@ -1,0 +1,106 @@
+"""Mixed load: processes of threads sign, each signature verified, while another process makes and destroys keys.
+
+5 s; 60 s with KMS_JWKS_TEST_LONG=1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kms_jwks.algorithms import ALGORITHMS
+from kms_jwks.backends.base import GeneratedKey, Message
+from kms_jwks.errors import KeyNotFound
+from tests.contract.suite import verify
+from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
+
+pytestmark = [pytest.mark.softhsm, pytest.mark.slow]
+
+SECONDS = 60.0 if os.environ.get("KMS_JWKS_TEST_LONG") == "1" else 5.0
+PROCESSES = 4
+THREADS = 8
+SESSIONS = 3
+KINDS = {"ES256": None, "EdDSA": None, "RS256": 2048, "PS384": 2048, "ES512": None}
+PASSING = ("ES256", "EdDSA", "ES384", "ES256", "RS256", "ES512")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one process did."""
+
+    signatures: int
+    sessions_open: int
+    sessions_known: int
+
+
+def make_keys(hsm: SoftHsm) -> dict[str, GeneratedKey]:
+    backend = hsm.backend()
+    return {name: backend.generate(f"soak-{name}", ALGORITHMS[name], rsa_bits=bits) for name, bits in KINDS.items()}
+
+
+def sign_all_the_time(hsm: SoftHsm, keys: dict[str, GeneratedKey], until: float) -> Report:
+    """Any error and any signature that does not verify ends the test."""
+    backend = hsm.backend(sessions=SESSIONS)
+
+    def work(thread: int) -> int:
+        for turn in itertools.count():
+            name = list(KINDS)[(thread + turn) % len(KINDS)]
+            message = Message(f"{os.getpid()} {thread} {turn}".encode())
+            signature = backend.sign(keys[name].ref, ALGORITHMS[name], message, time.monotonic() + 20)
+            verify(ALGORITHMS[name], dict(keys[name].public_jwk), message, signature)
+            if time.time() > until:
+                return turn + 1
+        raise AssertionError
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        signatures = sum(threads.map(work, range(THREADS)))
+    return Report(signatures, sessions_in_module(backend), int(backend.ping().facts["sessions_of_process"]))
+
+
+def make_and_destroy(hsm: SoftHsm, until: float) -> tuple[int, Report]:
+    """Keys of all kinds, two threads at it, signing in between; and a search for what must not be left."""
+    backend = hsm.backend(sessions=2)
+
+    def work(thread: int) -> int:
+        for turn in itertools.count():
+            name = PASSING[(thread + turn) % len(PASSING)]
+            alg, label = ALGORITHMS[name], f"passing-{thread}-{turn}"
+            key = backend.generate(label, alg, rsa_bits=KINDS[name])
+            message = Message(label.encode())
+            verify(alg, dict(key.public_jwk), message, backend.sign(key.ref, alg, message, time.monotonic() + 20))
+            assert backend.attributes(key.ref).holds
+            backend.destroy(key.ref)
+            with pytest.raises(KeyNotFound):
+                backend.sign(key.ref, alg, message, time.monotonic() + 20)
+            if time.time() > until:
+                return turn + 1
+        raise AssertionError
+
+    with ThreadPoolExecutor(2) as threads:
+        keys = sum(threads.map(work, range(2)))
+    assert backend.list_keys("passing-") == []
+    return keys, Report(0, sessions_in_module(backend), int(backend.ping().facts["sessions_of_process"]))
+
+
+def test_signing_while_keys_come_and_go(tmp_path: Path) -> None:
+    hsm = make_token(tmp_path / "softhsm")
+    keys = in_child(make_keys, hsm)
+    with ProcessPoolExecutor(PROCESSES + 1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        until = time.time() + SECONDS + 1.5  # interpreters start meanwhile
+        signers = [processes.submit(sign_all_the_time, hsm, keys, until) for _ in range(PROCESSES)]
+        mutator = processes.submit(make_and_destroy, hsm, until)
+        reports = [signer.result(timeout=SECONDS + 120) for signer in signers]
+        made, report = mutator.result(timeout=SECONDS + 120)
+    print(f"{sum(one.signatures for one in reports)} signatures, {made} keys made and destroyed in {SECONDS:.0f} s")
+    assert all(one.signatures > 0 for one in reports)
+    assert made > 0
+    for one in (*reports, report):
+        # Those that sign, the login's, and the one that makes and destroys.
+        assert one.sessions_open == one.sessions_known <= SESSIONS + 2
