@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+_DRAINED = 2_097_152
+"""Bytes of a refused body that are read for nothing."""
 _BODILESS = frozenset({204, 304})
 _QUIET = frozenset({"/healthz", "/readyz", "/readyz/sign"})
 """Routes that machines ask every few seconds: logged at level debug."""
@@ -185,6 +188,7 @@ def _request(
             chunked="HTTP_TRANSFER_ENCODING" in environ,
             read=_reader(environ),
         )
+    getattr(environ["wsgi.input"], "received", _NEVER)()
 
     def header(name: str) -> str | None:
         key = name.upper().replace("-", "_")
@@ -232,9 +236,21 @@ def _reader(environ: Environ) -> dispatch.Read:
 
 
 def _last_on_its_connection(environ: Environ) -> None:
-    """Tell the caller that the connection ends here, where a body may have been left unread on it."""
-    if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
-        getattr(environ["wsgi.input"], "close_connection", _NEVER)()
+    """Before a refusal that leaves a body unread: say that the connection ends here, and take in what is still coming.
+
+    A socket that is closed with bytes unread resets the connection, and the answer with it. A body that announces to
+    be far too long is not waited for.
+    """
+    length = environ.get("CONTENT_LENGTH", "0")
+    if length == "0" and "HTTP_TRANSFER_ENCODING" not in environ:
+        return
+    stream = environ["wsgi.input"]
+    getattr(stream, "close_connection", _NEVER)()
+    if length.isdigit() and int(length[:20]) <= _DRAINED:
+        with contextlib.suppress(Exception):
+            left = _DRAINED
+            while left > 0 and (part := stream.read(min(left, 65_536))):
+                left -= len(part)
 
 
 def _finish(

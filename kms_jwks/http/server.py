@@ -5,9 +5,14 @@ gunicorn ships no types; what is `Any` here stays in this file.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
+import socket
+import ssl
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +40,7 @@ def gunicorn_settings(settings: Settings) -> dict[str, Any]:
     return {
         "bind": list(settings.bind),
         "workers": settings.workers,
-        "worker_class": Worker,
+        "worker_class": type("Worker", (Worker,), {"request_timeout": float(settings.request_timeout)}),
         "threads": settings.threads,
         # How long a worker may be without a sign of life; requests have their limit on their connections.
         "timeout": max(settings.request_timeout, 30),
@@ -52,14 +57,30 @@ def gunicorn_settings(settings: Settings) -> dict[str, Any]:
         "secure_scheme_headers": {"X-FORWARDED-PROTO": "https"},
         "certfile": str(settings.tls_cert) if settings.tls_cert else None,
         "keyfile": str(settings.tls_key) if settings.tls_key else None,
+        "ssl_context": tls_context,
         "accesslog": None,
         "logger_class": Log,
         "loglevel": settings.log_level,
         "worker_tmp_dir": str(SHARED_MEMORY) if os.access(SHARED_MEMORY, os.W_OK) else None,
         "proc_name": "kms-jwks",
-        "pre_request": let_connections_end,
+        "pre_request": connect_app,
         "worker_exit": stop_service,
     }
+
+
+_tls_contexts: dict[tuple[int, ...], ssl.SSLContext] = {}
+
+
+def tls_context(config: Any, make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    """gunicorn's `ssl_context` hook, called for every connection: one context until the files change on the disk."""
+    key = tuple(Path(file).stat().st_mtime_ns for file in (config.certfile, config.keyfile))
+    found = _tls_contexts.get(key)
+    if found is None:
+        found = make()
+        found.minimum_version = ssl.TLSVersion.TLSv1_2
+        _tls_contexts.clear()
+        _tls_contexts[key] = found
+    return found
 
 
 def stop_service(server: Any, worker: Any) -> None:
@@ -69,9 +90,13 @@ def stop_service(server: Any, worker: Any) -> None:
         service.stop()
 
 
-def let_connections_end(worker: Any, req: Any) -> None:
-    """gunicorn's `pre_request` hook: the app can then say `Connection: close`, which WSGI has no way for."""
+def connect_app(worker: Any, req: Any) -> None:
+    """gunicorn's `pre_request` hook. It gives the app two calls that WSGI has no way for, on `wsgi.input`:
+
+    `close_connection`, for an answer with `Connection: close`, and `received`, once the request has been read.
+    """
     req.body.close_connection = req.force_close
+    req.body.received = lambda: worker.received() or req.force_close()
 
 
 class Log(Logger):  # type: ignore[misc]
@@ -128,7 +153,40 @@ def refusal(error: Exception) -> bytes | None:
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker, whose refusals are problem documents and whose log repeats nothing that was sent."""
+    """gunicorn's threaded worker, with three changes: its refusals are problem documents, its log repeats nothing that
+    was sent, and a caller who sends a request drop by drop has `request_timeout` for it and not for ever."""
+
+    request_timeout = 30.0
+    """Seconds from a request's first byte to its last."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reading: dict[int, tuple[float, Any]] = {}
+        """By thread: until when the request must have been read, and from which connection."""
+
+    def handle(self, conn: Any) -> Any:
+        """One request on a connection, in a thread."""
+        thread = threading.get_ident()
+        self._reading[thread] = (time.monotonic() + self.request_timeout, conn)
+        try:
+            return super().handle(conn)
+        finally:
+            self._reading.pop(thread, None)
+
+    def received(self) -> bool:
+        """Called by the thread that has read its request; False when it was too late and the connection is spoilt."""
+        return self._reading.pop(threading.get_ident(), None) is not None
+
+    def notify(self) -> None:
+        """Called by the main thread every second at least."""
+        super().notify()
+        now = time.monotonic()
+        for thread, (end, conn) in list(self._reading.items()):
+            if end <= now and self._reading.pop(thread, None) is not None:
+                # The reading thread sees the end of the stream; an answer that is on its way still leaves. Not the
+                # method of an SSL socket, which would go on in plain text.
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(conn.sock, socket.SHUT_RD)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         """Answer what could not be read."""

@@ -2,25 +2,59 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import shutil
 import sqlite3
 import stat
 from contextlib import closing
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 
 from kms_jwks import errors
-from kms_jwks.store import Store
+from kms_jwks.model import Client, Grant, Id
+from kms_jwks.store import Store, engine, schema
 from kms_jwks.store.tables import metadata
 from tests.contract.store_suite import StoreContract
+from tests.unit.builders import T0, key_set
+
+MIGRATIONS = Path(schema.__file__).parent / "migrations"
+NEXT = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    with op.batch_alter_table("clients", recreate="always") as batch:
+        batch.add_column(sa.Column("note", sa.Text()))
+"""
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry without contents: running every migration for every test takes longer than the tests."""
+    made = tmp_path_factory.mktemp("template") / "registry.sqlite3"
+    store = Store(f"sqlite:///{made}")
+    store.upgrade()
+    store.dispose()
+    return made
 
 
 class TestSqlite(StoreContract):
     @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
+    def url(self, template: Path, tmp_path: Path) -> str:
+        shutil.copy(template, tmp_path / "registry.sqlite3")
         return f"sqlite:///{tmp_path}/registry.sqlite3"
 
 
@@ -52,9 +86,16 @@ def test_it_is_durable(file: Path) -> None:
 def test_a_file_that_is_not_there_is_not_made_unasked(file: Path) -> None:
     store = Store(f"sqlite:///{file}")
     for use in (store.poll, store.check_schema):
-        with pytest.raises(errors.StoreUnavailable):
+        with pytest.raises(errors.StoreUnavailable) as refusal:
             use()
+        assert "kms-jwks db upgrade" in refusal.value.next_step
+        assert "kms-jwks init" in refusal.value.next_step
     assert not file.exists()
+
+
+def test_the_folder_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(errors.StoreUnavailable):
+        Store(f"sqlite:///{tmp_path}/nowhere/registry.sqlite3").upgrade()
 
 
 def test_a_file_that_comes_back_is_used_again(file: Path) -> None:
@@ -70,11 +111,46 @@ def test_a_file_that_comes_back_is_used_again(file: Path) -> None:
     store.dispose()
 
 
+def test_another_file_under_the_name_is_noticed(file: Path) -> None:
+    """Who polled the file of before for ever would sign on with a key that the restored one says is revoked."""
+    store, other = Store(f"sqlite:///{file}"), Store(f"sqlite:///{file}.other")
+    for each in (store, other):
+        each.upgrade()
+    expected = other.poll()[0]
+    assert store.poll()[0] != expected
+    other.dispose()
+    Path(f"{file}.other").replace(file)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{file}{suffix}").unlink(missing_ok=True)
+    assert store.poll()[0] == expected
+    store.dispose()
+
+
 def test_a_file_that_is_no_database(file: Path) -> None:
     file.write_bytes(b"this is not a database, but it is long enough to be read as one" * 10)
     store = Store(f"sqlite:///{file}")
     with pytest.raises(errors.StoreUnavailable):
         store.poll()
+    store.dispose()
+
+
+def test_an_empty_database_is_no_outage(file: Path) -> None:
+    """Waiting does not help, so it is not StoreUnavailable."""
+    file.touch()
+    store = Store(f"sqlite:///{file}")
+
+    def read() -> None:
+        with store.read() as tx:
+            tx.key_set("main")
+
+    def write() -> None:
+        with store.write():
+            pass
+
+    for use in (store.poll, read, write):
+        with pytest.raises(errors.SchemaMismatch) as refusal:
+            use()
+        assert "kms-jwks db upgrade" in refusal.value.next_step
     store.dispose()
 
 
@@ -100,10 +176,211 @@ def test_the_migrations_make_the_tables_of_the_code(file: Path) -> None:
     store = Store(f"sqlite:///{file}")
     store.upgrade()
     store.dispose()
-    engine = create_engine(f"sqlite:///{file}")
-    with engine.connect() as connection:
+    database = create_engine(f"sqlite:///{file}")
+    with database.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    engine.dispose()
+    database.dispose()
+
+
+def test_the_migrations_make_the_checks_of_the_code(file: Path) -> None:
+    """Alembic compares no CHECK constraints and no partial indexes, so the statements are held against each other."""
+
+    def statements(path: Path) -> dict[str, list[str]]:
+        with closing(sqlite3.connect(path)) as connection:
+            rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        return {
+            name: sorted(line.strip().strip(",") for line in _plain(sql).splitlines() if line.strip())
+            for name, sql in rows
+            if name != "alembic_version"
+        }
+
+    def _plain(sql: str) -> str:
+        # A CHECK stands behind its column or behind all of them: the same to the database.
+        return sql.replace(" CONSTRAINT ck_", ",\n\tCONSTRAINT ck_").replace(", ,", ",")
+
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    store.dispose()
+    made = file.with_name("made")
+    database = create_engine(f"sqlite:///{made}")
+    metadata.create_all(database)
+    database.dispose()
+    assert statements(file) == statements(made)
+
+
+def test_a_state_that_nobody_knows_is_not_stored(file: Path) -> None:
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    with pytest.raises(errors.Conflict), store.write() as tx:
+        tx.add(replace(key_set(), access=_Unknown.ODD))  # type: ignore[arg-type]
+    store.dispose()
+
+
+def test_there_is_no_way_down() -> None:
+    for script in MIGRATIONS.rglob("*.*"):
+        if script.suffix in {".py", ".mako"}:
+            assert "def downgrade" not in script.read_text()
+
+
+def test_an_older_schema_is_refused_and_brought_up_to_date(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next migration rebuilds a table that others refer to: batch mode drops it, and no row may go with it."""
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    with store.write() as tx:
+        tx.add(Client(Id("client-1"), "issuer", T0))
+        tx.add(Grant(Id("grant-1"), Id("client-1"), "signer", T0))
+    shutil.copytree(MIGRATIONS, tmp_path / "migrations")
+    (tmp_path / "migrations" / "versions" / "0002_next.py").write_text(NEXT)
+    config = Config()
+    config.set_main_option("script_location", str(tmp_path / "migrations"))
+    monkeypatch.setattr(schema, "_config", lambda: config)
+
+    with pytest.raises(errors.SchemaMismatch) as refusal:
+        store.check_schema()
+    assert refusal.value.fields == {"found": "0001", "needed": "0002"}
+    assert "kms-jwks db upgrade" in refusal.value.next_step
+
+    store.upgrade()
+    store.check_schema()
+    with store.read() as reading:
+        assert [g.client_id for g in reading.grants()] == [Id("client-1")]
+        assert reading.client("issuer") is not None
+    with pytest.raises(errors.Conflict), store.write() as tx:
+        tx.add(Grant(Id("grant-2"), Id("nobody"), "signer", T0))
+    store.dispose()
+
+
+def test_a_migration_that_fails_changes_nothing(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    shutil.copytree(MIGRATIONS, tmp_path / "migrations")
+    (tmp_path / "migrations" / "versions" / "0002_next.py").write_text(f"{NEXT}    raise ZeroDivisionError\n")
+    config = Config()
+    config.set_main_option("script_location", str(tmp_path / "migrations"))
+    with monkeypatch.context() as patched:
+        patched.setattr(schema, "_config", lambda: config)
+        with pytest.raises(ZeroDivisionError):
+            store.upgrade()
+    store.check_schema()
+    with closing(sqlite3.connect(file)) as connection:
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(clients)")}
+    assert "note" not in columns
+    store.dispose()
+
+
+def test_one_of_many_first_starts_makes_the_registry(file: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    store = Store(f"sqlite:///{file}")
+    processes = [context.Process(target=store.upgrade) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert store.poll()[0].counter == 1
+    store.dispose()
+
+
+# --- waiting, failing, forking
+
+
+def test_a_writer_that_waits_too_long_may_try_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT", 0.05)
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    with store.write():
+        with pytest.raises(errors.StoreUnavailable) as refusal, store.write():
+            pass
+        assert refusal.value.retry_after == 1
+        store.poll()
+    with store.write():
+        pass
+    store.dispose()
+
+
+def test_the_moment_of_a_transaction_is_read_once(file: Path) -> None:
+    ticks = itertools.count(1)
+    store = Store(f"sqlite:///{file}", wall=lambda: next(ticks))
+    store.upgrade()
+    with store.read() as tx:
+        assert tx.now() == tx.now() == tx.contents().now
+    assert store.poll()[1] > tx.now()
+    store.dispose()
+
+
+def test_a_commit_that_fails_has_no_epoch(file: Path) -> None:
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    store.poll()
+    opened = store._database._engine
+    assert opened is not None
+
+    def full(_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    event.listen(opened, "commit", full)
+    with pytest.raises(errors.StoreUnavailable), store.write() as tx:
+        tx.add(Client(Id("client-1"), "issuer", T0))
+    assert tx.committed_epoch is None
+    event.remove(opened, "commit", full)
+    assert store.poll()[0].counter == 1
+    store.dispose()
+
+
+def test_what_a_child_commits_is_kept_when_the_parent_closes(file: Path) -> None:
+    """SQLite forgets in a child that it holds no locks: with an inherited connection this commit was lost, silently."""
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    store.poll()
+    go, started = multiprocessing.Event(), multiprocessing.Event()
+    child = multiprocessing.get_context("fork").Process(target=_write_when_told, args=(store, started, go))
+    child.start()
+    assert started.wait(30)
+    store.dispose()
+    assert Path(f"{file}-wal").exists()
+    other = Store(f"sqlite:///{file}")
+    with other.write() as tx:
+        tx.add(Client(Id("client-2"), "another", T0))
+    other.dispose()
+    go.set()
+    child.join(30)
+    assert child.exitcode == 0
+    with store.read() as reading:
+        assert {client.name for client in reading.clients()} == {"another", "of-the-child"}
+    store.dispose()
+
+
+def test_a_child_of_a_process_in_the_midst_of_a_transaction_is_refused(file: Path) -> None:
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    with store.read() as tx:
+        child = multiprocessing.get_context("fork").Process(target=_expect_refusal, args=(store,))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert tx.epoch().counter == 1
+    assert store.poll()[0].counter == 1
+    store.dispose()
+
+
+def _write_when_told(store: Store, started: Any, go: Any) -> None:
+    store.poll()
+    started.set()
+    go.wait(30)
+    with store.write() as tx:
+        tx.add(Client(Id("client-1"), "of-the-child", T0))
+    store.dispose()
+
+
+def _expect_refusal(store: Store) -> None:
+    with pytest.raises(errors.InternalError):
+        store.poll()
+
+
+class _Unknown(StrEnum):
+    ODD = "odd"
 
 
 def test_no_password_is_shown() -> None:

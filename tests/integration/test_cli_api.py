@@ -24,7 +24,7 @@ Run = Callable[..., Result]
 @pytest.fixture
 def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Run:
     """One command as the administrator; its exit code is checked."""
-    for name in [name for name in os.environ if name.startswith("KMS_JWKS_")]:
+    for name in [name for name in os.environ if name.startswith("KMS_JWKS_") or name == "COLUMNS"]:
         monkeypatch.delenv(name)
 
     def invoke(*words: str, code: int = 0, token: str | None = None, input: str | None = None, **env: str) -> Result:  # noqa: A002

@@ -522,16 +522,19 @@ def test_an_unknown_host_is_unreachable(pauses: list[float]) -> None:
 
 
 def test_tls_to_something_else_is_said_to_be_tls(pauses: list[float]) -> None:
+    def answer_in_clear() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.0 400 no\r\n\r\n")
 
-    def answer_in_clear(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.0 400 no\r\n\r\n")
-
-    with (
-        serving(answer_in_clear) as server,
-        Client(server.url.replace("http:", "https:"), TOKEN, timeout=1) as client,
-        pytest.raises(errors.ServiceUnreachable, match="TLS failed"),
-    ):
-        client.jwks()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_in_clear)
+        thread.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        with Client(url, TOKEN, timeout=5) as client, pytest.raises(errors.ServiceUnreachable, match="TLS failed"):
+            client.jwks()
+        thread.join(5)
 
 
 def test_a_forked_child_does_not_read_its_parents_answers() -> None:

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import select
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -481,6 +485,43 @@ def test_a_body_that_never_comes_gets_its_answer(world: World) -> None:
     answer = parsed(world.server.raw(http(world, "Content-Length: 22\r\n", GOOD[:5])))
     assert (answer.status, answer.problem) == (400, "length_mismatch")
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("head", [b"POST /healthz HTTP/1.1\r\nX-A: ", None], ids=["in the head", "in the body"])
+def test_a_request_that_comes_drop_by_drop(world: World, head: bytes | None) -> None:
+    started = time.monotonic()
+    received = b""
+    with socket.create_connection(("127.0.0.1", world.server.port), timeout=15) as connection:
+        connection.sendall(head or http(world, "Content-Length: 1000\r\n"))
+        with contextlib.suppress(ConnectionError):
+            while not select.select([connection], [], [], 0.2)[0]:
+                connection.sendall(b"x")
+                assert time.monotonic() - started < 10, "it may hold its thread for ever"
+            received = connection.recv(65_536)
+    if head is None:
+        assert parsed(received).problem == "length_mismatch"
+
+
+def test_an_answer_that_takes_longer_does_not_spoil_the_connection(server: Server) -> None:
+    """request_timeout (3 s here) is for the request, not for the answer: the custodian, stopped, holds this one up."""
+    custodian = server.children()["custodian"]
+    custodian.suspend()
+    threading.Timer(4, custodian.resume).start()
+    started = time.monotonic()
+    assert (
+        server.call("POST", "/v1/key-sets", {"name": fresh("slow"), "keys": [{"name": "k", "alg": "ES256"}]}).status
+        == 201
+    )
+    assert time.monotonic() - started > 3
+    for _ in range(3):
+        assert server.call("POST", "/v1/clients", {"name": fresh("next")}).status == 201
+
+
+@pytest.mark.parametrize("size", [70_000, 300_000, 1_500_000])
+def test_a_refusal_reaches_who_sends_much(world: World, size: int) -> None:
+    """A connection that is reset before its answer was read would lose it."""
+    answer = parsed(world.server.raw(http(world, f"Content-Length: {size}\r\n", b"x" * size)))
+    assert (answer.status, answer.problem) == ((413, "body_too_large") if size > 1_048_576 else (400, "malformed_body"))
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

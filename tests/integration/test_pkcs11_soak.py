@@ -1,4 +1,5 @@
-"""Mixed load: processes of threads sign, each signature verified, while another process makes and destroys keys.
+"""Mixed load: processes of threads sign, each signature verified, while one process makes and destroys keys
+and another starts anew all the time.
 
 5 s; 60 s with KMS_JWKS_TEST_LONG=1.
 """
@@ -72,7 +73,7 @@ def make_and_destroy(hsm: SoftHsm, until: float) -> tuple[int, Report]:
         for turn in itertools.count():
             name = PASSING[(thread + turn) % len(PASSING)]
             alg, label = ALGORITHMS[name], f"passing-{thread}-{turn}"
-            key = backend.generate(label, alg, rsa_bits=KINDS[name])
+            key = backend.generate(label, alg, rsa_bits=KINDS.get(name))
             message = Message(label.encode())
             verify(alg, dict(key.public_jwk), message, backend.sign(key.ref, alg, message, time.monotonic() + 20))
             assert backend.attributes(key.ref).holds
@@ -89,16 +90,39 @@ def make_and_destroy(hsm: SoftHsm, until: float) -> tuple[int, Report]:
     return keys, Report(0, sessions_in_module(backend), int(backend.ping().facts["sessions_of_process"]))
 
 
+def start_again_and_again(hsm: SoftHsm, key: GeneratedKey, until: float) -> int:
+    """Workers that are restarted: each logs in anew, signs, and ends without a word."""
+    for starts in itertools.count(1):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                message = Message(str(os.getpid()).encode())
+                signature = hsm.backend().sign(key.ref, ALGORITHMS["ES256"], message, time.monotonic() + 20)
+                verify(ALGORITHMS["ES256"], dict(key.public_jwk), message, signature)
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        if time.time() > until:
+            return starts
+        time.sleep(0.1)
+    raise AssertionError
+
+
 def test_signing_while_keys_come_and_go(tmp_path: Path) -> None:
     hsm = make_token(tmp_path / "softhsm")
     keys = in_child(make_keys, hsm)
-    with ProcessPoolExecutor(PROCESSES + 1, mp_context=multiprocessing.get_context("spawn")) as processes:
+    with ProcessPoolExecutor(PROCESSES + 2, mp_context=multiprocessing.get_context("spawn")) as processes:
         until = time.time() + SECONDS + 1.5  # interpreters start meanwhile
         signers = [processes.submit(sign_all_the_time, hsm, keys, until) for _ in range(PROCESSES)]
+        starter = processes.submit(start_again_and_again, hsm, keys["ES256"], until)
         mutator = processes.submit(make_and_destroy, hsm, until)
         reports = [signer.result(timeout=SECONDS + 120) for signer in signers]
+        starts = starter.result(timeout=SECONDS + 120)
         made, report = mutator.result(timeout=SECONDS + 120)
-    print(f"{sum(one.signatures for one in reports)} signatures, {made} keys made and destroyed in {SECONDS:.0f} s")
+    signatures = sum(one.signatures for one in reports)
+    print(f"{signatures} signatures, {made} keys made and destroyed, {starts} starts in {SECONDS:.0f} s")
     assert all(one.signatures > 0 for one in reports)
     assert made > 0
     for one in (*reports, report):

@@ -1,7 +1,7 @@
 """The examples of README.md and docs/ run as they stand, against a service made as `./dev run` makes one.
 
-A block whose first line is a comment with a file's name becomes that file; shell blocks run in order, in one shell, in a
-folder with `var/` and `.venv/`. Only the address is replaced. A comment before a block says what is special about it:
+A block whose first line is a comment with a file's name becomes that file; shell blocks run in order, in one shell, in
+a folder with `var/` and `.venv/`. Only the address is replaced. A comment before a block says what is special about it:
 `<!-- not run -->`, or `<!-- refused: TEXT -->` for one that has to fail and say TEXT.
 """
 

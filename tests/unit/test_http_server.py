@@ -1,7 +1,10 @@
 """gunicorn's settings, its refusals as problem documents, and what the supervisor hands to its children."""
 
 import json
+import os
+import ssl
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gunicorn.config import Config  # type: ignore[import-untyped]
@@ -9,7 +12,7 @@ from gunicorn.http import errors as parser  # type: ignore[import-untyped]
 
 from kms_jwks.cli import supervisor
 from kms_jwks.config import Settings, load_settings
-from kms_jwks.http.server import _REFUSED, Worker, gunicorn_settings, refusal
+from kms_jwks.http.server import _REFUSED, Worker, gunicorn_settings, refusal, tls_context
 
 
 def test_gunicorn_knows_every_setting() -> None:
@@ -20,7 +23,7 @@ def test_gunicorn_knows_every_setting() -> None:
     assert config.preload_app is False
     assert config.header_map == "refuse"
     assert config.forwarded_allow_ips == []
-    assert config.worker_class is Worker
+    assert issubclass(config.worker_class, Worker)
     assert config.accesslog is None
     assert not config.is_ssl
 
@@ -77,3 +80,18 @@ def test_children_find_the_file_and_what_the_command_line_changed(
     for name in ("KMS_JWKS_CONFIG", "KMS_JWKS_ROUTES", "KMS_JWKS_BIND"):
         monkeypatch.setenv(name, environment[name])
     assert load_settings() == changed
+
+
+def test_a_tls_context_is_made_anew_when_the_files_change(tmp_path: Path) -> None:
+    files = SimpleNamespace(certfile=tmp_path / "c", keyfile=tmp_path / "k")
+    for file in vars(files).values():
+        file.touch()
+
+    def make() -> ssl.SSLContext:
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+    first = tls_context(files, make)
+    assert first.minimum_version is ssl.TLSVersion.TLSv1_2
+    assert tls_context(files, make) is first
+    os.utime(files.certfile, (1, 1))
+    assert tls_context(files, make) is not first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -75,6 +76,11 @@ class Access:
                     self._drop(connection)
                 except BackendError:
                     raise
+                except (ValueError, struct.error) as error:
+                    seat.replace()
+                    raise BackendRefused(
+                        f"The module's answer to {doing} cannot be read ({type(error).__name__})."
+                    ) from error
                 except BaseException:
                     # Interrupted, or a value nobody foresaw: the session may be in the middle of an operation.
                     seat.replace()
@@ -132,6 +138,7 @@ class Access:
                 self._remember(error)
                 raise
             self._failures = 0
+            self._failure = None
             self._serial = connection.serial
             self._connection = connection
             return connection

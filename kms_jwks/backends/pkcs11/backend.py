@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from pkcs11 import Attribute, ObjectClass
 
 from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
 from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
-from kms_jwks.backends.pkcs11 import keys, objects
+from kms_jwks.backends.pkcs11 import keys, making, objects
 from kms_jwks.backends.pkcs11.access import Access
 from kms_jwks.backends.pkcs11.locks import locked
 from kms_jwks.backends.pkcs11.meanings import Lost
@@ -143,27 +144,16 @@ class Pkcs11Backend:
                 raise UnsupportedAlgorithm(f"{alg.name} keys have {_either(alg.rsa_bits)} bits, not {rsa_bits}.")
         elif rsa_bits is not None:
             raise BackendRefused(f"{alg.name} keys have no RSA modulus.")
-        request = objects.Request(label, alg, rsa_bits)
+        request = making.Request(label, alg, rsa_bits)
         made: list[bytes] = []
-
-        def work(seat: Seat) -> GeneratedKey:
-            # What an earlier attempt of this call left behind, before the label is looked for.
-            objects.clear(seat, made)
-            objects.check_label_free(seat, label)
-            try:
-                return objects.generated(seat, request, made)
-            except BaseException:
-                objects.clear(seat, made)
-                raise
-
-        return self._mutate("generating a key", work)
+        return self._mutate("generating a key", lambda seat: making.generated(seat, request, made))
 
     def destroy(self, ref: KeyRef) -> None:
         """See `Backend.destroy`. Both halves are gone, and were looked for again, when this returns."""
 
         def work(seat: Seat) -> None:
             objects.check_ref(seat, ref)
-            objects.destroy_all(seat, objects.locator(ref, ObjectClass.PRIVATE_KEY))
+            making.destroy_all(seat, objects.locator(ref, ObjectClass.PRIVATE_KEY))
 
         self._mutate("destroying a key", work)
 
@@ -178,7 +168,8 @@ class Pkcs11Backend:
         """Close this process's sessions. Where a call is stuck in the module its session stays."""
         access = self._accesses.get(os.getpid())
         if access is not None:
-            access.close(time.monotonic() + _READING)
+            with suppress(BackendTimeout):
+                access.close(time.monotonic() + _READING)
 
     # --- the ways in ----------------------------------------------------------------------------------------------
 

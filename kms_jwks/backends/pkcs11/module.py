@@ -130,7 +130,7 @@ class Module:
         if code == CKR_CANT_LOCK:
             self.gate.serial = True
             code = self.cryptoki.initialize(os_locking=False)
-        if code == CKR_CRYPTOKI_ALREADY_INITIALIZED:
+        if code == CKR_CRYPTOKI_ALREADY_INITIALIZED and not self.generation:
             # Somebody else in this process did it, and may not have asked for locking.
             self._foreign = self.gate.serial = True
         elif code != CKR_OK:
