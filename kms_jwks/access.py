@@ -115,6 +115,14 @@ def covers(grant: Grant, scope: Scope) -> bool:
     return grant.key_id is None or grant.key_id == scope.key_id
 
 
+def allow_within(grants: Iterable[Grant], permission: Permission, key_set_id: Id) -> bool:
+    """Whether a grant has `permission` on a key set or on any of its keys: for what concerns the set's public side.
+
+    Who may verify tokens of one key sees no more of the set than its JWKS.
+    """
+    return any(permission in ROLES[Role(grant.role)] and grant.key_set_id in (None, key_set_id) for grant in grants)
+
+
 def allow(grants: Iterable[Grant], permission: Permission, scope: Scope) -> bool:
     """Whether one of `grants` has a role with `permission` in a scope that covers `scope`."""
     return any(permission in ROLES[Role(grant.role)] and covers(grant, scope) for grant in grants)

@@ -36,10 +36,8 @@ CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 SECRETS_VARIABLE = f"{ENV_PREFIX}SECRETS_DIR"
 """Names the folder of secret files."""
 
-NOT_SETTINGS = frozenset(
-    {CONFIG_VARIABLE, SECRETS_VARIABLE}
-    | {f"{ENV_PREFIX}{name}" for name in ("ADDR", "TOKEN", "CACERT", "CLIENT_CERT", "CLIENT_KEY", "VECTORS")}
-)
+_OTHERS = ("ADDR", "TOKEN", "TOKEN_FILE", "CACERT", "CLIENT_CERT", "CLIENT_KEY", "VECTORS", "TEST_LONG")
+NOT_SETTINGS = frozenset({CONFIG_VARIABLE, SECRETS_VARIABLE} | {f"{ENV_PREFIX}{name}" for name in _OTHERS})
 """Variables that share the prefix and belong to the command line, to the client or to the tests."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")

@@ -50,6 +50,10 @@ class Error(Exception):
     code: ClassVar[str] = ""
     title: ClassVar[str] = ""
     next_step: str = ""
+    status: int | None = None
+    """The HTTP status it came with; set by the client alone."""
+    request_id: str | None = None
+    """Under which id the service logged the request; set by the client alone."""
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ def exit_code(error: errors.Error) -> ExitCode:
         case errors.BackendError(retryable=True):
             return ExitCode.LATER
         case _:
-            return ExitCode.LATER if _status(error) in (429, 502, 503, 504) else ExitCode.REFUSED
+            return ExitCode.LATER if error.status in (429, 502, 503, 504) else ExitCode.REFUSED
 
 
 def report(error: errors.Error, *, as_json: bool) -> None:
@@ -69,7 +69,7 @@ def report(error: errors.Error, *, as_json: bool) -> None:
     facts = [f"{name}: {_plain(value)}" for name, value in error.fields.items() if _plain(value) not in error.detail]
     if error.retry_after is not None:
         facts.append(f"retry after: {error.retry_after} s")
-    if (request_id := vars(error).get("request_id")) is not None:
+    if (request_id := error.request_id) is not None:
         facts.append(f"request id: {request_id}")
     if facts:
         click.echo(clean(f"({'; '.join(facts)})"), err=True)
@@ -83,14 +83,9 @@ def document(error: errors.Error) -> dict[str, object]:
         "detail": error.detail,
         "next_step": error.next_step,
     }
-    more = {"status": _status(error), "request_id": vars(error).get("request_id"), "retry_after": error.retry_after}
+    more = {"status": error.status, "request_id": error.request_id, "retry_after": error.retry_after}
     found |= {name: value for name, value in more.items() if value is not None}
     return found | {name: value for name, value in error.fields.items() if name not in found}
-
-
-def _status(error: errors.Error) -> int | None:
-    status: int | None = vars(error).get("status")
-    return status
 
 
 def _plain(value: object) -> str:

@@ -59,7 +59,7 @@ def from_problem(
 
 def marked(error: errors.Error, status: int | None, request_id: str | None) -> errors.Error:
     """`error` with the attributes `status` and `request_id`, which errors that never crossed HTTP do not have."""
-    vars(error).update(status=status, request_id=request_id)
+    error.status, error.request_id = status, request_id
     return error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kms_jwks import errors
-from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow
+from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow, allow_within
 from kms_jwks.authn import credential_from_header, matches
 from kms_jwks.model import Id, Instant, Key, KeySet
 from kms_jwks.service.snapshot import KnownToken, PublishedSet, SigningKey, Snapshot, known_token
@@ -60,12 +60,17 @@ class Guard:
     def admit_set(
         self, snapshot: Snapshot, who: Presented, permission: Permission, name: str, now: Instant
     ) -> PublishedSet:
-        """Let a data-plane call in to a key set. Raises Unauthenticated, Forbidden, KeySetNotFound."""
-        caller = self._authenticate(snapshot.tokens.get, who, now)
+        """Let a data-plane call in to the public side of a key set; a grant on one of its keys is enough.
+
+        Raises Unauthenticated, Forbidden, KeySetNotFound.
+        """
+        caller = self._authenticate(_tokens_in(snapshot), who, now)
         key_set = snapshot.key_sets.get(name)
-        self._authorise(caller, permission, Scope(key_set.id) if key_set else EVERYTHING)
         if key_set is None:
+            self._authorise(caller, permission, EVERYTHING)
             raise errors.KeySetNotFound(f"There is no key set {name!r}.")
+        if not allow_within(caller.grants, permission, key_set.id):
+            raise _forbidden(caller, permission)
         return key_set
 
     def admit_key(
@@ -78,7 +83,7 @@ class Guard:
         now: Instant,
     ) -> tuple[PublishedSet, SigningKey]:
         """Let a data-plane call in to a key; the permission may depend on the set's purpose."""
-        caller = self._authenticate(snapshot.tokens.get, who, now)
+        caller = self._authenticate(_tokens_in(snapshot), who, now)
         key_set = snapshot.key_sets.get(key_set_name)
         if key_set is None:
             self._refuse_unless_global(caller)
@@ -163,6 +168,12 @@ def _forbidden(caller: Caller, permission: Permission) -> errors.Forbidden:
         f"Client {caller.client!r} has no grant with the permission {permission.value} here.",
         fields={"permission": permission.value},
     )
+
+
+def _tokens_in(snapshot: Snapshot) -> TokenSource:
+    if not snapshot.complete:
+        raise errors.StoreUnavailable("This worker has not read the registry yet.", retry_after=1)
+    return snapshot.tokens.get
 
 
 def _tokens_of(tx: ReadTx) -> TokenSource:

@@ -90,4 +90,4 @@ class Shelf:
     def snapshot(self) -> Snapshot | None:
         """A snapshot that serves documents and signs nothing, or None when nothing was kept."""
         sets = self.load()
-        return Snapshot(Epoch("", 0), sets, {}) if sets else None
+        return Snapshot(Epoch("", 0), sets, {}, complete=False) if sets else None

@@ -111,6 +111,8 @@ class Snapshot:
     """By the SHA-256 of the token, lower-case hex."""
     signers: Mapping[str, tuple[SigningKey, Signer]] = field(default_factory=dict)
     """Every version that may sign, by kid: the second look before an answer leaves."""
+    complete: bool = True
+    """False for documents from disk: they can be served, but nobody can be authenticated."""
 
 
 def compile_snapshot(contents: RegistryContents) -> Snapshot:

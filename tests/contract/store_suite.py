@@ -1,4 +1,4 @@
-"""What every registry store must do. A database adopts the suite by giving `url` a database of its own, empty or fresh from `upgrade`."""
+"""What every registry store must do. To adopt it, give `url`: a database of its own, empty or just upgraded."""
 
 from __future__ import annotations
 
@@ -190,6 +190,19 @@ class StoreContract:
             tx.add(version(2, S.CREATING, kid=None, ref=None, public_jwk=None))
         with pytest.raises(errors.KidTaken), filled.write() as tx:
             tx.save(version(2, S.CREATING, kid="kid-1"))
+
+    def test_a_kid_that_a_version_gains_is_bound_to_it(self, filled: Store) -> None:
+        with filled.write() as tx:
+            tx.add(version(2, S.CREATING, kid=None, ref=None, public_jwk=None))
+        with filled.write() as tx:
+            tx.save(version(2, S.PUBLISHED))
+            assert tx.kid_owner("kid-2") == ("version", "version-2")
+        with pytest.raises(errors.KidTaken), filled.write() as tx:
+            tx.add(external(id=Id("external-2"), kid="kid-2"))
+        with filled.write() as tx:
+            tx.save(version(2, S.DESTROYED))
+        with pytest.raises(errors.KidTaken), filled.write() as tx:
+            tx.add(external(id=Id("external-2"), kid="kid-2"))
 
     def test_a_bound_kid_stays_on_its_key(self, filled: Store) -> None:
         for kid in ("another", None):

@@ -18,6 +18,7 @@ import pytest
 
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
+from kms_jwks.backends.pkcs11 import Pkcs11Backend
 from kms_jwks.errors import KeyNotFound
 from tests.contract.suite import verify
 from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
@@ -41,6 +42,11 @@ class Report:
     sessions_known: int
 
 
+def report_on(backend: Pkcs11Backend, signatures: int) -> Report:
+    known = int(backend.ping().facts["sessions_of_process"])
+    return Report(signatures, sessions_in_module(backend), known)
+
+
 def make_keys(hsm: SoftHsm) -> dict[str, GeneratedKey]:
     backend = hsm.backend()
     return {name: backend.generate(f"soak-{name}", ALGORITHMS[name], rsa_bits=bits) for name, bits in KINDS.items()}
@@ -62,7 +68,7 @@ def sign_all_the_time(hsm: SoftHsm, keys: dict[str, GeneratedKey], until: float)
 
     with ThreadPoolExecutor(THREADS) as threads:
         signatures = sum(threads.map(work, range(THREADS)))
-    return Report(signatures, sessions_in_module(backend), int(backend.ping().facts["sessions_of_process"]))
+    return report_on(backend, signatures)
 
 
 def make_and_destroy(hsm: SoftHsm, until: float) -> tuple[int, Report]:
@@ -87,7 +93,7 @@ def make_and_destroy(hsm: SoftHsm, until: float) -> tuple[int, Report]:
     with ThreadPoolExecutor(2) as threads:
         keys = sum(threads.map(work, range(2)))
     assert backend.list_keys("passing-") == []
-    return keys, Report(0, sessions_in_module(backend), int(backend.ping().facts["sessions_of_process"]))
+    return keys, report_on(backend, 0)
 
 
 def start_again_and_again(hsm: SoftHsm, key: GeneratedKey, until: float) -> int:

@@ -361,6 +361,21 @@ def test_verify_follows_the_registry(world: World) -> None:
     assert world.version(1).state is VersionState.REVOKED
 
 
+def test_who_signs_with_one_key_may_verify_with_its_set(world: World) -> None:
+    world.create()
+    world.create("other")
+    with world.registry.read() as tx:
+        key_set = tx.key_set("main")
+        assert key_set is not None
+        (key,) = tx.keys(key_set.id)
+    narrow = world.client("narrow", Role.SIGNER, key_set.id, key.id)
+    world.until(lambda: _admitted(world, narrow))
+    request = wire.VerifyRequest(token=world.sign({"aud": "demo"}).token, audience="demo")
+    assert world.service.verifying.verify(narrow, "main", request).kid
+    with pytest.raises(errors.Forbidden):
+        world.service.verifying.verify(narrow, "other", request)
+
+
 def test_a_batch_is_whole_or_stale(world: World) -> None:
     world.create()
     assert isinstance(world.batch([{"claims": {}}] * 256), Batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kms_jwks.access import EVERYTHING, ROLES, Permission, Role, Scope, allow
+from kms_jwks.access import EVERYTHING, ROLES, Permission, Role, Scope, allow, allow_within
 from kms_jwks.model import Grant, Id, Instant
 
 P = Permission
@@ -50,6 +50,13 @@ def test_scopes(key_set: Id | None, key: Id | None, covered: list[Scope], not_co
     held = [grant(Role.SIGNER, key_set, key)]
     assert all(allow(held, P.JWT_SIGN, scope) for scope in covered)
     assert not any(allow(held, P.JWT_SIGN, scope) for scope in not_covered)
+
+
+def test_the_public_side_of_a_set_is_open_to_who_has_one_of_its_keys() -> None:
+    held = [grant(Role.SIGNER, SET, KEY)]
+    assert allow_within(held, P.TOKEN_VERIFY, SET)
+    assert not allow_within(held, P.TOKEN_VERIFY, OTHER_SET)
+    assert not allow_within(held, P.KEY_ROTATE, SET)
 
 
 def test_no_grant_no_permission() -> None:

@@ -166,7 +166,7 @@ def test_every_error_has_its_exit_code(cls: type[errors.Error]) -> None:
 @pytest.mark.parametrize(("status", "code"), [(429, 4), (502, 4), (503, 4), (504, 4), (500, 1), (404, 1), (None, 1)])
 def test_an_answer_of_something_between_has_the_exit_code_of_its_status(status: int | None, code: int) -> None:
     error = errors.UnexpectedAnswer("what")
-    vars(error)["status"] = status
+    error.status = status
     assert exit_code(error) == code
 
 
@@ -174,7 +174,7 @@ def test_a_report_is_short_and_cannot_steer_the_terminal(capsys: pytest.CaptureF
     error = errors.NotYetUsable(
         "Version 2 is \x1b[2Jtoo young.", retry_after=9, fields={"usable_at": "2026-11-24T00:00:00Z", "n": 3}
     )
-    vars(error)["request_id"] = "req-1"
+    error.request_id = "req-1"
     failures.report(error, as_json=False)
     said = capsys.readouterr()
     assert said.out == ""

@@ -67,10 +67,11 @@ def service() -> FakeService:
 
 
 class Caller(Client):
-    """Reads every answer to its end and closes it, as a server does."""
+    """Reads every answer to its end and closes it, as a server does. Shows a token unless a test shows another."""
 
     def open(self, *args: Any, **kwargs: Any) -> TestResponse:
-        return super().open(*args, **{"buffered": True} | kwargs)
+        headers = {"Authorization": "Bearer kj_x"} | dict(kwargs.pop("headers", None) or {})
+        return super().open(*args, **{"buffered": True} | kwargs, headers=headers)
 
 
 def app_of(service: FakeService) -> App:
@@ -218,7 +219,8 @@ class TestLimits:
         ],
     )
     def test_body_sizes(self, service: FakeService, path: str, body: bytes, status: int, *, chunked: bool) -> None:
-        builder = EnvironBuilder(path, method="POST", data=body, content_type="application/json")
+        shown = [("Authorization", "Bearer kj_x")]
+        builder = EnvironBuilder(path, method="POST", data=body, content_type="application/json", headers=shown)
         environ = builder.get_environ()
         if chunked:
             del environ["CONTENT_LENGTH"]
@@ -250,8 +252,16 @@ class TestRouting:
 
     def test_who_is_what_the_caller_showed(self, client: Client, service: FakeService) -> None:
         client.post(SIGN, json={}, headers={"Authorization": "Bearer kj_x"})
-        client.post(SIGN, json={})
-        assert [asked[1] for asked in service.asked] == [Presented("Bearer kj_x"), Presented(None)]
+        client.get("/v1/key-sets", headers={"Authorization": ""})
+        assert [asked[1 if len(asked) > 3 else 0] for asked in service.asked] == [
+            Presented("Bearer kj_x"),
+            Presented(None),
+        ]
+
+    def test_who_shows_nothing_is_not_told_what_a_body_should_be(self, client: Client, service: FakeService) -> None:
+        response = client.post(SIGN, data=b"nonsense", headers={"Authorization": ""})
+        assert (response.status_code, problem(response)) == (401, "credentials_missing")
+        assert not service.asked
 
     def test_pages(self, client: Client, service: FakeService) -> None:
         service.answer = wire.Page(items=[])

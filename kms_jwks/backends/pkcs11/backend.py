@@ -108,7 +108,7 @@ class Pkcs11Backend:
 
         def work(seat: Seat) -> Health:
             connection = seat.connection
-            facts = connection.module.cryptoki.token_facts(connection.token.slot.slot_id)
+            facts = connection.facts()
             if facts is None or not connection.is_healthy():
                 raise Lost
             token = connection.token
@@ -150,12 +150,7 @@ class Pkcs11Backend:
 
     def destroy(self, ref: KeyRef) -> None:
         """See `Backend.destroy`. Both halves are gone, and were looked for again, when this returns."""
-
-        def work(seat: Seat) -> None:
-            objects.check_ref(seat, ref)
-            making.destroy_all(seat, objects.locator(ref, ObjectClass.PRIVATE_KEY))
-
-        self._mutate("destroying a key", work)
+        self._mutate("destroying a key", lambda seat: making.destroyed(seat, ref))
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
         """Tokens have no waiting period: False."""

@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import PKCS11Error, Session, Token
 
@@ -17,7 +17,12 @@ from kms_jwks.errors import BackendTimeout
 
 if TYPE_CHECKING:
     from kms_jwks.backends.base import KeyRef
+    from kms_jwks.backends.pkcs11.cryptoki import TokenFacts
     from kms_jwks.backends.pkcs11.module import Module
+
+_GLANCES: Final = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08)
+"""Seconds before each look at the token until it counts as gone. A login in another process, which rewrites SoftHSM's
+token, makes C_GetTokenInfo fail for up to 12 ms (measured)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +148,17 @@ class Connection:
             return False
         if not self.module.cryptoki.logged_in(_handle(self.login_session)):
             return False
-        facts = self.module.cryptoki.token_facts(self.token.slot.slot_id)
+        facts = self.facts()
         return facts is not None and facts.serial == self.serial
+
+    def facts(self) -> TokenFacts | None:
+        """What the module says about the token now; None when it goes on failing, as it does when the token is gone."""
+        for wait in _GLANCES:
+            time.sleep(wait)
+            facts = self.module.cryptoki.token_facts(self.token.slot.slot_id)
+            if facts is not None:
+                return facts
+        return None
 
     def close(self) -> None:
         """Close what is idle. A seat in use is given back to a closed connection, and its session is closed then."""

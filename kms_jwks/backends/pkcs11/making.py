@@ -15,7 +15,7 @@ from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
 from kms_jwks.backends.pkcs11 import keys
 from kms_jwks.backends.pkcs11.meanings import Lost, Meaning, meaning_of, said, unavailable
 from kms_jwks.backends.pkcs11.mechanisms import ROWS
-from kms_jwks.backends.pkcs11.objects import find, jwk_of, look, private_key, signed
+from kms_jwks.backends.pkcs11.objects import find, jwk_of, locator, look, private_key, signed
 from kms_jwks.errors import (
     BackendError,
     BackendRefused,
@@ -136,6 +136,14 @@ def _make(session: Session, request: Request, id_: bytes, mechanism: pkcs11.Mech
                 refusal = error
     assert refusal is not None
     raise refusal
+
+
+def destroyed(seat: Seat, ref: KeyRef) -> None:
+    """Destroy a pair, or find that it is gone. Refused where the reference fits several: one of them is another key."""
+    with suppress(KeyNotFound):
+        private_key(seat, ref)
+    seat.handles.pop(ref, None)
+    destroy_all(seat, locator(ref, ObjectClass.PRIVATE_KEY))
 
 
 def destroy_all(seat: Seat, template: keys.Template) -> None:
