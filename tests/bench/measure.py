@@ -188,9 +188,10 @@ def _signing(server: Server, row: Row, token: str, body: object) -> load.Target:
 
 
 def _load(options: Options, connections: int, target: load.Target) -> load.Load:
-    """`connections` in all, over as many generators as that takes."""
+    """`connections` in all, over as many generators as that takes; a single one has told its latency in a second."""
     processes = min(options.processes, connections)
-    return load.run(target, seconds=options.seconds, processes=processes, connections=connections // processes)
+    seconds = options.seconds if connections > 1 else min(options.seconds, 1.0)
+    return load.run(target, seconds=seconds, processes=processes, connections=connections // processes)
 
 
 def _figures(measured: load.Load, signatures: int = 1) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Random histories of a registry, and what must hold after each transaction of one: the epoch's rule.
 
 The counter grows by one when what a snapshot holds has changed, and else stays. What a snapshot holds is spelled out
-here a second time, from DESIGN.md and not from the store's table.
+here a second time, from the definition and not from the store's table.
 """
 
 from __future__ import annotations

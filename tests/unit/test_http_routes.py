@@ -16,7 +16,7 @@ from kms_jwks.http.routes import ROUTES, Route, Side, served
 from kms_jwks.model import RESERVED_NAMES
 
 URL = "https://keys.example"
-DESIGN = """
+STABLE = """
 GET /{key_set}/.well-known/jwks.json
 GET /.well-known/jwks.json
 GET /{key_set}/.well-known/openid-configuration
@@ -70,7 +70,7 @@ def ids(route: Route) -> str:
 
 
 def test_the_routes_of_the_design_are_there() -> None:
-    assert set(DESIGN.strip().splitlines()) <= {ids(route) for route in ROUTES}
+    assert set(STABLE.strip().splitlines()) <= {ids(route) for route in ROUTES}
 
 
 def test_no_row_stands_twice() -> None:

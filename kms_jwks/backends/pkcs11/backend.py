@@ -179,7 +179,7 @@ class Pkcs11Backend:
         return self._access().run(work, time.monotonic() + _READING, doing=doing)
 
     def _mutate(self, doing: str, work: Callable[[Seat], T]) -> T:
-        """One at a time per token, whatever the thread or process: FACTS.md 1."""
+        """One at a time per token, whatever the thread or process: SoftHSM fails beside readers otherwise."""
         deadline = time.monotonic() + _MUTATING
         access = self._access()
         serial = access.run(lambda seat: seat.connection.serial, deadline, doing=doing)

@@ -47,7 +47,7 @@ MEANINGS: Final[Mapping[type[PKCS11Error], Meaning]] = MappingProxyType(
         pkcs11.HostMemory: Meaning.DOUBTFUL,
         pkcs11.DeviceMemory: Meaning.DOUBTFUL,
         pkcs11.SessionCount: Meaning.DOUBTFUL,
-        # None of these is true when SoftHSM says it at start-up (FACTS: C_Login rewrites the file others read).
+        # None of these is true when SoftHSM says it at start-up (C_Login rewrites the file others read).
         pkcs11.UserPinNotInitialized: Meaning.DOUBTFUL,
         pkcs11.MechanismInvalid: Meaning.UNSUPPORTED,
         pkcs11.MechanismParamInvalid: Meaning.UNSUPPORTED,

@@ -40,7 +40,7 @@ _FINAL_LOGIN: Final = {
 
 
 class _Transient(Exception):
-    """Failed in a way that processes which start at the same time cause in each other (FACTS.md 1)."""
+    """Failed in a way that processes which start at the same time cause in each other."""
 
 
 def open_token(module: Module, options: Pkcs11Options, bound_to: str | None, deadline: float) -> Connection:
