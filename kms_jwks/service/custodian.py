@@ -8,6 +8,7 @@ abandoned by the successor, never resumed: the pair in the module is then surplu
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import structlog
@@ -36,6 +37,9 @@ log = structlog.get_logger(__name__)
 
 PACE = 0.15
 """Seconds between two ticks."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at the calendar while the epoch stays the same."""
+REAP_EVERY = 0.5
 MAX_BACKOFF = 60
 
 
@@ -47,6 +51,9 @@ class Custodian:
         self._modules = modules
         self._confirmation = confirmation
         self._office = office
+        self._planned_under: Epoch | None = None
+        self._next_look = 0.0
+        self._next_reap = 0.0
 
     def run(self, stop: threading.Event) -> None:
         """Tick until `stop`; a tick that fails is logged and the next one tries again."""
@@ -71,7 +78,9 @@ class Custodian:
         """One round: stay in office, finish what was begun, then do what is due."""
         if not self._office.hold(self._abandon):
             return
-        self._confirmation.reap()
+        if time.monotonic() >= self._next_reap:
+            self._next_reap = time.monotonic() + REAP_EVERY
+            self._confirmation.reap()
         self._work_off_intents()
         self._note_visibility()
         self._take_due_steps()
@@ -227,8 +236,10 @@ class Custodian:
 
     def _take_due_steps(self) -> None:
         with self._store.read() as tx:
-            now = tx.now()
-            due = [(key_set, step) for key_set in tx.key_sets() for step in _plan(tx, key_set, now) if step.due <= now]
+            epoch = tx.epoch()
+            if epoch == self._planned_under and time.monotonic() < self._next_look:
+                return
+            due = _due_everywhere(tx)
         for key_set, step in due:
             try:
                 with self._office.mutation() as tx:
@@ -238,6 +249,7 @@ class Custodian:
                         self._take(tx, current, step)
             except errors.Conflict as error:
                 log.warning("step_refused", step=step.kind.value, error=error.detail)
+        self._planned_under, self._next_look = epoch, time.monotonic() + LOOK_EVERY
 
     def _take(self, tx: WriteTx, key_set: KeySet, step: Step) -> None:
         log.info("custodian_step", step=step.kind.value, subject=step.subject, reason=step.reason)
@@ -270,6 +282,22 @@ class Custodian:
                 lifecycle.add_intent(tx, IntentKind.DESTROY, version, tx.now())
 
 
+def _due_everywhere(tx: ReadTx) -> list[tuple[KeySet, Step]]:
+    """What is due in every key set, from one read of each table."""
+    now = tx.now()
+    keys, versions, externals = tx.keys(), tx.versions(), tx.external_keys()
+    found = []
+    for key_set in tx.key_sets():
+        steps = timeline.plan(
+            [k for k in keys if k.key_set_id == key_set.id],
+            [v for v in versions if v.key_set_id == key_set.id],
+            [e for e in externals if e.key_set_id == key_set.id],
+            now,
+        )
+        found += [(key_set, step) for step in steps if step.due <= now]
+    return found
+
+
 def _plan(tx: ReadTx, key_set: KeySet, now: Instant) -> list[Step]:
     return timeline.plan(tx.keys(key_set.id), tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id), now)
 
@@ -285,9 +313,8 @@ def _newly_visible(tx: ReadTx) -> list[KeyVersion]:
         return []
     return [
         version
-        for version in tx.versions(states={VersionState.PUBLISHED})
-        if version.visible_since is None
-        and version.published_epoch is not None
+        for version in tx.versions(states={VersionState.PUBLISHED}, unseen=True)
+        if version.published_epoch is not None
         and all(
             w.confirmed is not None and w.confirmed.reaches(Epoch(incarnation, version.published_epoch))
             for w in workers

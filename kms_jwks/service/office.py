@@ -43,28 +43,18 @@ class Office:
 
         `take_over` runs in the transaction that begins a new term.
         """
-        with self._store.write() as tx:
-            now, lease = tx.now(), tx.custodian_lease()
-            halted = self._clock_trouble(now)
-            mine = lease is not None and self.term != 0 and (lease.term, lease.holder) == (self.term, self._holder)
-            if lease is not None and not mine and lease.expires_at > now:
-                self.term = 0
-                return False
-            half_over = lease is None or (lease.expires_at - now) < self._lease * SECOND // 2
-            if lease is not None and mine and not half_over and lease.halted == halted:
-                return halted is None
-            term = (lease.term if lease is not None else 0) + (0 if mine else 1)
-            tx.set_custodian_lease(
-                CustodianLease(term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted)
-            )
-            if not mine:
-                take_over(tx)
-        if term != self.term:
-            log.info("custodian_acts", term=term)
-        self.term = term
-        if halted is not None:
-            log.error("custodian_halted", reason=halted)
-        return halted is None
+        with self._store.read() as tx:
+            lease, left = tx.custodian_lease(), 0
+            if lease is not None:
+                left = lease.expires_at - tx.now()
+                mine = self.term != 0 and (lease.term, lease.holder) == (self.term, self._holder)
+                if not mine and left > 0:
+                    self.term = 0
+                    return False
+                sound = lease.halted is None and self._clock_trouble(tx.now()) is None
+                if mine and sound and left > self._lease * SECOND // 2:
+                    return True
+        return self._write(take_over)
 
     def resign(self) -> None:
         """Let another custodian act at once. Never raises."""
@@ -87,6 +77,27 @@ class Office:
             if lease is None or (lease.term, lease.holder) != (self.term, self._holder):
                 raise Fenced
             yield tx
+
+    def _write(self, take_over: Callable[[WriteTx], None]) -> bool:
+        with self._store.write() as tx:
+            now, lease = tx.now(), tx.custodian_lease()
+            halted = self._clock_trouble(now)
+            mine = lease is not None and self.term != 0 and (lease.term, lease.holder) == (self.term, self._holder)
+            if lease is not None and not mine and lease.expires_at > now:
+                self.term = 0
+                return False
+            term = (lease.term if lease is not None else 0) + (0 if mine else 1)
+            tx.set_custodian_lease(
+                CustodianLease(term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted)
+            )
+            if not mine:
+                take_over(tx)
+        if term != self.term:
+            log.info("custodian_acts", term=term)
+        self.term = term
+        if halted is not None:
+            log.error("custodian_halted", reason=halted)
+        return halted is None
 
     def _clock_trouble(self, now: Instant) -> str | None:
         """Why database time cannot be trusted, or None. It stays in doubt until it agrees with the boot clock again."""

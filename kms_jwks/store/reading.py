@@ -141,14 +141,17 @@ class ReadTx:
         key_set_id: Id | None = None,
         key_id: Id | None = None,
         states: Collection[VersionState] | None = None,
+        unseen: bool = False,
         after: Id | None = None,
         limit: int | None = None,
     ) -> list[KeyVersion]:
-        """Versions, of one set or key, in some states."""
+        """Versions, of one set or key, in some states; `unseen` ones are those that were never visible everywhere."""
         c = t.versions.c
         where = [*_equal(c.key_set_id, key_set_id), *_equal(c.key_id, key_id)]
         if states is not None:
             where.append(c.state.in_([s.value for s in states]))
+        if unseen:
+            where.append(c.visible_since.is_(None))
         return self._list(KeyVersion, *where, after=after, limit=limit)
 
     def external_key(self, key_set_id: Id, kid: str) -> ExternalKey | None:
