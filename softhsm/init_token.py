@@ -38,7 +38,7 @@ class TokenInfo(ctypes.Structure):
     )
 
 
-class Unusable(Exception):  # noqa: N818 - it is what the token is
+class Unusable(Exception):
     """What is wrong, and what to do about it."""
 
 

@@ -79,7 +79,7 @@ def show_key(api: Api, key_set: str, key: str) -> None:
 @api_command(key, "create")
 @key_set_argument
 @click.argument("name")
-@click.option("--alg", required=True, help="RS256/384/512, PS256/384/512, ES256/384/512, ES256K or EdDSA.")
+@click.option("--alg", required=True, help="RS256/384/512, PS256/384/512, ES256/384/512, ES256K, EdDSA or Ed25519.")
 @click.option("--rsa-bits", type=int, help="2048, 3072 or 4096. [default: 3072]")
 @click.option("--backend", metavar="NAME", help="The module that makes it. [default: the service's]")
 @_policy_options
