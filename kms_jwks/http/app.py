@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException
 from kms_jwks import errors
 from kms_jwks.http import dispatch, problems
 from kms_jwks.http.exchange import Request, Response
-from kms_jwks.http.routes import Route, served
+from kms_jwks.http.routes import Route, Side, served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -34,8 +34,11 @@ _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in H
 _DRAINED = 2_097_152
 """Bytes of a refused body that are read for nothing."""
 _BODILESS = frozenset({204, 304})
-_QUIET = frozenset({"/healthz", "/readyz", "/readyz/sign"})
-"""Routes that machines ask every few seconds: logged at level debug."""
+_QUIET = frozenset(route.path for route in served("all") if route.side & Side.PUBLIC)
+"""Routes that machines ask all the time, documents and health: their successes are logged at level debug.
+
+Writing a line costs more than serving a JWKS.
+"""
 _NEVER: Callable[[], None] = lambda: None  # noqa: E731
 
 
@@ -263,7 +266,8 @@ def _finish(
 ) -> FlaskResponse:
     response.headers.append(("X-Request-Id", request_id))
     response.headers.append(("X-Content-Type-Options", "nosniff"))
-    write = log.debug if route is not None and route.path in _QUIET else log.info
+    quiet = route is not None and route.path in _QUIET and response.status < 400
+    write = log.debug if quiet else log.info
     write(
         "request",
         request_id=request_id,
