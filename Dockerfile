@@ -38,6 +38,6 @@ VOLUME /var/lib/kms-jwks
 USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
-    CMD ["python", "-I", "-c", "import urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:8080/healthz', timeout=2)"]
+    CMD ["python", "-m", "kms_jwks.http.health"]
 ENTRYPOINT ["kms-jwks"]
 CMD ["serve"]

@@ -18,7 +18,7 @@
     │                             RouteNotFound
     ├── MethodNotAllowed
     ├── Conflict                  right in itself, not in this state
-    │   ├── NameTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
+    │   ├── NameTaken · IssuerTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
     │   └── ActiveKidMismatch
     ├── RevisionMismatch · RevisionRequired
@@ -330,6 +330,12 @@ class NameTaken(Conflict):
     code = "name_taken"
     title = "The name is in use, or was once"
     next_step = "Choose another name."
+
+
+class IssuerTaken(Conflict):
+    code = "issuer_taken"
+    title = "Another key set has this issuer, and verifiers trust every kid of an issuer's set"
+    next_step = "Choose another issuer, or use that key set."
 
 
 class KidTaken(Conflict):

@@ -79,7 +79,7 @@ class Purpose(StrEnum):
 
 
 class VersionState(StrEnum):
-    """The life of a key version; each state's NIST SP 800-57 name is in the table of docs/lifecycle."""
+    """The life of a key version; after NIST SP 800-57 part 1, section 7."""
 
     CREATING = "creating"
     PUBLISHED = "published"

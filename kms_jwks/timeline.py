@@ -219,14 +219,12 @@ def _growth(key: Key, versions: Sequence[KeyVersion], now: Instant) -> list[Step
             return [Step(StepKind.CREATE, now, key.id, "the active version was revoked and nothing succeeds it")]
         return []
     first = waiting[0]
-    if first.visible_since is None:
-        return []
     due = usable_at(first, key.policy)
-    if due is not None and due > now and was_revoked:
-        return [
-            Step(StepKind.ACTIVATE, now, first.id, "emergency: the active version was revoked", breach="I1"),
-        ]
-    assert due is not None
+    if was_revoked and (due is None or due > now):
+        # Signing has ended: the successor takes over however young it is, and the breach stays on it.
+        return [Step(StepKind.ACTIVATE, now, first.id, "emergency: the active version was revoked", breach="I1")]
+    if due is None:
+        return []
     return [Step(StepKind.ACTIVATE, due, first.id, "the key has no active version, and verifiers can hold this one")]
 
 

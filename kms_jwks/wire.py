@@ -115,6 +115,8 @@ class Version(Answer):
     public_jwk: dict[str, Any] | None
     created_at: datetime
     backend: str
+    trouble: str | None = None
+    """Why the custodian's last attempt to make the pair failed; it tries again. Null when none failed."""
     published_at: datetime | None = None
     visible_since: datetime | None = None
     usable_at: datetime | None = None

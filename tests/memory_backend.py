@@ -51,6 +51,9 @@ class MemoryBackend:
         except KeyError:
             raise errors.KeyNotFound from None
 
+    def bind(self, ref: KeyRef) -> None:
+        return None
+
     def capabilities(self) -> frozenset[str]:
         self._enter("capabilities")
         return frozenset(ALGORITHMS)

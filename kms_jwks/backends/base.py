@@ -112,6 +112,13 @@ class Backend(Protocol):
     sign_in_place: bool
     """True where a signature is so quick that the calling thread may make it; else the service uses its pool."""
 
+    def bind(self, ref: KeyRef) -> None:
+        """Learn from the registry which module the keys are in: another one under the same name is refused from now on.
+
+        Opens nothing and raises nothing. What the configuration names expressly counts more; the last call wins.
+        """
+        ...
+
     def capabilities(self) -> frozenset[str]:
         """The `alg` names the module offers. Raises BackendUnavailable, BackendRefused."""
         ...

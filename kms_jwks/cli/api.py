@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
@@ -66,8 +67,21 @@ def write(body: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
+# A thumbprint (RFC 7638) is 43 characters of base64url, and one in 64 of them begins with a dash.
+_DASHED_KID = re.compile(r"-[A-Za-z0-9_-]{42}")
+
+
 class ApiCommand(click.Command):
-    """A command whose help shows how to connect apart from what it does."""
+    """A command whose help shows how to connect apart from what it does, and that takes a kid for no option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """A kid that begins with a dash is the last argument, as if it stood after ``--``."""
+        valued = {o for p in self.params if isinstance(p, click.Option) and not p.is_flag for o in p.opts}
+        for place, word in enumerate(args):
+            before = args[place - 1] if place else ""
+            if _DASHED_KID.fullmatch(word) and before not in valued and "--" not in args:
+                return super().parse_args(ctx, [*args[:place], *args[place + 1 :], "--", word])
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Two sections of options."""

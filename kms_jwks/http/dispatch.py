@@ -99,6 +99,8 @@ def _decode(route: Route, request: Request, limits: Limits) -> Any:
     content_type = request.header("content-type")
     if content_type != JSON and (content_type is None or not _JSON_UTF_8.fullmatch(content_type)):
         raise errors.UnsupportedMediaType
+    if (request.header("content-encoding") or "identity").lower() != "identity":
+        raise errors.UnsupportedMediaType("A body in a content coding is not read.", next_step="Send it as it is.")
     if not request.body:
         raise errors.MalformedBody("The request has no body.")
     found = strictjson.loads_object(request.body)

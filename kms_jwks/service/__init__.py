@@ -42,6 +42,7 @@ class Service:
             poll_interval=settings.poll_interval_ms / 1000,
             state_dir=settings.state_dir,
             used=guard.drain_used,
+            bind=modules.bind,
             clock=DatabaseClock(boot),
         )
         self.confirmation = Confirmation(

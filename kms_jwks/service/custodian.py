@@ -89,6 +89,7 @@ class Custodian:
 
     def _abandon(self, tx: WriteTx) -> None:
         """Close what a predecessor had begun; a version that still waits for its pair gets a fresh attempt."""
+        self._modules.bind(tx.versions())
         for intent in tx.intents(states={IntentState.STARTED}):
             tx.save(
                 replace(

@@ -8,6 +8,7 @@ import msgspec
 
 from kms_jwks import errors
 from kms_jwks.access import Permission
+from kms_jwks.model import Purpose
 from kms_jwks.service.guard import Guard, Presented
 from kms_jwks.service.snapshot import Document, PublishedSet
 from kms_jwks.service.watcher import Watcher
@@ -32,12 +33,13 @@ class Documents:
     def discovery(self, who: Presented, key_set: str | None) -> Document:
         """Issuer metadata (OpenID Connect Discovery §4, RFC 8414), None for the paths without a key set's name.
 
-        Only where the issuer is this very URL, else RouteNotFound: metadata elsewhere would be rejected anyway.
+        Only where the issuer is this very URL and signs JWTs, else RouteNotFound: metadata elsewhere would be
+        rejected anyway.
         """
         name = self.default_key_set if key_set is None else key_set
         found = self._find(who, name)
         here = self._public_url if key_set is None else f"{self._public_url}/{key_set}"
-        if found.issuer != here or found.jwks is None:
+        if found.issuer != here or found.jwks is None or found.purpose is not Purpose.JWT:
             raise errors.RouteNotFound("This URL is not the key set's issuer.")
         body = msgspec.json.encode(
             {

@@ -66,9 +66,7 @@ class Guard:
         """
         caller = self._authenticate(_tokens_in(snapshot), who, now)
         key_set = snapshot.key_sets.get(name)
-        if key_set is None:
-            self._authorise(caller, permission, EVERYTHING)
-            raise errors.KeySetNotFound(f"There is no key set {name!r}.")
+        key_set = self._known_to(caller, key_set, name)
         if not allow_within(caller.grants, permission, key_set.id):
             raise _forbidden(caller, permission)
         return key_set
@@ -85,9 +83,7 @@ class Guard:
         """Let a data-plane call in to a key; the permission may depend on the set's purpose."""
         caller = self._authenticate(_tokens_in(snapshot), who, now)
         key_set = snapshot.key_sets.get(key_set_name)
-        if key_set is None:
-            self._refuse_unless_global(caller)
-            raise errors.KeySetNotFound(f"There is no key set {key_set_name!r}.")
+        key_set = self._known_to(caller, key_set, key_set_name)
         key = key_set.keys.get(key_name)
         self._authorise(caller, permission(key_set), Scope(key_set.id, key.id if key else None))
         if key is None:
@@ -157,10 +153,14 @@ class Guard:
         if not allow(caller.grants, permission, scope):
             raise _forbidden(caller, permission)
 
-    def _refuse_unless_global(self, caller: Caller) -> None:
-        # Who has no grant on everything learns nothing about which key sets exist.
-        if not any(grant.key_set_id is None for grant in caller.grants):
+    def _known_to(self, caller: Caller, key_set: PublishedSet | None, name: str) -> PublishedSet:
+        """Who has no grant in a set gets the same answer whether it exists or not, and whatever it is for."""
+        known = {grant.key_set_id for grant in caller.grants}
+        if None not in known and (key_set is None or key_set.id not in known):
             raise errors.Forbidden("No grant of this client covers that key set.")
+        if key_set is None:
+            raise errors.KeySetNotFound(f"There is no key set {name!r}.")
+        return key_set
 
 
 def _forbidden(caller: Caller, permission: Permission) -> errors.Forbidden:

@@ -177,9 +177,13 @@ def check_policy(policy: Policy, key_set: KeySet, lease: int) -> None:
 
 
 def check_profile(key: Key) -> None:
-    """Raise PolicyRefused for a profile that could sign nothing."""
-    if key.profile.default_lifetime < 1:
-        raise errors.PolicyRefused("default_lifetime must be at least 1 second.")
+    """Raise PolicyRefused for a default lifetime that no token could have."""
+    # 300 s is what nobody asked for: with a smaller max_token_ttl that one is the default.
+    lifetime, most = key.profile.default_lifetime, key.policy.max_token_ttl
+    if lifetime < 1 or (lifetime > most and lifetime != SigningProfile().default_lifetime):
+        raise errors.PolicyRefused(
+            f"default_lifetime {lifetime} is outside 1 to max_token_ttl {most}.", fields={"limit": most}
+        )
 
 
 def require_enabled(key: Key) -> None:

@@ -230,9 +230,10 @@ def revoke(
     )
     successor = None
     if was_active and key.disabled_at is None:
-        waiting = sorted(tx.versions(key_id=key.id, states={_S.PUBLISHED}), key=lambda v: v.number)
-        # One that verifiers can already hold comes first; of several, the oldest.
-        if waiting and waiting[0].visible_since is not None:
+        waiting = tx.versions(key_id=key.id, states={_S.PUBLISHED})
+        # One that verifiers can already hold comes first; of several, the oldest. But none is too young.
+        waiting.sort(key=lambda v: (v.visible_since is None, v.number))
+        if waiting:
             usable = timeline.usable_at(waiting[0], key.policy)
             early = usable is None or usable > now
             successor = activate(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from kms_jwks import errors
 from kms_jwks.algorithms import Algorithm
 from kms_jwks.backends.base import Backend, Digest, KeyRef, Message
+from kms_jwks.model import KeyVersion, VersionState
 
 _POOL = 32
 """Threads that may wait for a module at once, per backend that does not sign in place."""
@@ -35,6 +36,13 @@ class Modules:
             return self.backends[name]
         except KeyError:
             raise errors.BackendUnknown(f"No backend {name!r} is configured on this node.") from None
+
+    def bind(self, versions: Iterable[KeyVersion]) -> None:
+        """Tell the backends in which modules the registry's keys are; versions in the order of their making."""
+        for version in versions:
+            backend = self.backends.get(version.backend)
+            if backend is not None and version.ref is not None and version.state is not VersionState.DESTROYED:
+                backend.bind(KeyRef.of(**version.ref))
 
     def sign(self, backend_name: str, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> bytes:
         """One signature in JOSE form within the backend's deadline. Raises BackendError, BackendUnknown.

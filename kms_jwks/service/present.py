@@ -74,17 +74,26 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
             destroy_after=p.destroy_after,
         ),
         profile=wire.Profile(
-            name=value.profile.name, typ=value.profile.typ, default_lifetime=value.profile.default_lifetime
+            name=value.profile.name,
+            typ=value.profile.typ,
+            default_lifetime=min(value.profile.default_lifetime, p.max_token_ttl),
         ),
         warnings=timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime),
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
-        versions=[version(value, v) for v in versions if v.state is not VersionState.DESTROYED],
+        versions=[version(value, v, trouble(tx, v)) for v in versions if v.state is not VersionState.DESTROYED],
     )
 
 
-def version(owner: Key, value: KeyVersion) -> wire.Version:
+def trouble(tx: ReadTx, value: KeyVersion) -> str | None:
+    """What the last failed attempt to make a version's pair ended in, while there is none."""
+    if value.state is not VersionState.CREATING:
+        return None
+    return next((i.error for i in reversed(tx.intents(version_id=value.id)) if i.error), None)
+
+
+def version(owner: Key, value: KeyVersion, trouble: str | None = None) -> wire.Version:
     """A version; `usable_at` only while it waits."""
     waiting = value.state is VersionState.PUBLISHED
     return wire.Version(
@@ -95,6 +104,7 @@ def version(owner: Key, value: KeyVersion) -> wire.Version:
         public_jwk=published_jwk(value),
         created_at=to_datetime(value.created_at),
         backend=value.backend,
+        trouble=trouble,
         published_at=optional(value.published_at),
         visible_since=optional(value.visible_since),
         usable_at=optional(timeline.usable_at(value, owner.policy)) if waiting else None,

@@ -24,6 +24,7 @@ class _Row(msgspec.Struct):
     etag: str
     cache_control: str
     algorithms: list[str]
+    purpose: Purpose
 
 
 class _File(msgspec.Struct):
@@ -41,7 +42,9 @@ class Shelf:
     def store(self, snapshot: Snapshot) -> None:
         """Write the snapshot's public documents. A disk that fails is logged: the worker serves on from memory."""
         rows = [
-            _Row(s.name, s.issuer, s.jwks.body.decode(), s.jwks.etag, s.jwks.cache_control, list(s.algorithms))
+            _Row(
+                s.name, s.issuer, s.jwks.body.decode(), s.jwks.etag, s.jwks.cache_control, list(s.algorithms), s.purpose
+            )
             for s in snapshot.key_sets.values()
             if s.public and s.jwks is not None
         ]
@@ -76,7 +79,7 @@ class Shelf:
                 id=Id(""),
                 name=row.name,
                 issuer=row.issuer,
-                purpose=Purpose.JWT,
+                purpose=row.purpose,
                 public=True,
                 clock_skew=0,
                 keys={},

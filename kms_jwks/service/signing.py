@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kms_jwks import errors, wire
+from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
 from kms_jwks.model import SECOND, Instant, Purpose
 from kms_jwks.service.guard import Guard, Presented
@@ -77,7 +77,7 @@ class Signing:
         return wire.Active(
             kid=signer.kid,
             alg=signer.alg.name,
-            public_jwk=dict(signer.public_jwk),
+            public_jwk=jose.published_jwk(signer.public_jwk, alg=signer.alg.name, kid=signer.kid),
             next=coming,
             refresh_after=to_datetime(Instant(now + found.handover * SECOND)),
         )

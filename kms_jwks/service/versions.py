@@ -29,14 +29,15 @@ class Versions:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
             after = Id(cursor) if cursor else None
             versions = tx.versions(key_id=found.key.id, after=after, limit=limit + 1)
-            items = [present.version(found.key, v) for v in versions]
+            items = [present.version(found.key, v, present.trouble(tx, v)) for v in versions]
         return present.page(items, [v.id for v in versions], limit)
 
     def get(self, who: Presented, key_set: str, key: str, version: str) -> wire.Version:
         """One version. Raises VersionNotFound."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
-            return present.version(found.key, _find(tx, found, version))
+            value = _find(tx, found, version)
+            return present.version(found.key, value, present.trouble(tx, value))
 
     def create(self, who: Presented, key_set: str, key: str) -> Created[wire.Version]:
         """Ask for a standby. Raises TransitionRefused when one is published or coming."""
@@ -49,7 +50,8 @@ class Versions:
                 raise errors.TransitionRefused(f"Key {key!r} has a standby version already.")
         complete = control.wait_for_custodian([made.id])
         with control.store.read() as tx:
-            answer = present.version(found.key, tx.version(made.id) or made)
+            made = tx.version(made.id) or made
+            answer = present.version(found.key, made, present.trouble(tx, made))
         return Created(answer, complete, f"/v1/key-sets/{key_set}/keys/{key}/versions/{made.number}")
 
     def public_jwk(self, who: Presented, key_set: str, key: str, version: str) -> dict[str, object]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from kms_jwks import errors
-from kms_jwks.model import SECOND, Epoch, Id, Instant, Worker, new_id
+from kms_jwks.model import SECOND, Epoch, Id, Instant, KeyVersion, Worker, new_id
 from kms_jwks.service.clocks import DatabaseClock
 from kms_jwks.service.liveness import LifeLine
 from kms_jwks.service.shelf import Shelf
@@ -42,7 +42,8 @@ class _Pins:
 class Watcher:
     """One per serving process; made before its threads, started after the fork.
 
-    `lease` and `poll_interval` are seconds; `used` drains the last uses of API tokens.
+    `lease` and `poll_interval` are seconds; `bind` tells the backends where the keys are,
+    `used` drains the last uses of API tokens.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Watcher:
         poll_interval: float,
         state_dir: Path,
         used: Callable[[], dict[Id, Instant]],
+        bind: Callable[[Sequence[KeyVersion]], None],
         clock: DatabaseClock,
     ) -> None:
         self.clock = clock
@@ -63,6 +65,7 @@ class Watcher:
         self._poll_interval = poll_interval
         self._state_dir = state_dir
         self._used = used
+        self._bind = bind
         self._shelf = Shelf(state_dir)
         self._lock = threading.Lock()
         self._current = _Pins(None)
@@ -221,6 +224,7 @@ class Watcher:
         with self._store.read() as tx:
             contents = tx.contents()
         snapshot = compile_snapshot(contents)
+        self._bind(contents.versions)
         with self._lock:
             if self._current.count:
                 self._older.append(self._current)

@@ -16,6 +16,7 @@ _CONFLICTS: tuple[tuple[tuple[str, ...], type[errors.Conflict]], ...] = (
     (("uq_versions_kid", "versions.kid"), errors.KidTaken),
     (("uq_versions_active", "versions.key_id"), errors.TransitionRefused),
     (("uq_key_sets_name", "key_sets.name"), errors.NameTaken),
+    (("uq_key_sets_issuer", "key_sets.issuer"), errors.IssuerTaken),
     (("uq_keys_key_set_id_name", "keys.key_set_id, keys.name"), errors.NameTaken),
     (("uq_clients_name", "clients.name"), errors.NameTaken),
 )

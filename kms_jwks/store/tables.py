@@ -103,6 +103,7 @@ key_sets = Table(
     _instant("first_activated_at", nullable=True),
     _number("revision"),
     UniqueConstraint("name"),
+    UniqueConstraint("issuer"),
     _one_of("access", Access),
     _one_of("purpose", Purpose),
 )

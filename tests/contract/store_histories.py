@@ -186,7 +186,7 @@ class History:
 
         match kind:
             case "key_set":
-                return key_set(id=fresh, name=fresh)
+                return key_set(id=fresh, name=fresh, issuer=f"https://issuer.example/{fresh}")
             case "key":
                 return key(id=fresh, key_set_id=some("key_set").id, name=fresh)
             case "version":

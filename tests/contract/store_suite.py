@@ -169,7 +169,7 @@ class StoreContract:
             assert client is not None
             tx.save(replace(client, deleted_at=NOW))
         for thing in (
-            key_set(id=Id("set-2")),
+            key_set(id=Id("set-2"), issuer="https://other.example"),
             key(id=Id("key-2")),
             Client(Id("client-2"), "issuer", NOW),
         ):
@@ -222,7 +222,8 @@ class StoreContract:
             (version(2, S.ACTIVE, kid="free"), errors.TransitionRefused),
             (version(1, S.PUBLISHED, id=Id("version-2"), kid="free"), errors.Conflict),
             (external(id=Id("external-2"), kid="kid-1"), errors.KidTaken),
-            (key_set(id=Id("set-2")), errors.NameTaken),
+            (key_set(id=Id("set-2"), issuer="https://other.example"), errors.NameTaken),
+            (key_set(id=Id("set-2"), name="other"), errors.IssuerTaken),
             (Token(Id("token-2"), Id("client-1"), "ab" * 32, NOW, NOW), errors.Conflict),
         ],
     )
@@ -260,7 +261,7 @@ class StoreContract:
                 fill(tx)
                 if error is ZeroDivisionError:
                     raise error
-                tx.add(key_set(id=Id("set-2")))
+                tx.add(key_set(id=Id("set-2"), issuer="https://other.example"))
 
         for error in (ZeroDivisionError, errors.NameTaken):
             with pytest.raises(error):

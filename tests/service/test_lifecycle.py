@@ -71,7 +71,10 @@ def test_an_existing_issuer_has_no_first_publication(world: World) -> None:
     world.until(lambda: world.service.key_sets.get(world.admin, "main").keys[0].active_kid)
 
 
-def test_a_stopped_worker_does_not_hold_up_visibility_but_a_silent_one_does(world: World) -> None:
+def test_a_stopped_worker_does_not_hold_up_visibility_but_a_silent_one_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kms_jwks.service.control.CUSTODIAN_WAIT", 1.0)
     silent = world.worker()
     silent.watcher.poll()
     request = wire.KeySetCreate(name="main", keys=[wire.KeyCreate(name="default", alg="ES256")])
@@ -261,6 +264,50 @@ def test_a_name_is_taken_for_ever(world: World) -> None:
     world.create()
     with pytest.raises(errors.NameTaken):
         world.create()
+
+
+def test_an_issuer_has_one_key_set(world: World) -> None:
+    world.create("a", keys=[], issuer="https://issuer.example")
+    with pytest.raises(errors.IssuerTaken):
+        world.create("b", keys=[], issuer="https://issuer.example", purpose="raw")
+    world.create("c", keys=[])
+    with pytest.raises(errors.IssuerTaken):
+        world.service.key_sets.patch(world.admin, "c", wire.KeySetPatch(issuer="https://issuer.example"), 1)
+
+
+def test_a_default_lifetime_that_no_token_could_have(world: World) -> None:
+    long = {"name": "default", "alg": "ES256", "profile": {"default_lifetime": 4000}}
+    with pytest.raises(errors.PolicyRefused):
+        world.create(keys=[long])
+    short = {"name": "default", "alg": "ES256", "policy": {"max_token_ttl": 60}}
+    made = world.create(keys=[short])
+    assert made.keys[0].profile.default_lifetime == 60
+
+
+def test_an_emergency_takes_a_standby_that_is_not_visible_yet(world: World) -> None:
+    world.create()
+    world.standby()
+    silent = world.worker()
+    silent.watcher.poll()
+    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    young = world.until(lambda: next((v for v in world.versions() if v.number == 3 and v.state is S.PUBLISHED), None))
+    assert young is not None
+    assert young.visible_since is None, "a silent worker keeps it from being visible"
+    answer = world.service.versions.revoke(world.admin, "main", "default", "2", wire.RevokeRequest())
+    assert answer.successor is not None
+    assert (answer.successor.number, answer.successor.breaches[0].invariant) == (3, "I1")
+    assert world.sign().kid == young.kid
+    silent.stop()
+
+
+def test_a_key_that_cannot_be_made_says_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kms_jwks.service.control.CUSTODIAN_WAIT", 0.5)
+    world.backend.fail = errors.BackendRefused("the PIN is wrong")
+    request = wire.KeySetCreate(name="main", keys=[wire.KeyCreate(name="default", alg="ES256")])
+    made = world.service.key_sets.create(world.admin, request)
+    assert not made.complete
+    assert made.answer.keys[0].versions[0].trouble == "the PIN is wrong"
+    world.backend.fail = None
 
 
 def test_a_policy_is_shown_with_its_danger(world: World) -> None:

@@ -15,7 +15,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors",
         "algorithms",
         "model",
-        "strictjson clock",
+        "strictjson",
         "jose",
         "timeline profiles access wire verification",
         "config",

@@ -161,13 +161,14 @@ def test_the_first_version_signs_when_it_is_usable() -> None:
     assert kinds([key()], [version(1, S.PUBLISHED, visible_since=at(1))], []) == [(StepKind.ACTIVATE, 1 + DAY)]
 
 
-def test_after_a_revocation_without_a_standby_one_is_made_and_signs_as_soon_as_it_is_visible() -> None:
+def test_after_a_revocation_without_a_standby_one_is_made_and_signs_however_young() -> None:
     gone = version(1, S.REVOKED, activated_at=T0, deactivated_at=at(5), revoked_at=at(5))
     assert kinds([key()], [gone], []) == [(StepKind.CREATE, 0)]
     assert kinds([key()], [gone, version(2, S.CREATING)], []) == []
-    young = version(2, S.PUBLISHED, visible_since=at(9))
-    (step,) = timeline.plan([key()], [gone, young], [], at(10))
-    assert (step.kind, step.due, step.breach) == (StepKind.ACTIVATE, at(10), "I1")
+    for seen in (at(9), None):
+        young = version(2, S.PUBLISHED, visible_since=seen)
+        (step,) = timeline.plan([key()], [gone, young], [], at(10))
+        assert (step.kind, step.due, step.breach) == (StepKind.ACTIVATE, at(10), "I1")
 
 
 def test_a_version_revoked_after_its_rotation_is_no_emergency() -> None:

@@ -35,12 +35,12 @@ _REFUSED_BACKOFF: Final = 1.0
 class Access:
     """Everything one process keeps about one token. A forked child makes its own and never touches the parent's."""
 
-    def __init__(self, module: Module, options: Pkcs11Options) -> None:
+    def __init__(self, module: Module, options: Pkcs11Options, *, bound_to: str | None = None) -> None:
         self.module = module
         self._options = options
         self._opening = threading.Lock()
         self._connection: Connection | None = None
-        self._serial: str | None = None
+        self._serial = bound_to
         self._failures = 0
         self._failure: BackendError | None = None
         self._closed_until = 0.0
@@ -95,6 +95,10 @@ class Access:
                 raise BackendTimeout(f"The module failed ({_words(failed)}) and the deadline came first.") from failed
         raise unavailable(f"The module goes on answering {_words(failed)} to {doing}.") from failed
 
+    def bind(self, serial: str) -> None:
+        """No token with another serial will do; one that is open is given up at the next call."""
+        self._serial = serial
+
     def close(self, deadline: float) -> None:
         """Give up the sessions of this process."""
         connection = self._connection
@@ -125,12 +129,16 @@ class Access:
 
     def _connected(self, deadline: float) -> Connection:
         connection = self._connection
-        if connection is not None and connection.generation == self.module.generation and not connection.is_closed:
+        if connection is not None and self._serves(connection):
             return connection
         with held(self._opening, deadline, "another thread that opens the token"):
             connection = self._connection
-            if connection is not None and connection.generation == self.module.generation and not connection.is_closed:
-                return connection
+            if connection is not None:
+                if self._serves(connection):
+                    return connection
+                if not connection.is_closed:
+                    with self.module.gate.inside(deadline):
+                        self._drop(connection)
             self._fail_at_once()
             try:
                 connection = open_token(self.module, self._options, self._serial, deadline)
@@ -142,6 +150,13 @@ class Access:
             self._serial = connection.serial
             self._connection = connection
             return connection
+
+    def _serves(self, connection: Connection) -> bool:
+        return (
+            connection.generation == self.module.generation
+            and not connection.is_closed
+            and connection.serial == self._serial
+        )
 
     def _drop(self, connection: Connection) -> None:
         """Inside the gate: give a connection up, once."""

@@ -46,9 +46,17 @@ class Pkcs11Backend:
         self.name = name
         self.sign_in_place = options.sign_in_place
         self._options = options
+        self._bound_to: str | None = None
         # By process: a child of a fork sees the parent's entry, keeps it alive (its locks and handles are not the
         # child's to touch) and makes its own.
         self._accesses: dict[int, Access] = {}
+
+    def bind(self, ref: KeyRef) -> None:
+        """See `Backend.bind`: the token's serial."""
+        serial = ref.as_dict().get("serial")
+        if serial and self._options.expected_serial is None:
+            self._bound_to = serial
+            self._access().bind(serial)
 
     # --- signing and reading --------------------------------------------------------------------------------------
 
@@ -172,7 +180,8 @@ class Pkcs11Backend:
         pid = os.getpid()
         access = self._accesses.get(pid)
         if access is None:
-            access = self._accesses.setdefault(pid, Access(module_at(self._options.module), self._options))
+            access = Access(module_at(self._options.module), self._options, bound_to=self._bound_to)
+            access = self._accesses.setdefault(pid, access)
         return access
 
     def _read(self, doing: str, work: Callable[[Seat], T]) -> T:

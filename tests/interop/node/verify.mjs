@@ -5,8 +5,11 @@
 // Out: one JSON array a line in the same order, {"payload", "header"} or {"error": {"name", "code", "message"}}.
 // Every job has a JWKS cache of its own: each is a verifier that has never seen the service before.
 
+import { webcrypto } from 'node:crypto'
 import { createInterface } from 'node:readline'
 import { createRemoteJWKSet, jwtVerify } from 'jose'
+
+globalThis.crypto ??= webcrypto // Node 18 has it, but not there
 
 async function jwksUri(issuer) {
   const answer = await fetch(`${issuer}/.well-known/openid-configuration`)

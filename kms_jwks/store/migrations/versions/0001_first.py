@@ -79,6 +79,7 @@ def upgrade() -> None:
         sa.CheckConstraint("access IN ('public', 'restricted')", name=op.f("ck_key_sets_access")),
         sa.CheckConstraint("purpose IN ('jwt', 'raw')", name=op.f("ck_key_sets_purpose")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_key_sets")),
+        sa.UniqueConstraint("issuer", name=op.f("uq_key_sets_issuer")),
         sa.UniqueConstraint("name", name=op.f("uq_key_sets_name")),
     )
     op.create_table(
