@@ -218,6 +218,30 @@ def test_a_reference_to_another_token_is_refused(hsm: SoftHsm) -> None:
     in_child(reference_to_another_token, hsm)
 
 
+def bound_by_the_registry(hsm: SoftHsm) -> None:
+    """As after a restart: the registry knows where the keys are, and nobody has seen the token yet."""
+    here = hsm.backend().generate("here", ES256).ref
+    elsewhere = KeyRef.of(**{**here.as_dict(), "serial": "0123456789abcdef"})
+    for opened_before in (False, True):
+        backend = hsm.backend()
+        if opened_before:
+            backend.ping()
+        backend.bind(elsewhere)
+        for use in (backend.ping, lambda b=backend: b.generate("new", ES256)):
+            with pytest.raises(BackendRefused, match="the keys are on the one with serial 0123456789abcdef"):
+                use()
+    bound = hsm.backend()
+    bound.bind(here)
+    assert bound.ping().facts["token_serial"] == here["serial"]
+    expressly = hsm.backend(expected_serial=here["serial"])
+    expressly.bind(elsewhere)
+    expressly.ping()
+
+
+def test_a_token_is_refused_when_the_registry_knows_the_keys_to_be_on_another(hsm: SoftHsm) -> None:
+    in_child(bound_by_the_registry, hsm)
+
+
 def unexpected_serial(hsm: SoftHsm) -> None:
     with pytest.raises(BackendRefused, match="has serial"):
         hsm.backend(expected_serial="0123456789abcdef").ping()
