@@ -59,8 +59,8 @@ class Clients:
             for grant in tx.grants(value.id):
                 tx.save(replace(grant, deleted_at=now))
             tx.save(replace(value, deleted_at=now))
-            lease = control.confirmation.lease(tx)
-        control.confirmation.revoked(tx.committed_epoch, lease)
+            lease, here = control.confirmation.lease(tx), tx.epoch()
+        control.confirmation.revoked(tx.committed_epoch or here, lease)
 
     # --- tokens
 
@@ -91,8 +91,8 @@ class Clients:
                 raise errors.ApiTokenNotFound(f"Client {client!r} has no such token.")
             if token.revoked_at is None:
                 tx.save(replace(token, revoked_at=tx.now()))
-            lease = control.confirmation.lease(tx)
-        control.confirmation.revoked(tx.committed_epoch, lease)
+            lease, here = control.confirmation.lease(tx), tx.epoch()
+        control.confirmation.revoked(tx.committed_epoch or here, lease)
 
     # --- grants
 
@@ -140,8 +140,8 @@ class Clients:
         with control.store.write() as tx:
             control.guard.enter(tx, who, Permission.GRANT_MANAGE)
             tx.save(replace(_find_grant(tx, grant_id), deleted_at=tx.now()))
-            lease = control.confirmation.lease(tx)
-        control.confirmation.revoked(tx.committed_epoch, lease)
+            lease, here = control.confirmation.lease(tx), tx.epoch()
+        control.confirmation.revoked(tx.committed_epoch or here, lease)
 
 
 def find_client(tx: ReadTx, name: str) -> Client:

@@ -7,6 +7,7 @@ abandoned by the successor, never resumed: the pair in the module is then surplu
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from kms_jwks import errors, jose, timeline
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Evidence, GeneratedKey, KeyRef
 from kms_jwks.model import (
+    IN_JWKS,
     Epoch,
     Instant,
     Intent,
@@ -112,18 +114,31 @@ class Custodian:
     def _work_off_intents(self) -> None:
         with self._store.read() as tx:
             now = tx.now()
-            waiting = [i for i in tx.intents(states={IntentState.PENDING}) if i.not_before <= now]
+            left_over = tx.intents(states={IntentState.STARTED})
+            waiting = [i for i in tx.intents(states={IntentState.PENDING}) if i.not_before <= now and _wanted(tx, i)]
+        if left_over:
+            # One thread works them off, so none can be under way here: its end could not be written.
+            with self._office.mutation() as tx:
+                self._abandon(tx)
         for intent in waiting:
             if not self._begin(intent):
                 continue
             try:
-                if intent.kind is IntentKind.GENERATE:
-                    self._generate(intent)
-                else:
-                    self._destroy(intent)
+                # A module may take longer than the office lasts.
+                with self._office.kept():
+                    if intent.kind is IntentKind.GENERATE:
+                        self._generate(intent)
+                    else:
+                        self._destroy(intent)
             except errors.Error as error:
                 self._postpone(intent, error)
-            # One long generation must not cost the office.
+            except Fenced:
+                raise
+            except Exception as error:
+                log.exception("module_step_broke", intent=intent.id)
+                self._postpone(
+                    intent, errors.BackendRefused(f"The backend failed in a way it must not ({type(error).__name__}).")
+                )
             if not self._office.hold(self._abandon):
                 return
 
@@ -137,6 +152,9 @@ class Custodian:
                 version.state is VersionState.CREATING
                 if intent.kind is IntentKind.GENERATE
                 else version.state in (VersionState.RETIRED, VersionState.REVOKED)
+                # It may have been put off or taken back while the module was away.
+                and version.destroy_at is not None
+                and version.destroy_at <= tx.now()
             )
             if not wanted:
                 tx.save(replace(current, state=IntentState.ABANDONED, finished_at=tx.now(), error="no longer wanted"))
@@ -150,10 +168,16 @@ class Custodian:
         assert version is not None
         backend = self._modules.get(intent.backend)
         made = backend.generate(intent.label, ALGORITHMS[version.alg], rsa_bits=version.rsa_bits)
-        evidence = backend.attributes(made.ref)
-        if not evidence.holds:
-            raise errors.BackendRefused("The module made a key that is not sign-only and non-extractable.")
-        self._record(intent, made, evidence)
+        try:
+            evidence = backend.attributes(made.ref)
+            if not evidence.holds:
+                raise errors.BackendRefused("The module made a key that is not sign-only and non-extractable.")
+            self._record(intent, made, evidence)
+        except Exception:
+            # Nobody will ever use this pair: the next attempt makes another.
+            with contextlib.suppress(errors.Error):
+                backend.destroy(made.ref)
+            raise
 
     def _record(self, intent: Intent, made: GeneratedKey, evidence: Evidence) -> None:
         with self._office.mutation() as tx:
@@ -308,13 +332,22 @@ def _still_due(tx: ReadTx, key_set: KeySet, step: Step) -> bool:
     return any((s.kind, s.subject) == (step.kind, step.subject) and s.due <= now for s in _plan(tx, key_set, now))
 
 
+def _wanted(tx: ReadTx, intent: Intent) -> bool:
+    """A disabled key is only withdrawn from and destroyed in: its pairs wait until it is enabled."""
+    if intent.kind is IntentKind.DESTROY:
+        return True
+    version = tx.version(intent.version_id)
+    key = tx.key_by_id(version.key_id) if version is not None else None
+    return key is None or key.disabled_at is None
+
+
 def _newly_visible(tx: ReadTx) -> list[KeyVersion]:
     workers, incarnation = tx.workers(), tx.epoch().incarnation
     if not workers:
         return []
     return [
         version
-        for version in tx.versions(states={VersionState.PUBLISHED}, unseen=True)
+        for version in tx.versions(states=IN_JWKS, unseen=True)
         if version.published_epoch is not None
         and all(
             w.confirmed is not None and w.confirmed.reaches(Epoch(incarnation, version.published_epoch))

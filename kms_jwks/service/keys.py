@@ -118,8 +118,9 @@ class Keys:
             if changed.disabled_at is None:
                 changed = _touched(tx, replace(changed, disabled_at=tx.now()))
             answer = present.key(tx, found.key_set, changed)
-            lease = control.confirmation.lease(tx)
-        control.confirmation.revoked(tx.committed_epoch, lease)
+            lease, here = control.confirmation.lease(tx), tx.epoch()
+        # Said again, it waits again: who lost the first answer gets the same certainty.
+        control.confirmation.revoked(tx.committed_epoch or here, lease)
         return answer
 
     def enable(self, who: Presented, key_set: str, key: str) -> wire.Key:

@@ -124,7 +124,8 @@ def activate(
     active = next((v for v in versions if v.key_id == key.id and v.state is _S.ACTIVE), None)
     if active is not None:
         require_rotation_room(tx, key_set, key, versions)
-        tx.save(replace(active, state=_S.RETIRING, deactivated_at=now))
+        last = timeline.bounds(key.policy, lease=lease, cache_lifetime=key_set.cache_lifetime)
+        tx.save(replace(active, state=_S.RETIRING, deactivated_at=now, bounds=active.bounds.widened(last)))
     started = replace(
         version,
         state=_S.ACTIVE,
@@ -254,6 +255,7 @@ def schedule_destruction(tx: WriteTx, version: KeyVersion, when: Instant | None,
     now = tx.now()
     if not version.state.may_become(_S.DESTROYED) or version.state is _S.CREATING:
         raise _refused(version, _S.DESTROYED)
+    _require_not_begun(tx, version)
     floor = timeline.later(now, timeline.MIN_DESTROY_AFTER)
     at = timeline.later(now, destroy_after) if when is None else when
     if at < floor:
@@ -270,12 +272,15 @@ def cancel_destruction(tx: WriteTx, version: KeyVersion) -> KeyVersion:
     """Take a dated destruction back. Raises TransitionRefused once the key is gone or being destroyed."""
     if version.destroy_at is None or version.state is _S.DESTROYED:
         raise errors.TransitionRefused(f"No destruction of version {version.number} is scheduled.")
-    pending = {IntentState.PENDING, IntentState.STARTED}
-    if any(i.kind is IntentKind.DESTROY for i in tx.intents(states=pending, version_id=version.id)):
-        raise errors.TransitionRefused(f"The destruction of version {version.number} has begun.")
+    _require_not_begun(tx, version)
     kept = replace(version, destroy_at=None)
     tx.save(kept)
     return kept
+
+
+def _require_not_begun(tx: ReadTx, version: KeyVersion) -> None:
+    if any(i.kind is IntentKind.DESTROY for i in tx.intents(states={IntentState.STARTED}, version_id=version.id)):
+        raise errors.TransitionRefused(f"The destruction of version {version.number} has begun.")
 
 
 def widen(tx: WriteTx, key_set: KeySet, key: Key, *, lease: int) -> None:
@@ -299,6 +304,14 @@ def require_room(tx: ReadTx, key_set: KeySet, *, more_keys: int = 0, more_extern
         raise errors.LimitReached(
             problem,
             fields={"kids": timeline.kids_reserved(keys, externals), "limit": timeline.MAX_KIDS},
+        )
+    # What the document holds now may be more than is reserved: a key that rotated often has several retiring versions.
+    held = [v for v in tx.versions(key_set_id=key_set.id) if v.state.in_jwks or v.state is _S.CREATING]
+    coming = len(held) + externals + 2 * more_keys
+    if coming > timeline.MAX_KIDS:
+        raise errors.LimitReached(
+            f"The document would come to {coming} kids; it holds {timeline.MAX_KIDS}. Retiring versions make room.",
+            fields={"kids": coming, "limit": timeline.MAX_KIDS},
         )
 
 

@@ -6,6 +6,7 @@ not there proves nothing: the worker may belong to another node.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -25,7 +26,8 @@ class LifeLine:
     def release(self) -> None:
         """Let go in an orderly way; idempotent."""
         if self._fd >= 0:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,8 @@ log = structlog.get_logger(__name__)
 
 LEASE = 10
 """Seconds a custodian acts without renewing."""
+LONGEST_STEP = 300.0
+"""Seconds for which a module step keeps the office; a step that hangs longer loses it."""
 CLOCK_DRIFT = 60
 """Seconds that database time may depart from the boot clock between two looks."""
 
@@ -37,6 +41,7 @@ class Office:
         self._boot = boot
         self._holder = new_id()
         self._last_clocks: tuple[int, Instant] | None = None
+        self._halted: str | None = None
 
     def hold(self, take_over: Callable[[WriteTx], None]) -> bool:
         """Take or keep the office; False while another holds it or the clocks disagree.
@@ -78,6 +83,33 @@ class Office:
                 raise Fenced
             yield tx
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the office while a module works, for 5 minutes at most, from a thread of its own."""
+        done = threading.Event()
+
+        def renew() -> None:
+            end = time.monotonic() + LONGEST_STEP
+            while not done.wait(self._lease / 3) and time.monotonic() < end:
+                try:
+                    with self.mutation() as tx:
+                        lease, now = tx.custodian_lease(), tx.now()
+                        if lease is not None:
+                            expires = timeline.later(now, self._lease)
+                            tx.set_custodian_lease(replace(lease, renewed_at=now, expires_at=expires))
+                except Fenced:
+                    return
+                except errors.Error:
+                    continue
+
+        thread = threading.Thread(target=renew, name="custodian-office", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def _write(self, take_over: Callable[[WriteTx], None]) -> bool:
         with self._store.write() as tx:
             now, lease = tx.now(), tx.custodian_lease()
@@ -95,8 +127,9 @@ class Office:
         if term != self.term:
             log.info("custodian_acts", term=term)
         self.term = term
-        if halted is not None:
+        if halted is not None and self._halted is None:
             log.error("custodian_halted", reason=halted)
+        self._halted = halted
         return halted is None
 
     def _clock_trouble(self, now: Instant) -> str | None:

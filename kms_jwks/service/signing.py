@@ -6,6 +6,7 @@ snapshot of that moment, so that nothing leaves that a revocation has overtaken.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,10 +17,12 @@ from kms_jwks.service.guard import Guard, Presented
 from kms_jwks.service.instants import to_datetime
 from kms_jwks.service.modules import Modules
 from kms_jwks.service.preparing import Found, Operation, Preparer, active_of, check_handover, preparer_of
-from kms_jwks.service.snapshot import Signer
+from kms_jwks.service.snapshot import Signer, Snapshot
 from kms_jwks.service.watcher import Watcher
 
 MAX_BATCH = 256
+BATCH_SECONDS = 20
+"""How long a batch may take; what is not signed by then is answered with an error each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +48,21 @@ class Signing:
         Raises every error of a single call; in a batch, an item's error stands in its place, and only what concerns
         the whole call is raised.
         """
+        call = _Call(operation, who, key_set, key)
         snapshot = self._watcher.snapshot()
-        now = self._watcher.clock.now()
-        found_set, found_key = self._guard.admit_key(
-            snapshot, who, lambda s: _permission(operation, s.purpose), key_set, key, now
-        )
+        found_set, found_key = self._admit(call, snapshot)
         self._watcher.leased()
         prepare = preparer_of(operation, found_set.purpose)
         if not found_key.enabled:
             raise errors.KeyDisabled(f"Key {key!r} of key set {key_set!r} is disabled.")
         if "batch" not in body:
-            return self._one(prepare, (key_set, key), (found_set, found_key), body)[1]
+            return self._one(call, snapshot, prepare, body)[1]
         if set(body) != {"batch"}:
             raise errors.InvalidField("A batch stands alone in its body.", fields={"field": "batch"})
         items = body["batch"]
         if not isinstance(items, list) or not 1 <= len(items) <= MAX_BATCH:
             raise errors.InvalidBatch(f"A batch is a list of 1 to {MAX_BATCH} items.")
-        return self._many(prepare, (key_set, key), (found_set, found_key), items)
+        return self._many(call, snapshot, prepare, items)
 
     def active(self, who: Presented, key_set: str, key: str) -> wire.Active:
         """Which version signs now and which comes next: what a caller that pins the kid needs."""
@@ -84,55 +85,74 @@ class Signing:
 
     # --- inside
 
-    def _one(self, prepare: Preparer, names: tuple[str, str], found: Found, item: object) -> tuple[Signer, wire.Answer]:
+    def _admit(self, call: _Call, snapshot: Snapshot) -> Found:
+        return self._guard.admit_key(
+            snapshot,
+            call.who,
+            lambda s: _permission(call.operation, s.purpose),
+            call.key_set,
+            call.key,
+            self._watcher.clock.now(),
+        )
+
+    def _one(self, call: _Call, snapshot: Snapshot, prepare: Preparer, item: object) -> tuple[Signer, wire.Answer]:
         """Prepare, sign, look again. A call that pinned nothing follows a rotation or revocation that overtook it."""
         for last in (False, False, True):
+            found = _found(snapshot, call)
             job = prepare(*found, item, self._watcher.clock.now())
             signature = self._modules.sign(job.signer.backend, job.signer.ref, job.signer.alg, job.what)
             try:
-                self._check(job.signer)
+                self._check(call, snapshot, job.signer)
             except errors.KidNotActive:
                 if job.pinned or last:
                     raise
-                found = self._again(names)
+                snapshot = self._watcher.leased()
+                self._admit(call, snapshot)
                 continue
             return job.signer, job.answer(signature)
         raise errors.InternalError  # unreachable: the last round returns or raises
 
-    def _many(self, prepare: Preparer, names: tuple[str, str], found: Found, items: list[object]) -> Batch:
+    def _many(self, call: _Call, snapshot: Snapshot, prepare: Preparer, items: list[object]) -> Batch:
         results: list[tuple[Signer, wire.Answer] | errors.Error] = []
-        module_down: errors.BackendError | None = None
+        stopped: errors.BackendError | None = None
+        end = time.monotonic() + BATCH_SECONDS
         for item in items:
             try:
-                if module_down is not None:
-                    raise module_down
-                results.append(self._one(prepare, names, found, item))
+                if stopped is None and time.monotonic() > end:
+                    stopped = errors.BackendTimeout(f"The batch took more than {BATCH_SECONDS} s; send smaller ones.")
+                if stopped is not None:
+                    raise stopped
+                results.append(self._one(call, snapshot, prepare, item))
             except errors.BackendError as error:
                 # The rest of the batch does not wait for a module that has just failed.
-                module_down = error
+                stopped = error
                 results.append(error)
-            except errors.Unavailable:
+            except (errors.Unavailable, errors.Unauthenticated, errors.Forbidden):
                 raise
             except errors.Error as error:
                 results.append(error)
-        return Batch([self._still_good(result) for result in results])
+        return Batch([self._still_good(call, snapshot, result) for result in results])
 
-    def _still_good(self, result: tuple[Signer, wire.Answer] | errors.Error) -> wire.Answer | errors.Error:
+    def _still_good(
+        self, call: _Call, snapshot: Snapshot, result: tuple[Signer, wire.Answer] | errors.Error
+    ) -> wire.Answer | errors.Error:
         if isinstance(result, errors.Error):
             return result
         try:
-            self._check(result[0])
+            self._check(call, snapshot, result[0])
         except errors.Conflict as error:
             return error
         return result[1]
 
-    def _again(self, names: tuple[str, str]) -> Found:
-        key_set = self._watcher.snapshot().key_sets[names[0]]
-        return key_set, key_set.keys[names[1]]
+    def _check(self, call: _Call, admitted_by: Snapshot, signed_by: Signer) -> None:
+        """The second look under the snapshot of this moment: lease, caller, version.
 
-    def _check(self, signed_by: Signer) -> None:
-        """The second look: lease and version under the snapshot of this moment. Raises RegistryStale, Conflict."""
+        Raises RegistryStale, Unauthenticated, Forbidden, Conflict.
+        """
         snapshot = self._watcher.leased()
+        if snapshot is admitted_by:
+            return
+        self._admit(call, snapshot)
         found = snapshot.signers.get(signed_by.kid)
         if found is None:
             raise errors.KidNotActive("The version was withdrawn while its signature was being made.")
@@ -142,6 +162,21 @@ class Signing:
         if signer.until is not None:
             # Rotated meanwhile: within the handover the answer is as good as a pinned one.
             check_handover(signer, key, self._watcher.clock.now())
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Who asks for what: enough to admit it again under another snapshot."""
+
+    operation: Operation
+    who: Presented
+    key_set: str
+    key: str
+
+
+def _found(snapshot: Snapshot, call: _Call) -> Found:
+    key_set = snapshot.key_sets[call.key_set]
+    return key_set, key_set.keys[call.key]
 
 
 def _permission(operation: Operation, purpose: Purpose) -> Permission:

@@ -77,7 +77,7 @@ class Watcher:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._used_flushed = self.clock.boot()
-        self._confirmed_at = self.clock.boot()
+        self._confirmed_at = self._beat_at = self.clock.boot()
         self._trouble: str | None = None
         self.first_poll = threading.Event()
         """Set after the first attempt to reach the database, whatever it gave."""
@@ -93,8 +93,10 @@ class Watcher:
 
     def leased(self) -> Snapshot:
         """The current snapshot, if this worker may sign under it. Raises RegistryStale, StoreUnavailable."""
+        # The lease first: one that was renewed in between was renewed for the snapshot that is read then.
+        held = self.clock.boot() < self._lease_until
         snapshot = self.snapshot()
-        if self.clock.boot() >= self._lease_until:
+        if not held:
             raise errors.RegistryStale(
                 f"This worker could not confirm the registry within its lease of {self._lease} s.", retry_after=1
             )
@@ -192,8 +194,12 @@ class Watcher:
             self.clock.observe(before, now)
             if self._current.snapshot is None or self._current.snapshot.epoch != epoch:
                 epoch = self._rebuild()
-            self._lease_until = before + self._lease * SECOND
-            self._confirm(epoch)
+            try:
+                self._confirm(epoch)
+            finally:
+                if not self._stop.is_set() and self._worker is not None:
+                    # Reads alone renew nothing: who cannot be seen to live must not sign either.
+                    self._lease_until = min(before, self._beat_at) + self._lease * SECOND
         except errors.Error as error:
             if self._trouble is None:
                 log.warning("registry_unreachable", error=error.detail)
@@ -207,7 +213,13 @@ class Watcher:
 
     def _register(self) -> None:
         worker_id = new_id()
-        life = LifeLine(self._state_dir / "workers", worker_id)
+        try:
+            life = LifeLine(self._state_dir / "workers", worker_id)
+        except OSError as error:
+            raise errors.StoreUnavailable(
+                f"This worker cannot prove that it lives: {self._state_dir}/workers: {error.strerror}."
+            ) from error
+        self._beat_at = self.clock.boot()
         try:
             with self._store.write() as tx:
                 worker = Worker(worker_id, self._node, os.getpid(), self._lease, tx.now(), tx.now())
@@ -253,6 +265,7 @@ class Watcher:
         flush = self.clock.boot() - self._used_flushed >= _LAST_USED_EVERY
         if not news and not flush and now - worker.heartbeat_at < beat:
             return
+        beat_at = self.clock.boot()
         with self._store.write() as tx:
             known = tx.worker(worker.id)
             if known is None or known.stopped_at is not None:
@@ -270,4 +283,4 @@ class Watcher:
                     token = tx.token(token_id)
                     if token is not None and (token.last_used_at or 0) < seen:
                         tx.save(replace(token, last_used_at=seen))
-        self._worker = known
+        self._worker, self._beat_at = known, beat_at
