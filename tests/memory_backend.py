@@ -37,6 +37,7 @@ class MemoryBackend:
         self.sign_in_place = sign_in_place
         self.keys: dict[str, tuple[str, PrivateKey]] = {}
         self.fail: errors.BackendError | None = None
+        self.offered = frozenset(ALGORITHMS)
         self.before: Callable[[str], None] = lambda _: None
         self._lock = threading.Lock()
 
@@ -56,7 +57,7 @@ class MemoryBackend:
 
     def capabilities(self) -> frozenset[str]:
         self._enter("capabilities")
-        return frozenset(ALGORITHMS)
+        return self.offered
 
     def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
         self._enter("generate")

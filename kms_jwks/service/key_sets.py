@@ -13,7 +13,7 @@ from kms_jwks.model import Access, Id, KeySet, Purpose, name_error, new_id
 from kms_jwks.service import lifecycle, present
 from kms_jwks.service.control import Control, check_revision
 from kms_jwks.service.guard import Presented
-from kms_jwks.service.keys import add_key, check_policy
+from kms_jwks.service.keys import add_key, check_offered, check_policy
 from kms_jwks.service.present import Created
 from kms_jwks.store import WriteTx
 
@@ -48,6 +48,9 @@ class KeySets:
     def create(self, who: Presented, request: wire.KeySetCreate) -> Created[wire.KeySet]:
         """Create a key set, with the keys named in the same call: these sign as soon as every worker publishes them."""
         control = self._control
+        with control.store.read() as reading:
+            control.guard.enter(reading, who, Permission.KEY_SET_CREATE)
+        check_offered(control, request.keys)
         with control.store.write() as tx:
             control.guard.enter(tx, who, Permission.KEY_SET_CREATE)
             key_set, versions = add_key_set(tx, control, request)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -61,6 +63,9 @@ class Keys:
     def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
         """Create a key. In a set that has published before, its first version signs after the publish lead."""
         control = self._control
+        with control.store.read() as reading:
+            control.guard.enter_set(reading, who, Permission.KEY_CREATE, key_set)
+        check_offered(control, [request])
         with control.store.write() as tx:
             found = control.guard.enter_set(tx, who, Permission.KEY_CREATE, key_set)
             key, version = add_key(tx, control, found.key_set, request)
@@ -160,6 +165,24 @@ def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCre
     lifecycle.require_room(tx, key_set, more_keys=1)
     tx.add(key)
     return key, lifecycle.add_version(tx, key)
+
+
+def check_offered(control: Control, requests: Sequence[wire.KeyCreate]) -> None:
+    """Raise UnsupportedAlgorithmRequested where a module says that it lacks the algorithm, before anything is written.
+
+    A module that is away is not waited for: the custodian finds out.
+    """
+    for request in requests:
+        name = control.modules.default if request.backend is UNSET else request.backend
+        backend = control.modules.backends.get(name) if name is not None else None
+        if backend is None or request.alg not in ALGORITHMS:
+            continue  # refused by name further on
+        with contextlib.suppress(errors.BackendError):
+            offered = backend.capabilities()
+            if request.alg not in offered:
+                raise errors.UnsupportedAlgorithmRequested(
+                    f"Backend {name!r} does not offer {request.alg}.", fields={"algorithms": sorted(offered)}
+                )
 
 
 def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:

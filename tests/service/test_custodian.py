@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,8 +107,6 @@ def test_a_crash_before_a_destruction_is_recorded_is_repeated(quiet: World) -> N
     ask(quiet)
     custodian = quiet.custodian()
     settle(quiet, custodian)
-    import threading
-
     revoke = threading.Thread(
         target=lambda: quiet.service.versions.revoke(quiet.admin, "main", "default", "1", wire.RevokeRequest())
     )
@@ -201,6 +201,75 @@ def test_a_database_clock_that_steps_halts_it_until_it_agrees_again(quiet: World
     assert lease.halted is not None
     quiet.offset -= step
     shift = 0
+    settle(quiet, custodian)
+
+
+@pytest.mark.parametrize("failure", [errors.BackendUnavailable("away"), RuntimeError("a backend's own defect")])
+def test_what_fails_after_the_making_leaves_no_pair_and_no_intent_open(quiet: World, failure: Exception) -> None:
+    ask(quiet)
+    custodian = quiet.custodian()
+
+    def fail(name: str) -> None:
+        if name == "attributes":
+            raise failure
+
+    quiet.backend.before = fail
+    for _ in range(4):
+        custodian.tick()
+        quiet.advance(70)
+    assert quiet.backend.keys == {}
+    with quiet.registry.read() as tx:
+        assert not tx.intents(states={IntentState.STARTED})
+        assert len(tx.intents(states={IntentState.PENDING})) == 1
+    quiet.backend.before = lambda _: None
+    settle(quiet, custodian)
+
+
+def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
+    quiet: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(quiet)
+    custodian = quiet.custodian()
+
+    def away(*_: object) -> None:
+        raise errors.StoreUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(custodian, "_record", away)
+        patch.setattr(custodian, "_postpone", away)
+        with pytest.raises(errors.StoreUnavailable):
+            custodian.tick()
+    settle(quiet, custodian)
+    assert surplus(quiet) == set()
+
+
+def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
+    ask(quiet)
+    first, second = quiet.custodian(lease=1), quiet.custodian(lease=1)
+
+    def slow(name: str) -> None:
+        if name == "generate":
+            time.sleep(2.5)
+
+    quiet.backend.before = slow
+    ticking = threading.Thread(target=first.tick)
+    ticking.start()
+    while ticking.is_alive():
+        second.tick()
+        time.sleep(0.05)
+    assert second._office.term == 0
+    quiet.backend.before = lambda _: None
+    settle(quiet, first)
+    assert surplus(quiet) == set()
+
+
+def test_a_disabled_key_gets_no_pair(quiet: World) -> None:
+    ask(quiet)
+    quiet.service.keys.disable(quiet.admin, "main", "default")
+    custodian = quiet.custodian()
+    custodian.tick()
+    assert quiet.backend.keys == {}
+    quiet.service.keys.enable(quiet.admin, "main", "default")
     settle(quiet, custodian)
 
 

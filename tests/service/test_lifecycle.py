@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from kms_jwks import errors, wire
 from kms_jwks.access import Role
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.model import DAY, VersionState
+from kms_jwks.model import DAY, IntentKind, VersionState
 from kms_jwks.service.guard import Presented
 from kms_jwks.service.instants import to_datetime, to_instant
 from kms_jwks.timeline import later
@@ -308,6 +309,61 @@ def test_a_key_that_cannot_be_made_says_why(world: World, monkeypatch: pytest.Mo
     assert not made.complete
     assert made.answer.keys[0].versions[0].trouble == "the PIN is wrong"
     world.backend.fail = None
+
+
+def test_an_algorithm_that_the_module_lacks_leaves_nothing(world: World) -> None:
+    world.backend.offered = frozenset({"RS256"})
+    with pytest.raises(errors.UnsupportedAlgorithmRequested):
+        world.create()
+    with world.registry.read() as tx:
+        assert tx.key_sets() == []
+
+
+def test_a_document_that_is_full_takes_no_more(world: World) -> None:
+    world.create(keys=[{"name": "default", "alg": "ES256", "policy": UNSAFE}])
+    for number in range(2, 10):
+        world.until(lambda: any(v.number == number and v.visible_since for v in world.versions()))  # noqa: B023
+        world.service.keys.rotate(world.admin, "main", "default", NOTHING)
+    world.until(lambda: len(world.kids()) == 10)
+    foreign = world.backend.generate("foreign", ALGORITHMS["ES256"])
+    request = wire.ExternalKeyCreate(
+        kid="old", alg="ES256", remove_at=to_datetime(later(world.now(), 3600)), jwk=dict(foreign.public_jwk)
+    )
+    with pytest.raises(errors.LimitReached):
+        world.service.external_keys.create(world.admin, "main", request)
+    with pytest.raises(errors.LimitReached):
+        world.service.keys.create(world.admin, "main", wire.KeyCreate(name="second", alg="ES256"))
+    assert len(world.kids()) == 10
+
+
+def test_a_destruction_put_off_while_the_module_is_away_waits_for_its_new_date(world: World) -> None:
+    world.create()
+    world.standby()
+    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.until(lambda: any(v.number == 3 and v.state is S.PUBLISHED for v in world.versions()))
+    world.backend.fail = errors.BackendUnavailable("away")
+    world.advance(31 * DAY)
+
+    def begun() -> bool:
+        with world.registry.read() as tx:
+            return any(i.kind is IntentKind.DESTROY for i in tx.intents())
+
+    world.until(begun)
+    far = wire.DestroyRequest(destroy_at=to_datetime(later(world.now(), 90 * DAY)))
+
+    def put_off() -> bool:
+        try:
+            return world.service.versions.destroy(world.admin, "main", "default", "1", far).destroy_at is not None
+        except errors.TransitionRefused:
+            return False  # an attempt is under way at this moment
+
+    world.until(put_off)
+    world.backend.fail = None
+    world.advance(120)
+    time.sleep(0.5)
+    assert world.version(1).state is S.REVOKED
+    world.advance(91 * DAY)
+    world.until(lambda: world.version(1).state is S.DESTROYED)
 
 
 def test_a_policy_is_shown_with_its_danger(world: World) -> None:

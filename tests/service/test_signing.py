@@ -283,6 +283,17 @@ def test_a_pinned_call_that_a_revocation_overtakes_is_refused(world: World) -> N
         call(world, Operation.SIGNATURE, {"signing_input": shown, "kid": old})
 
 
+def test_a_batch_that_outlives_its_token_delivers_nothing(world: World) -> None:
+    world.create()
+    with world.registry.read() as tx:
+        owner = tx.client("signer")
+        assert owner is not None
+        (token,) = tx.tokens(owner.id)
+    during_sign(world, lambda: world.service.clients.revoke_token(world.admin, "signer", token.id))
+    with pytest.raises(errors.CredentialsRevoked):
+        world.batch([{"claims": {}}] * 10)
+
+
 def test_a_disabled_key_s_signature_does_not_leave(world: World) -> None:
     world.create()
     during_sign(world, lambda: world.service.keys.disable(world.admin, "main", "default"))
