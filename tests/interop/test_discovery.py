@@ -42,7 +42,7 @@ def test_node_finds_its_way_too(es256: Issuer, jose: Jose) -> None:
 def test_there_is_no_metadata_for_an_issuer_that_lives_elsewhere(server: Server, admin: Client) -> None:
     admin.create_key_set(
         wire.KeySetCreate(
-            name="elsewhere", issuer="https://login.example.com", keys=[wire.KeyCreate(name="main", alg="ES256")]
+            name="elsewhere", issuer="https://elsewhere.example.com", keys=[wire.KeyCreate(name="main", alg="ES256")]
         )
     )
     assert fetch(f"{server.url}/elsewhere/.well-known/jwks.json")["keys"]

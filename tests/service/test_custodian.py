@@ -252,6 +252,7 @@ def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
             time.sleep(2.5)
 
     quiet.backend.before = slow
+    assert first._office.hold(first._abandon)
     ticking = threading.Thread(target=first.tick)
     ticking.start()
     while ticking.is_alive():
