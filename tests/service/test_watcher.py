@@ -21,6 +21,7 @@ def worker_row(world: World):  # type: ignore[no-untyped-def]
 def test_a_change_is_confirmed_by_every_worker_before_its_answer(two_workers: World) -> None:
     world = two_workers
     world.create()
+    world.standby()  # the custodian changes nothing more
     created = world.service.clients.create(world.admin, wire.ClientCreate(name="fresh"))
     assert created.name == "fresh"
     with world.registry.read() as tx:
@@ -30,6 +31,7 @@ def test_a_change_is_confirmed_by_every_worker_before_its_answer(two_workers: Wo
 
 def test_an_epoch_is_confirmed_only_once_older_answers_have_left(world: World) -> None:
     world.create()
+    world.standby()
     release = world.service.pin()
     kept = world.service.watcher.snapshot().epoch
     world.service.clients.create(world.admin, wire.ClientCreate(name="fresh"))
