@@ -31,8 +31,8 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade() -> None:
@@ -195,8 +195,9 @@ def test_the_migrations_make_the_checks_of_the_code(file: Path) -> None:
         }
 
     def _plain(sql: str) -> str:
-        # A CHECK stands behind its column or behind all of them: the same to the database.
-        return sql.replace(" CONSTRAINT ck_", ",\n\tCONSTRAINT ck_").replace(", ,", ",")
+        # A CHECK stands behind its column or behind all of them, and a rebuilt table's name in quotation marks: the
+        # same to the database.
+        return sql.replace(" CONSTRAINT ck_", ",\n\tCONSTRAINT ck_").replace(", ,", ",").replace('"', "")
 
     store = Store(f"sqlite:///{file}")
     store.upgrade()
@@ -232,14 +233,14 @@ def test_an_older_schema_is_refused_and_brought_up_to_date(
         tx.add(Client(Id("client-1"), "issuer", T0))
         tx.add(Grant(Id("grant-1"), Id("client-1"), "signer", T0))
     shutil.copytree(MIGRATIONS, tmp_path / "migrations")
-    (tmp_path / "migrations" / "versions" / "0002_next.py").write_text(NEXT)
+    (tmp_path / "migrations" / "versions" / "0003_next.py").write_text(NEXT)
     config = Config()
     config.set_main_option("script_location", str(tmp_path / "migrations"))
     monkeypatch.setattr(schema, "_config", lambda: config)
 
     with pytest.raises(errors.SchemaMismatch) as refusal:
         store.check_schema()
-    assert refusal.value.fields == {"found": "0001", "needed": "0002"}
+    assert refusal.value.fields == {"found": "0002", "needed": "0003"}
     assert "kms-jwks db upgrade" in refusal.value.next_step
 
     store.upgrade()
@@ -256,7 +257,7 @@ def test_a_migration_that_fails_changes_nothing(file: Path, tmp_path: Path, monk
     store = Store(f"sqlite:///{file}")
     store.upgrade()
     shutil.copytree(MIGRATIONS, tmp_path / "migrations")
-    (tmp_path / "migrations" / "versions" / "0002_next.py").write_text(f"{NEXT}    raise ZeroDivisionError\n")
+    (tmp_path / "migrations" / "versions" / "0003_next.py").write_text(f"{NEXT}    raise ZeroDivisionError\n")
     config = Config()
     config.set_main_option("script_location", str(tmp_path / "migrations"))
     with monkeypatch.context() as patched:
