@@ -17,8 +17,9 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
@@ -124,7 +125,7 @@ class Postgres:
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
                 process_group=0,
-                preexec_fn=_end_with(os.getpid()),
+                preexec_fn=_end_with(os.getpid()),  # noqa: PLW1509 - it calls prepared functions alone
                 **self._as_owner(),
             )
         end = time.monotonic() + _SECONDS
@@ -169,13 +170,13 @@ class Postgres:
         if number is signal.SIGKILL:
             (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
 
-    def _as_owner(self) -> dict[str, object]:
+    def _as_owner(self) -> dict[str, Any]:
         if self._owner is None:
             return {}
         return {"user": self._owner.pw_uid, "group": self._owner.pw_gid, "extra_groups": []}
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -185,13 +186,14 @@ class Postgres:
             check=False,
             **self._as_owner(),
         )
+        return done
 
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _end_with(parent: int) -> object:
+def _end_with(parent: int) -> Callable[[], None]:
     """What a child calls before its program begins, so that a killed test run leaves no server behind."""
     prctl = ctypes.CDLL(None).prctl
 

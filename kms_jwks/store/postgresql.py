@@ -90,7 +90,7 @@ def make_engine(url: URL, connecting: Connecting) -> Engine:
 
     @event.listens_for(engine, "do_connect")
     def connect(_dialect: Any, _record: Any, arguments: list[Any], parameters: dict[str, Any]) -> Bounded:
-        made = Bounded.connect(*arguments, **(_defaults(url, connecting) | parameters))
+        made = Bounded.connect(*arguments, **_parameters(parameters, connecting))
         made.patience = patience
         return made
 
@@ -100,7 +100,8 @@ def make_engine(url: URL, connecting: Connecting) -> Engine:
     return engine
 
 
-def _defaults(url: URL, connecting: Connecting) -> dict[str, Any]:
+def _parameters(asked: dict[str, Any], connecting: Connecting) -> dict[str, Any]:
+    """libpq's parameters: what the URL asks for, and ours for the rest."""
     milliseconds = int(connecting.timeout * 1000)
     defaults = {
         "application_name": connecting.application_name,
@@ -113,13 +114,12 @@ def _defaults(url: URL, connecting: Connecting) -> dict[str, Any]:
     bounds = {
         "statement_timeout": milliseconds,
         "lock_timeout": milliseconds,
-        # Who vanishes in the midst of a transaction holds up the writers of all nodes, and not for as long as they wait.
+        # Who vanishes in the midst of a transaction holds up the writers of all nodes; they wait longer than that.
         "idle_in_transaction_session_timeout": milliseconds // 2,
     }
-    # The URL's own options stand last and win.
-    asked = url.query.get("options", "")
     options = [f"-c {name}={value}" for name, value in bounds.items()]
-    return defaults | {"options": " ".join([*options, asked if isinstance(asked, str) else " ".join(asked)]).strip()}
+    # Of two values for one setting the last wins.
+    return defaults | asked | {"options": " ".join([*options, str(asked.get("options", ""))]).strip()}
 
 
 def _prepare(connection: Bounded, _: Any) -> None:
