@@ -1,4 +1,4 @@
-"""JOSE signature algorithms: one frozen row each (RFC 7518 §3, RFC 8037, RFC 8812, RFC 9864).
+"""JOSE signature algorithms: one frozen row each (RFC 7518 §3, RFC 8037, RFC 8812, RFC 9864, RFC 9964).
 
 Nothing here signs. No other file parses an algorithm's name or guesses one from a key's size.
 """
@@ -18,6 +18,7 @@ class Family(StrEnum):
     RSA_PSS = "rsa-pss"
     ECDSA = "ecdsa"
     EDDSA = "eddsa"
+    ML_DSA = "ml-dsa"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,9 @@ class Algorithm:
     """One JOSE algorithm.
 
     `name` is the `alg` value; `kty` and `crv` those of its JWKs; `hash` the hashlib name the signature is made over
-    (None for EdDSA, which takes the message itself); `coordinate` the length in bytes of one EC coordinate and of
-    each of r and s; `rsa_bits` the modulus sizes allowed; `exclusive` marks an algorithm that widespread verifiers
+    (None for EdDSA and ML-DSA, which take the message itself); `coordinate` the length in bytes of one EC coordinate
+    and of each of r and s; `rsa_bits` the modulus sizes allowed; `public_bytes` and `signature_bytes` the lengths of
+    an ML-DSA public key and signature (FIPS 204, table 2); `exclusive` marks an algorithm that widespread verifiers
     do not know, so that its keys live in key sets of their own (I5).
     """
 
@@ -37,7 +39,15 @@ class Algorithm:
     crv: str | None = None
     coordinate: int = 0
     rsa_bits: tuple[int, ...] = ()
+    public_bytes: int = 0
+    signature_bytes: int = 0
     exclusive: bool = False
+
+    @property
+    def is_post_quantum(self) -> bool:
+        """Whether its keys (kty AKP) are published in a document of their own: many verifiers reject a whole set
+        over one key of a type they do not know."""
+        return self.kty == "AKP"
 
     @property
     def is_rsa(self) -> bool:
@@ -50,7 +60,7 @@ class Algorithm:
             if rsa_bits is None:
                 raise ValueError("the length of an RSA signature depends on the modulus")
             return rsa_bits // 8
-        return 64 if self.family is Family.EDDSA else 2 * self.coordinate
+        return self.signature_bytes or (64 if self.family is Family.EDDSA else 2 * self.coordinate)
 
 
 RSA_BITS = (2048, 3072, 4096)
@@ -69,6 +79,9 @@ _ROWS = (
     Algorithm("ES256K", Family.ECDSA, "EC", hash="sha256", crv="secp256k1", coordinate=32, exclusive=True),
     Algorithm("EdDSA", Family.EDDSA, "OKP", crv="Ed25519", coordinate=32),
     Algorithm("Ed25519", Family.EDDSA, "OKP", crv="Ed25519", coordinate=32),
+    Algorithm("ML-DSA-44", Family.ML_DSA, "AKP", public_bytes=1312, signature_bytes=2420),
+    Algorithm("ML-DSA-65", Family.ML_DSA, "AKP", public_bytes=1952, signature_bytes=3309),
+    Algorithm("ML-DSA-87", Family.ML_DSA, "AKP", public_bytes=2592, signature_bytes=4627),
 )
 
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType({row.name: row for row in _ROWS})

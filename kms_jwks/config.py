@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -113,10 +123,47 @@ Proxy = Annotated[str, AfterValidator(_proxy)]
 # --- backends ---------------------------------------------------------------------------------------------------------
 
 
-class Pkcs11Backend(BaseModel):
-    """A token behind a PKCS#11 module: SoftHSM, or any HSM whose vendor ships such a module."""
+class BackendSettings(BaseModel):
+    """What every backend is told, whatever its kind."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    sign_in_place: bool = Field(
+        default=False,
+        description="Sign on the calling thread: right for a module that answers in well under a millisecond.",
+    )
+    sign_timeout_ms: int = Field(default=2000, ge=50, le=30_000, description="Milliseconds.")
+    waiting: int = Field(default=32, ge=1, le=256, description="Calls of one process that may wait for it at once.")
+    stuck_limit: int = Field(
+        default=8, ge=1, le=256, description="Calls that never came back after which the worker is started anew."
+    )
+    check_signatures: float = Field(
+        default=0.05, ge=0, le=1, description="Share of the ECDSA and EdDSA signatures verified before release."
+    )
+
+    @property
+    def reads_stdin(self) -> bool:
+        """Whether its PIN comes from standard input."""
+        return False
+
+
+class Pkcs11Management(BaseModel):
+    """The custodian's own PIN: of a user that may make and destroy keys, where the module knows several users."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    pin_file: Path | None = None
+    pin_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.pin_file is None) == (self.pin_env is None):
+            raise ValueError("exactly one of pin_file, pin_env must say where the custodian's PIN comes from")
+        return self
+
+
+class Pkcs11Backend(BackendSettings):
+    """A token behind a PKCS#11 module: SoftHSM, or any HSM whose vendor ships such a module."""
 
     type: Literal["pkcs11"]
     module: Path = Field(description="The vendor's shared object.")
@@ -141,12 +188,17 @@ class Pkcs11Backend(BaseModel):
         default=True,
         description="Sign on the calling thread: right for a module that answers in well under a millisecond.",
     )
-    sign_timeout_ms: int = Field(default=2000, ge=50, le=30_000, description="Milliseconds.")
+    management: Pkcs11Management | None = None
     environment: dict[str, str] = Field(
         default_factory=dict,
         repr=False,
         description="Variables set before the module is loaded; a module may keep secrets here.",
     )
+
+    @property
+    def reads_stdin(self) -> bool:
+        """Whether its PIN comes from standard input."""
+        return self.pin_stdin
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -159,9 +211,57 @@ class Pkcs11Backend(BaseModel):
         return self
 
 
-Backend = Pkcs11Backend
-"""One row per type of backend. With the second row this becomes a union that `type` tells apart:
-`Annotated[Pkcs11Backend | AwsKmsBackend, Field(discriminator="type")]`."""
+class AwsKmsManagement(BaseModel):
+    """The custodian's own way into the account, with the rights to make, tag and destroy keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    profile: str | None = Field(default=None, min_length=1, max_length=128)
+    role_arn: str | None = Field(default=None, pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")
+
+
+class AwsKmsBackend(BackendSettings):
+    """AWS KMS in one account and region. Credentials come by boto3's own chain, never from here."""
+
+    type: Literal["aws-kms"]
+    region: str = Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")
+    account: str | None = Field(default=None, pattern=r"^\d{12}$", description="Refuse credentials of another account.")
+    endpoint_url: str | None = Field(default=None, max_length=1024)
+    profile: str | None = Field(default=None, min_length=1, max_length=128)
+    role_arn: str | None = Field(default=None, pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")
+    connect_timeout_ms: int = Field(default=1000, ge=100, le=10_000, description="Milliseconds.")
+    read_timeout_ms: int = Field(default=2000, ge=100, le=30_000, description="Milliseconds.")
+    key_policy_file: Path | None = Field(default=None, description="A key policy (JSON) for the keys it makes.")
+    management: AwsKmsManagement | None = None
+
+
+class ThirdPartyBackend(BackendSettings):
+    """A backend of another package (entry-point group `kms_jwks.backends`); further settings are its own business."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", hide_input_in_errors=True)
+
+    type: Name
+    management: dict[str, Any] | None = Field(default=None, repr=False)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What the configuration says beyond the settings that every backend has."""
+        return dict(self.model_extra or {})
+
+
+def _kind(value: Any) -> str:
+    """Which class reads a backend's section."""
+    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return kind if kind in ("pkcs11", "aws-kms") else "third-party"
+
+
+Backend = Annotated[
+    Annotated[Pkcs11Backend, Tag("pkcs11")]
+    | Annotated[AwsKmsBackend, Tag("aws-kms")]
+    | Annotated[ThirdPartyBackend, Tag("third-party")],
+    Discriminator(_kind),
+]
+"""One row per type of backend that comes with the package, and one for all others."""
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -229,7 +329,7 @@ class Settings(BaseSettings):
             raise ValueError(
                 "poll_interval_ms must be at most half of signing_lease, or a lease ends between two polls"
             )
-        if sum(backend.pin_stdin for backend in self.backends.values()) > 1:
+        if sum(backend.reads_stdin for backend in self.backends.values()) > 1:
             raise ValueError("only one backend can read its PIN from standard input (pin_stdin)")
         self._refuse_contradicting_environments()
         return self
@@ -237,7 +337,7 @@ class Settings(BaseSettings):
     def _refuse_contradicting_environments(self) -> None:
         seen: dict[str, str] = {}
         for backend in self.backends.values():
-            for variable, value in backend.environment.items():
+            for variable, value in backend.environment.items() if isinstance(backend, Pkcs11Backend) else ():
                 if seen.setdefault(variable, value) != value:
                     raise ValueError(f"backends set {variable} to different values, and a process has one environment")
 
@@ -302,19 +402,20 @@ def _path(variable: str) -> tuple[str, ...]:
     if not variable.upper().startswith(ENV_PREFIX) or variable.upper() in NOT_SETTINGS:
         return ()
     path = variable[len(ENV_PREFIX) :].split("__")
-    backend, inner = path[1:2], path[2:3]
+    backend, inner = path[1:2], [part.lower() for part in path[2:3]]
     return (
         path[0].lower(),
         *(part.lower().replace("_", "-") for part in backend),
-        *(part.lower() for part in inner),
-        *path[3:],  # the names inside `environment` keep their case
+        *inner,
+        *(path[3:] if inner == ["environment"] else (part.lower() for part in path[3:])),  # names there keep their case
     )
 
 
 def variable_name(path: Iterable[str | int]) -> str:
     """The environment variable of a setting: `("backends", "hsm", "slot")` → `KMS_JWKS_BACKENDS__HSM__SLOT`."""
     parts = [str(part) for part in path]
-    return ENV_PREFIX + "__".join([part.upper().replace("-", "_") for part in parts[:3]] + parts[3:])
+    inner = parts[3:] if parts[2:3] == ["environment"] else [part.upper() for part in parts[3:]]
+    return ENV_PREFIX + "__".join([part.upper().replace("-", "_") for part in parts[:3]] + inner)
 
 
 def _secret_files() -> Iterator[tuple[str, str]]:
@@ -391,7 +492,7 @@ def _reason(error: Exception) -> str:
 
 def _refuse_unknown(settings: Settings) -> None:
     """A misspelt variable is an error, not a default: it may be the one that was to make things safe."""
-    known = NOT_SETTINGS | {backend.pin_env for backend in settings.backends.values() if backend.pin_env}
+    known = NOT_SETTINGS | set(_pin_variables(settings))
     unknown = sorted(
         name
         for name in {*os.environ, *(name for name, _ in _secret_files())}
@@ -401,12 +502,26 @@ def _refuse_unknown(settings: Settings) -> None:
         raise ConfigurationError(f"unknown settings in the environment or the secret files: {', '.join(unknown)}")
 
 
+def _pin_variables(settings: Settings) -> Iterator[str]:
+    for backend in settings.backends.values():
+        if isinstance(backend, Pkcs11Backend):
+            management = backend.management.pin_env if backend.management else None
+            yield from (name for name in (backend.pin_env, management) if name)
+
+
 def _fields() -> set[tuple[str, ...]]:
     return {(name,) for name in Settings.model_fields}
 
 
 def _describe(error: ValidationError) -> str:
-    return "; ".join(_line(item["loc"], item["msg"]) for item in error.errors(include_input=False, include_url=False))
+    return "; ".join(
+        _line(_place(item["loc"]), item["msg"]) for item in error.errors(include_input=False, include_url=False)
+    )
+
+
+def _place(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Where the operator wrote it: pydantic adds which class of backend it tried."""
+    return location[:2] + location[3:] if location[:1] == ("backends",) else location
 
 
 def _line(location: tuple[str | int, ...], message: str) -> str:

@@ -8,14 +8,15 @@ decided in profiles.py and verification.py.
 from __future__ import annotations
 
 import binascii
+import hashlib
 import math
 import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, mldsa, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from joserfc.jwa import JWS_ALGORITHMS
@@ -29,7 +30,8 @@ from kms_jwks.errors import InvalidJwk, TokenSignatureInvalid
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-PublicKey: TypeAlias = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | Ed25519PublicKey
+MlDsaPublicKey: TypeAlias = mldsa.MLDSA44PublicKey | mldsa.MLDSA65PublicKey | mldsa.MLDSA87PublicKey
+PublicKey: TypeAlias = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | Ed25519PublicKey | MlDsaPublicKey
 
 # --- base64url and JWS ------------------------------------------------------------------------------------------------
 
@@ -106,9 +108,17 @@ _CURVES: Final[Mapping[str, tuple[ec.EllipticCurve, int]]] = MappingProxyType(
 )
 _CRV_OF_CURVE: Final = {curve.name: crv for crv, (curve, _) in _CURVES.items()}
 _PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"RSA": ("n", "e"), "EC": ("crv", "x", "y"), "OKP": ("crv", "x")}
+    {"RSA": ("n", "e"), "EC": ("crv", "x", "y"), "OKP": ("crv", "x"), "AKP": ("alg", "pub")}
 )
-_PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv")
+_ML_DSA: Final[Mapping[str, tuple[type[MlDsaPublicKey], int]]] = MappingProxyType(
+    {
+        "ML-DSA-44": (mldsa.MLDSA44PublicKey, 1312),
+        "ML-DSA-65": (mldsa.MLDSA65PublicKey, 1952),
+        "ML-DSA-87": (mldsa.MLDSA87PublicKey, 2592),
+    }
+)
+"""The `alg` of an AKP key (RFC 9964 §3) and the octets of its `pub`."""
+_PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
 
 RSA_MODULUS_BITS: Final = (2048, 8192)
 """The smallest and largest modulus `check_public_jwk` accepts, in bits."""
@@ -117,8 +127,15 @@ RSA_EXPONENT_BITS: Final = 64
 
 
 def thumbprint(jwk: Mapping[str, object]) -> str:
-    """The JWK's SHA-256 thumbprint in base64url (RFC 7638 §3); members that are no key parameters do not count."""
-    return _rfc7638(dict(_required(jwk)))
+    """The JWK's SHA-256 thumbprint in base64url (RFC 7638 §3); members that are no key parameters do not count.
+
+    Of an AKP key the `alg` is one (RFC 9964 §6).
+    """
+    parameters = dict(_required(jwk))
+    if parameters["kty"] == "AKP":
+        canonical = strictjson.dumps({name: parameters[name] for name in sorted(parameters)})
+        return b64u_encode(hashlib.sha256(canonical).digest())
+    return _rfc7638(parameters)
 
 
 def public_key(jwk: Mapping[str, object]) -> PublicKey:
@@ -128,6 +145,8 @@ def public_key(jwk: Mapping[str, object]) -> PublicKey:
         return _rsa_key(_unsigned(parameters, "n"), _unsigned(parameters, "e"))
     if parameters["kty"] == "EC":
         return _ec_key(parameters)
+    if parameters["kty"] == "AKP":
+        return _ml_dsa_key(parameters)
     return _ed25519_key(parameters)
 
 
@@ -149,7 +168,10 @@ def public_jwk(key: object) -> dict[str, str]:
         return {"kty": "EC", "crv": crv, "x": x, "y": y}
     if isinstance(key, Ed25519PublicKey):
         return {"kty": "OKP", "crv": "Ed25519", "x": b64u_encode(key.public_bytes_raw())}
-    raise InvalidJwk(f"A {type(key).__name__} is no RSA, EC or Ed25519 public key.")
+    for name, (kind, _) in _ML_DSA.items():
+        if isinstance(key, kind):
+            return {"kty": "AKP", "alg": name, "pub": b64u_encode(key.public_bytes_raw())}
+    raise InvalidJwk(f"A {type(key).__name__} is no RSA, EC, Ed25519 or ML-DSA public key.")
 
 
 def to_pem(jwk: Mapping[str, object]) -> str:
@@ -217,6 +239,8 @@ def check_public_jwk(jwk: Mapping[str, object], alg: Algorithm) -> dict[str, str
         raise InvalidJwk(f"{alg.name} needs kty {alg.kty}, not {parameters['kty']}.")
     if alg.crv is not None and parameters["crv"] != alg.crv:
         raise InvalidJwk(f"{alg.name} needs crv {alg.crv}, not {_shown(parameters['crv'])}.")
+    if alg.is_post_quantum and parameters["alg"] != alg.name:
+        raise InvalidJwk(f"{alg.name} needs a key of its own parameter set, not {_shown(parameters['alg'])}.")
     key = public_key(parameters)
     if isinstance(key, rsa.RSAPublicKey):
         _check_rsa_strength(key.public_numbers())
@@ -322,6 +346,18 @@ def _ed25519_key(jwk: Mapping[str, str]) -> Ed25519PublicKey:
     return Ed25519PublicKey.from_public_bytes(octets)
 
 
+def _ml_dsa_key(jwk: Mapping[str, str]) -> MlDsaPublicKey:
+    """Any octets of the right length are a key (FIPS 204 §4, algorithm 23)."""
+    row = _ML_DSA.get(jwk["alg"])
+    if row is None:
+        raise InvalidJwk(f"The JWK's alg is {_shown(jwk['alg'])}, not one of {', '.join(_ML_DSA)}.")
+    kind, size = row
+    octets = _octets(jwk, "pub")
+    if len(octets) != size:
+        raise InvalidJwk(f"The JWK's pub has {len(octets)} octets; {jwk['alg']} needs exactly {size}.")
+    return kind.from_public_bytes(octets)
+
+
 # --- weak RSA keys ----------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +440,14 @@ def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: b
     key = public_key(jwk)
     if jwk["kty"] != alg.kty or (alg.crv is not None and jwk["crv"] != alg.crv):
         raise InvalidJwk(f"The JWK is no key of {alg.name}.")
+    if isinstance(key, MlDsaPublicKey):
+        if jwk["alg"] != alg.name:
+            raise InvalidJwk(f"The JWK is no key of {alg.name}.")
+        try:
+            key.verify(signature, signing_input)
+        except InvalidSignature:
+            raise TokenSignatureInvalid from None
+        return
     wrapped: RSAKey | ECKey | OKPKey
     if isinstance(key, rsa.RSAPublicKey):
         wrapped = RSAKey.import_key(key)

@@ -125,6 +125,13 @@ class Policy:
     clock_skew: int = 300
     handover: int = 60
     destroy_after: int = 30 * DAY
+    rotate_jitter: int = 3600
+    """A scheduled rotation comes up to this much early, by an amount that is fixed per version; never more than a tenth
+    of `rotate_every`."""
+    rotate_window: str = ""
+    """When planned steps may happen, e.g. ``mon-thu 09:00-16:00`` (UTC); empty: at any time."""
+    hold_until: Instant | None = None
+    """No planned activation before this instant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +214,13 @@ class Breach:
     reason: str
 
 
+class Origin(StrEnum):
+    """Who made a version's key pair."""
+
+    GENERATED = "generated"
+    ADOPTED = "adopted"
+
+
 @dataclass(frozen=True, slots=True)
 class KeyVersion:
     """One key pair in a module. `kid`, `ref` and `public_jwk` are None only until the pair is made."""
@@ -241,6 +255,16 @@ class KeyVersion:
     destroy_at: Instant | None = None
     destroyed_at: Instant | None = None
     breaches: tuple[Breach, ...] = ()
+    origin: Origin = Origin.GENERATED
+    weaknesses: tuple[str, ...] = ()
+    """What does not hold of an adopted key, in words; accepted by an administrator and shown in every listing."""
+    emergency: bool = False
+    """It took over from a revoked version: verifiers that cache for ever may not know it, so a second rotation follows
+    as soon as its own standby is old enough."""
+    destroy_told: Instant | None = None
+    """The destruction date that the module was told, or declined because it has no waiting period of its own."""
+    absence: Mapping[str, object] | None = None
+    """What the module answered when it was asked for the destroyed key: the evidence that it is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +344,8 @@ class Worker:
     stopped_at: Instant | None = None
     stop_reason: str | None = None
     """`stopped`, `died` or `forgotten`."""
+    backends: Mapping[str, str] | None = None
+    """Each configured backend's state as this worker saw it last: `ok`, or the code of the error."""
 
 
 class IntentKind(StrEnum):
@@ -327,6 +353,8 @@ class IntentKind(StrEnum):
 
     GENERATE = "generate"
     DESTROY = "destroy"
+    TELL = "tell"
+    """Tell the module a version's destruction date, or that it was taken back."""
 
 
 class IntentState(StrEnum):

@@ -28,12 +28,18 @@ def make_store(settings: Settings) -> Store:
     return Store(settings.database_url, connecting=connecting)
 
 
-def make_modules(settings: Settings) -> Modules:
-    """The configured backends; opens nothing. A service that only publishes has none: it needs no PIN and no module."""
+def make_modules(settings: Settings, *, management: bool = False) -> Modules:
+    """The configured backends; opens nothing. A service that only publishes has none: it needs no PIN and no module.
+
+    With `management` they are the custodian's, by credentials of its own where the configuration has them.
+    """
     if settings.routes == "public":
         return Modules({}, default=None, sign_timeouts={})
     return Modules(
-        {name: make_backend(name, options, settings.state_dir) for name, options in settings.backends.items()},
+        {
+            name: make_backend(name, options, settings.state_dir, management=management)
+            for name, options in settings.backends.items()
+        },
         default=settings.default_backend,
         sign_timeouts={name: options.sign_timeout_ms / 1000 for name, options in settings.backends.items()},
     )
@@ -56,7 +62,9 @@ def custodian(settings: Settings) -> Custodian:
         lease=settings.signing_lease,
         kick=lambda: None,
     )
-    return Custodian(store, make_modules(settings), confirmation, Office(store, node=settings.node_name))
+    return Custodian(
+        store, make_modules(settings, management=True), confirmation, Office(store, node=settings.node_name)
+    )
 
 
 def wsgi(config: Path | None = None) -> WSGIApplication:

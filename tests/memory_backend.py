@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa, utils
 
 from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS, Algorithm, Family
@@ -24,7 +24,13 @@ _HASHES: dict[str, Callable[[], hashes.HashAlgorithm]] = {
     "sha384": hashes.SHA384,
     "sha512": hashes.SHA512,
 }
-PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+MlDsaKey = mldsa.MLDSA44PrivateKey | mldsa.MLDSA65PrivateKey | mldsa.MLDSA87PrivateKey
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | MlDsaKey
+_ML_DSA: dict[str, type[MlDsaKey]] = {
+    "ML-DSA-44": mldsa.MLDSA44PrivateKey,
+    "ML-DSA-65": mldsa.MLDSA65PrivateKey,
+    "ML-DSA-87": mldsa.MLDSA87PrivateKey,
+}
 
 
 class MemoryBackend:
@@ -35,6 +41,8 @@ class MemoryBackend:
     def __init__(self, name: str = "memory", *, sign_in_place: bool = True) -> None:
         self.name = name
         self.sign_in_place = sign_in_place
+        self.recovered_at = 0.0
+        self.distrusted: list[KeyRef] = []
         self.keys: dict[str, tuple[str, PrivateKey]] = {}
         self.fail: errors.BackendError | None = None
         self.offered = frozenset(ALGORITHMS)
@@ -68,6 +76,8 @@ class MemoryBackend:
             key = rsa.generate_private_key(65537, rsa_bits or 2048)
         elif alg.family is Family.EDDSA:
             key = ed25519.Ed25519PrivateKey.generate()
+        elif alg.family is Family.ML_DSA:
+            key = _ML_DSA[alg.name].generate()
         else:
             assert alg.crv is not None
             key = ec.generate_private_key(_CURVES[alg.crv]())
@@ -96,7 +106,7 @@ class MemoryBackend:
     def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
         self._enter("sign")
         key = self._key(ref)
-        if isinstance(key, ed25519.Ed25519PrivateKey):
+        if isinstance(key, ed25519.Ed25519PrivateKey | MlDsaKey):
             assert isinstance(what, Message)
             return key.sign(what.data)
         digest = what.digest(alg) if isinstance(what, Message) else what.value
@@ -110,6 +120,9 @@ class MemoryBackend:
             return key.sign(digest, pss, hashed)
         r, s = utils.decode_dss_signature(key.sign(digest, ec.ECDSA(hashed)))
         return r.to_bytes(alg.coordinate, "big") + s.to_bytes(alg.coordinate, "big")
+
+    def distrust(self, ref: KeyRef) -> None:
+        self.distrusted.append(ref)
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
         return False

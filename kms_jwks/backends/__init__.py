@@ -1,4 +1,4 @@
-"""The explicit table of backends: one row per kind of module."""
+"""The explicit table of backends: one row per kind of module that comes with the package."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from kms_jwks import errors
 from kms_jwks.backends.base import Backend
 
 
-def _pkcs11(name: str, options: Any, state_dir: Path) -> Backend:
+def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
     from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, Pkcs11Options
 
-    if options.pin_file is not None:
-        pin = PinSource.from_file(options.pin_file)
-    elif options.pin_env is not None:
-        pin = PinSource.from_env(options.pin_env)
+    source = options.management if management and options.management is not None else options
+    if source.pin_file is not None:
+        pin = PinSource.from_file(source.pin_file)
+    elif source.pin_env is not None:
+        pin = PinSource.from_env(source.pin_env)
     else:
         pin = _pin_of_standard_input()
     return Pkcs11Backend(
@@ -46,13 +47,16 @@ def _pin_of_standard_input() -> Any:
     return PinSource.from_stdin()
 
 
-BACKENDS: Mapping[str, Callable[[str, Any, Path], Backend]] = {"pkcs11": _pkcs11}
-"""The configuration's `type` → how its backend is made from (name, options, state_dir). Nothing is opened."""
+BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {"pkcs11": _pkcs11}
+"""The configuration's `type` → how its backend is made of (name, options, state_dir, management). Opens nothing."""
 
 
-def make_backend(name: str, options: Any, state_dir: Path) -> Backend:
-    """The backend that a configuration section describes. Raises ConfigurationError for an unknown type."""
+def make_backend(name: str, options: Any, state_dir: Path, *, management: bool = False) -> Backend:
+    """The backend that a configuration section describes; with `management`, for the custodian: by its own credentials.
+
+    Raises ConfigurationError for an unknown type.
+    """
     make = BACKENDS.get(options.type)
     if make is None:
         raise errors.ConfigurationError(f"backends.{name}.type: {options.type!r} is none of {', '.join(BACKENDS)}")
-    return make(name, options, state_dir)
+    return make(name, options, state_dir, management)

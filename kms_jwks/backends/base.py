@@ -84,7 +84,17 @@ class Evidence:
     @property
     def holds(self) -> bool:
         """Whether promise 1 is kept."""
-        return self.generated_in_module and self.non_extractable and self.sign_only
+        return not self.weaknesses
+
+    @property
+    def weaknesses(self) -> tuple[str, ...]:
+        """What does not hold, in words that an administrator has to accept before such a key is adopted."""
+        claims = {
+            "it was not generated in the module": self.generated_in_module,
+            "it is or was extractable": self.non_extractable,
+            "it may do more than sign": self.sign_only,
+        }
+        return tuple(words for words, holds in claims.items() if not holds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +121,9 @@ class Backend(Protocol):
     """The configuration's `type`, e.g. "pkcs11"."""
     sign_in_place: bool
     """True where a signature is so quick that the calling thread may make it; else the service uses its pool."""
+    recovered_at: float
+    """The `time.monotonic()` at which this process last opened or reopened the module, 0.0 before the first time. The
+    service checks every signature of the second after it."""
 
     def bind(self, ref: KeyRef) -> None:
         """Learn from the registry which module the keys are in: another one under the same name is refused from now on.
@@ -131,7 +144,11 @@ class Backend(Protocol):
         ...
 
     def adopt(self, locator: str) -> GeneratedKey:
-        """Find a key pair that somebody else made. Raises KeyNotFound, UnsupportedAlgorithm, BackendRefused."""
+        """Find a key pair that somebody else made; what it may do is for `attributes` to say and the caller to judge.
+
+        Raises KeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits several keys or the public
+        half cannot be read.
+        """
         ...
 
     def public_key(self, ref: KeyRef) -> PublicJwk:
@@ -149,8 +166,18 @@ class Backend(Protocol):
         """
         ...
 
+    def distrust(self, ref: KeyRef) -> None:
+        """A signature that `sign` just gave this thread does not verify: what made it (a session) is not used again.
+
+        Raises nothing; nothing to do where each call stands alone.
+        """
+        ...
+
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
-        """Ask the module to destroy the key in `days`; False where it cannot and `destroy` is called when due."""
+        """Ask the module to destroy the key in `days`, 7 to 30; False where it has no waiting period of its own.
+
+        Said again it changes the date where the module lets it. `destroy` is called when the date has come, either way.
+        """
         ...
 
     def cancel_destroy(self, ref: KeyRef) -> None:
@@ -158,7 +185,10 @@ class Backend(Protocol):
         ...
 
     def destroy(self, ref: KeyRef) -> None:
-        """Remove both halves from the module. Idempotent: a key that is gone is no error."""
+        """Remove both halves from the module and return when they are gone. Idempotent: a key that is gone is no error.
+
+        A module with a waiting period raises BackendUnavailable with the seconds that are left as `retry_after`.
+        """
         ...
 
     def list_keys(self, label_prefix: str) -> list[StoredKey]:

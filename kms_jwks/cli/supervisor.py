@@ -97,7 +97,7 @@ class _Supervisor:
 
     def run(self) -> int:
         """Until gunicorn has ended."""
-        if any(backend.pin_stdin for backend in self._settings.backends.values()):
+        if any(backend.reads_stdin for backend in self._settings.backends.values()):
             self._pin = sys.stdin.buffer.readline()
         # Blocked and waited for, so that none gets lost between two looks.
         before = self._child_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)

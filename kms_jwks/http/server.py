@@ -229,7 +229,7 @@ class _Application(BaseApplication):  # type: ignore[misc]
     def reload(self) -> None:
         try:
             settings = self._reload()
-            if not any(backend.pin_stdin for backend in settings.backends.values()):
+            if not any(backend.reads_stdin for backend in settings.backends.values()):
                 self._modules = self._wiring.make_modules(settings)
         except errors.Error as error:
             logging.getLogger("gunicorn.error").error("settings kept as they were: %s", error.detail)

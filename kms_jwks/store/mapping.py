@@ -27,6 +27,7 @@ from kms_jwks.model import (
     Key,
     KeySet,
     KeyVersion,
+    Origin,
     Policy,
     Purpose,
     SigningProfile,
@@ -127,7 +128,7 @@ def _comparable(value: object) -> object:
     return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
 
 
-_PUBLISHED_VIEW = _all_but("destroy_at", "evidence", "published_epoch")
+_PUBLISHED_VIEW = _all_but("destroy_at", "destroy_told", "evidence", "published_epoch", "absence")
 _WHOLE = _all_but()
 
 
@@ -164,8 +165,16 @@ MAPPERS: Mapping[type[Any], Mapper] = MappingProxyType(
                 KeyVersion,
                 tables.versions,
                 nested={"bounds": Bounds},
-                enums={"state": VersionState},
-                documents={"ref": dict, "public_jwk": dict, "x5c": tuple, "evidence": dict, "breaches": _breaches},
+                enums={"state": VersionState, "origin": Origin},
+                documents={
+                    "ref": dict,
+                    "public_jwk": dict,
+                    "x5c": tuple,
+                    "evidence": dict,
+                    "breaches": _breaches,
+                    "weaknesses": tuple,
+                    "absence": dict,
+                },
                 view=_version_view,
             ),
             Mapper(
@@ -177,7 +186,7 @@ MAPPERS: Mapping[type[Any], Mapper] = MappingProxyType(
             Mapper(Client, tables.clients, view=lambda c: None if c.deleted_at is not None else _WHOLE(c)),
             Mapper(ApiToken, tables.tokens, view=_all_but("last_used_at")),
             Mapper(Grant, tables.grants, view=lambda g: None if g.deleted_at is not None else _WHOLE(g)),
-            Mapper(Worker, tables.workers, nested={"confirmed": Epoch}),
+            Mapper(Worker, tables.workers, nested={"confirmed": Epoch}, documents={"backends": dict}),
             Mapper(Intent, tables.intents, enums={"kind": IntentKind, "state": IntentState}),
             Mapper(CustodianLease, tables.custodian),
         )

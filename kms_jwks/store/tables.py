@@ -17,7 +17,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from kms_jwks.model import Access, IntentKind, IntentState, Purpose, VersionState
+from kms_jwks.model import Access, IntentKind, IntentState, Origin, Purpose, VersionState
 
 metadata = MetaData(
     naming_convention={
@@ -58,7 +58,9 @@ def _flag(name: str) -> Column[bool]:
     return Column(name, Boolean(create_constraint=False), nullable=False)
 
 
-def _one_of(column: str, values: type[Access | Purpose | VersionState | IntentKind | IntentState]) -> CheckConstraint:
+def _one_of(
+    column: str, values: type[Access | Purpose | VersionState | Origin | IntentKind | IntentState]
+) -> CheckConstraint:
     listed = ", ".join(f"'{value.value}'" for value in values)
     return CheckConstraint(f"{column} IN ({listed})", name=column)
 
@@ -124,6 +126,9 @@ keys = Table(
     _number("policy_clock_skew"),
     _number("policy_handover"),
     _number("policy_destroy_after"),
+    _number("policy_rotate_jitter"),
+    _text("policy_rotate_window"),
+    _instant("policy_hold_until", nullable=True),
     _text("profile_name"),
     _text("profile_typ"),
     _number("profile_default_lifetime"),
@@ -168,9 +173,15 @@ versions = Table(
     _instant("destroy_at", nullable=True),
     _instant("destroyed_at", nullable=True),
     _text("breaches"),
+    _text("origin"),
+    _text("weaknesses"),
+    _flag("emergency"),
+    _instant("destroy_told", nullable=True),
+    _text("absence", nullable=True),
     UniqueConstraint("key_id", "number"),
     UniqueConstraint("kid"),
     _one_of("state", VersionState),
+    _one_of("origin", Origin),
     Index("ix_versions_state", "state"),
     Index("ix_versions_key_set_id", "key_set_id"),
 )
@@ -255,6 +266,7 @@ workers = Table(
     _number("confirmed_counter", nullable=True),
     _instant("stopped_at", nullable=True),
     _text("stop_reason", nullable=True),
+    _text("backends", nullable=True),
     Index("ix_workers_stopped_at", "stopped_at"),
 )
 

@@ -15,13 +15,14 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, create_engine, inspect, text
+from sqlalchemy import Connection, MetaData, Table, create_engine, inspect, text
 
 from kms_jwks import errors
-from kms_jwks.model import Client, Grant, Id
+from kms_jwks.model import Client, Grant, Id, Intent, IntentKind, IntentState, VersionState, Worker
 from kms_jwks.store import Store, schema
+from kms_jwks.store.mapping import MAPPERS
 from kms_jwks.store.tables import metadata
-from tests.unit.builders import T0, key_set
+from tests.unit.builders import T0, key, key_set, version
 
 MIGRATIONS = Path(schema.__file__).parent / "migrations"
 NEXT = """
@@ -36,6 +37,10 @@ def upgrade() -> None:
     with op.batch_alter_table("clients", recreate="{recreate}") as batch:
         batch.add_column(sa.Column("note", sa.Text()))
 """
+
+
+_WORKER = Worker(Id("worker-1"), "node", 7, 10, T0, T0)
+_INTENT = Intent(Id("intent-1"), IntentKind.GENERATE, Id("version-1"), "softhsm", "kj-1", IntentState.DONE, T0, T0)
 
 
 class SchemaContract:
@@ -115,19 +120,28 @@ class SchemaContract:
             tx.add(Grant(Id("grant-2"), Id("nobody"), "signer", T0))
 
     def test_every_schema_there_ever_was_is_brought_up_to_date(
-        self, store: Store, monkeypatch: pytest.MonkeyPatch
+        self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """From the first one on, one revision after the other, as an installation that is upgraded for years."""
+        """From the first one on, one revision after the other, and what was written under the first is read under
+        the last."""
         revisions = sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("0*.py"))
         assert revisions[-1] == schema.needed()
-        upgrade = command.upgrade
+        upgrade, things = command.upgrade, (key_set(), key(), version(1, VersionState.ACTIVE), _WORKER, _INTENT)
         for revision in revisions:
             with monkeypatch.context() as patched:
                 patched.setattr(command, "upgrade", lambda config, _, to=revision: upgrade(config, to))
                 store.upgrade()
+            if revision == revisions[0]:
+                with connected(url) as connection:
+                    for thing in things:
+                        mapper = MAPPERS[type(thing)]
+                        then = Table(mapper.table.name, MetaData(), autoload_with=connection)
+                        row = {name: value for name, value in mapper.to_row(thing).items() if name in then.c}
+                        connection.execute(then.insert().values(row))
         store.check_schema()
-        with store.write() as tx:
-            tx.add(key_set())
+        with store.read() as tx:
+            found = (*tx.key_sets(), *tx.keys(), *tx.versions(), *tx.workers(), *tx.intents())
+        assert found == things
 
     def test_a_migration_that_fails_changes_nothing(
         self, store: Store, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

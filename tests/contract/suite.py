@@ -25,7 +25,7 @@ from typing import TypeAlias
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -66,7 +66,9 @@ def verify(alg: Algorithm, jwk: dict[str, str], what: Message | Digest, signatur
     """By cryptography alone. Raises InvalidSignature."""
     key = public_key(jwk)
     data = what.data if isinstance(what, Message) else what.value
-    if isinstance(key, ed25519.Ed25519PublicKey):
+    if isinstance(
+        key, ed25519.Ed25519PublicKey | mldsa.MLDSA44PublicKey | mldsa.MLDSA65PublicKey | mldsa.MLDSA87PublicKey
+    ):
         key.verify(signature, data)
         return
     hash_ = _HASHES[alg.hash or ""]

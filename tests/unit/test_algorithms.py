@@ -3,6 +3,7 @@
 import hashlib
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import mldsa
 from joserfc.jwa import JWS_ALGORITHMS
 
 from kms_jwks.algorithms import ALGORITHMS, DEFAULT_RSA_BITS, RSA_BITS, Algorithm, Family
@@ -21,6 +22,9 @@ ROWS = [
     ("ES256K", Family.ECDSA, "EC", "sha256", "secp256k1", 64),  # RFC 8812 §3.2
     ("EdDSA", Family.EDDSA, "OKP", None, "Ed25519", 64),  # RFC 8037 §3.1
     ("Ed25519", Family.EDDSA, "OKP", None, "Ed25519", 64),  # RFC 9864 §2.2
+    ("ML-DSA-44", Family.ML_DSA, "AKP", None, None, 2420),  # RFC 9964 §4, FIPS 204 table 2
+    ("ML-DSA-65", Family.ML_DSA, "AKP", None, None, 3309),
+    ("ML-DSA-87", Family.ML_DSA, "AKP", None, None, 4627),
 ]
 
 
@@ -45,11 +49,19 @@ def test_there_is_no_other_row() -> None:
     assert DEFAULT_RSA_BITS in RSA_BITS
 
 
-@pytest.mark.parametrize("row", ALGORITHMS.values(), ids=str)
+@pytest.mark.parametrize("row", [row for row in ALGORITHMS.values() if not row.is_post_quantum], ids=str)
 def test_joserfc_knows_it_and_hashlib_its_hash(row: Algorithm) -> None:
     assert row.name in {model.name for model in JWS_ALGORITHMS}
     if row.hash is not None:
         assert hashlib.new(row.hash).digest_size * 8 == int(row.name.rstrip("K")[2:])
+
+
+@pytest.mark.parametrize("row", [row for row in ALGORITHMS.values() if row.is_post_quantum], ids=str)
+def test_cryptography_knows_it_and_its_lengths(row: Algorithm) -> None:
+    pairs = (mldsa.MLDSA44PrivateKey, mldsa.MLDSA65PrivateKey, mldsa.MLDSA87PrivateKey)
+    private = next(pair for pair in pairs if pair.__name__.startswith(row.name.replace("-", ""))).generate()
+    assert len(private.public_key().public_bytes_raw()) == row.public_bytes
+    assert len(private.sign(b"x")) == row.signature_length()
 
 
 def test_only_es256k_needs_a_key_set_of_its_own() -> None:

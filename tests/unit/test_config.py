@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from kms_jwks.config import Pkcs11Backend, Settings, load_settings, prepare_state_dir, variable_name
+from kms_jwks.config import (
+    AwsKmsBackend,
+    Pkcs11Backend,
+    Settings,
+    ThirdPartyBackend,
+    load_settings,
+    prepare_state_dir,
+    variable_name,
+)
 from kms_jwks.errors import ConfigurationError
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "kms-jwks.toml"
@@ -79,7 +87,12 @@ def test_variables_reach_into_backends(toml: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("KMS_JWKS_BACKENDS__HSM_1__SESSIONS", "8")
     monkeypatch.setenv("KMS_JWKS_BACKENDS__HSM_1__SIGN_IN_PLACE", "false")
     monkeypatch.setenv("KMS_JWKS_BACKENDS__HSM_1__ENVIRONMENT__Vendor_CONF", "/etc/hsm,conf")
+    monkeypatch.setenv("KMS_JWKS_BACKENDS__HSM_1__MANAGEMENT__PIN_ENV", "KMS_JWKS_CUSTODIANS_PIN")
+    monkeypatch.setenv("KMS_JWKS_CUSTODIANS_PIN", "1234")
     backend = load_settings(toml).backends["hsm-1"]
+    assert isinstance(backend, Pkcs11Backend)
+    assert backend.management is not None
+    assert backend.management.pin_env == "KMS_JWKS_CUSTODIANS_PIN"
     assert backend.sessions == 8
     assert backend.sign_in_place is False
     assert backend.environment == {"Vendor_CONF": "/etc/hsm,conf"}
@@ -163,7 +176,7 @@ def test_a_bad_value_is_refused_by_name(toml: Path, line: str, named: str) -> No
         (("token_label", "#token_label"), "token_serial"),
         (("pin_file", "#pin_file"), "pin_env"),
         (("pin_file", "pin_stdin = true\npin_file"), "exactly one"),
-        (('"pkcs11"', '"pkcs12"'), "backends.hsm-1.type (KMS_JWKS_BACKENDS__HSM_1__TYPE)"),
+        (('"pkcs11"', '"PKCS 11"'), "backends.hsm-1.type (KMS_JWKS_BACKENDS__HSM_1__TYPE)"),
         (("module", "modul"), "backends.hsm-1.module"),
         (("hsm-1", "HSM"), "backends.HSM"),
         (("pin_file", 'token_serial = "a"\nexpected_serial = "b"\npin_file'), "different tokens"),
@@ -204,7 +217,9 @@ def test_the_clients_variables_and_a_pin_are_no_unknown_settings(toml: Path, mon
     toml.write_text(HSM.replace('pin_file = "/run/pin"', 'pin_env = "KMS_JWKS_PIN"'))
     for name in ("ADDR", "TOKEN", "CACERT", "CLIENT_CERT", "CLIENT_KEY", "VECTORS", "PIN"):
         monkeypatch.setenv(f"KMS_JWKS_{name}", "1234")
-    assert load_settings(toml).backends["hsm-1"].pin_env == "KMS_JWKS_PIN"
+    backend = load_settings(toml).backends["hsm-1"]
+    assert isinstance(backend, Pkcs11Backend)
+    assert backend.pin_env == "KMS_JWKS_PIN"
 
 
 def test_a_value_and_a_group_under_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +266,8 @@ def test_the_state_folder_is_private(tmp_path: Path) -> None:
 
 # --- the example ------------------------------------------------------------------------------------------------------
 
+MODELS: dict[str, type[BaseModel]] = {"softhsm": Pkcs11Backend, "aws": AwsKmsBackend}
+
 SETTING = re.compile(r"#(\w+) = |#\[[\w.]+\]")
 """A commented setting has no space behind its '#', prose has one."""
 
@@ -277,12 +294,15 @@ def test_the_example_as_it_stands_sets_nothing() -> None:
 def test_the_example_has_every_setting_and_no_other() -> None:
     values = tomllib.loads(uncommented())
     assert values.keys() == Settings.model_fields.keys()
-    assert values["backends"]["softhsm"].keys() == Pkcs11Backend.model_fields.keys()
+    for name, model in MODELS.items():
+        assert values["backends"][name].keys() == model.model_fields.keys()
 
 
 def test_the_example_shows_the_defaults() -> None:
     values = tomllib.loads(uncommented())
-    for model, shown in ((Settings, values), (Pkcs11Backend, values["backends"]["softhsm"])):
+    models: list[tuple[type[BaseModel], Any]] = [(Settings, values)]
+    models += [(model, values["backends"][name]) for name, model in MODELS.items()]
+    for model, shown in models:
         for name, field in model.model_fields.items():
             default = field.default
             if not field.is_required() and field.default_factory is None and default is not None:
@@ -297,22 +317,35 @@ def test_the_example_is_valid_once_one_source_of_the_pin_is_chosen(toml: Path) -
     toml.write_text(text)
     settings = load_settings(toml)
     assert settings.default_backend == "softhsm"
-    assert settings.backends["softhsm"].environment.keys() == {"SOFTHSM2_CONF"}
+    softhsm, aws = settings.backends["softhsm"], settings.backends["aws"]
+    assert isinstance(softhsm, Pkcs11Backend)
+    assert softhsm.environment.keys() == {"SOFTHSM2_CONF"}
+    assert isinstance(aws, AwsKmsBackend)
+    assert aws.region == "eu-central-1"
+
+
+def test_a_type_that_is_not_ours_keeps_its_own_settings(toml: Path) -> None:
+    toml.write_text('[backends.vault]\ntype = "vault-transit"\nmount = "transit"\nwaiting = 4\n')
+    backend = load_settings(toml).backends["vault"]
+    assert isinstance(backend, ThirdPartyBackend)
+    assert (backend.type, backend.waiting, dict(backend.options)) == ("vault-transit", 4, {"mount": "transit"})
 
 
 def test_the_example_says_each_settings_variable_range_and_choices() -> None:
-    prose = dict(paragraphs())
-    described: dict[str, tuple[tuple[str, ...], Any]] = {
-        name: ((name,), field) for name, field in Settings.model_fields.items() if name != "backends"
-    } | {
-        name: (("backends", "softhsm", name), field)
-        for name, field in Pkcs11Backend.model_fields.items()
-        if name != "environment"
-    }
-    for name, (path, field) in described.items():
-        assert variable_name(path) in prose[name].split(), name
+    described: list[tuple[tuple[str, ...], Any]] = [
+        ((name,), field) for name, field in Settings.model_fields.items() if name != "backends"
+    ] + [
+        (("backends", backend, name), field)
+        for backend, model in MODELS.items()
+        for name, field in model.model_fields.items()
+        if name not in ("environment", "management")
+    ]
+    paragraph = {text: name for name, text in paragraphs()}
+    for path, field in described:
+        prose = next((text for text in paragraph if variable_name(path) in text.split()), "")
+        assert paragraph.get(prose) == path[-1], path
         low, high = (next((getattr(m, end) for m in field.metadata if hasattr(m, end)), None) for end in ("ge", "le"))
         if low is not None and high is not None:
-            assert f"{low} to {high}" in prose[name], name
+            assert f"{low} to {high}" in prose, path
         for choice in re.findall(r"'(\w+)'", str(field.annotation)) if "Literal" in str(field.annotation) else ():
-            assert f'"{choice}"' in prose[name], (name, choice)
+            assert f'"{choice}"' in prose, (path, choice)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, mldsa, padding, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +23,12 @@ CURVES: dict[str, Callable[[], ec.EllipticCurve]] = {
     "ES512": ec.SECP521R1,
     "ES256K": ec.SECP256K1,
 }
+MlDsaKey = mldsa.MLDSA44PrivateKey | mldsa.MLDSA65PrivateKey | mldsa.MLDSA87PrivateKey
+ML_DSA: dict[str, type[MlDsaKey]] = {
+    "ML-DSA-44": mldsa.MLDSA44PrivateKey,
+    "ML-DSA-65": mldsa.MLDSA65PrivateKey,
+    "ML-DSA-87": mldsa.MLDSA87PrivateKey,
+}
 HASHES: dict[str, hashes.HashAlgorithm] = {
     "sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashes.SHA512()
 }  # fmt: skip
@@ -34,9 +40,11 @@ def rsa_key(bits: int = 2048, e: int = 65537) -> rsa.RSAPrivateKey:
 
 
 @cache
-def private_key(name: str) -> rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey:
+def private_key(name: str) -> rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | MlDsaKey:
     if name in CURVES:
         return ec.generate_private_key(CURVES[name]())
+    if name in ML_DSA:
+        return ML_DSA[name].generate()
     if ALGORITHMS[name].is_rsa:
         return rsa_key()
     return ed25519.Ed25519PrivateKey.generate()
@@ -49,7 +57,7 @@ def public(name: str) -> dict[str, Any]:
 def sign(alg: Algorithm, message: bytes, *, salt: int | None = None) -> bytes:
     """What a module does, with a key in memory."""
     key = private_key(alg.name)
-    if isinstance(key, ed25519.Ed25519PrivateKey):
+    if isinstance(key, ed25519.Ed25519PrivateKey | MlDsaKey):
         return key.sign(message)
     assert alg.hash is not None
     digest = HASHES[alg.hash]
@@ -233,7 +241,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # not the algorithm's
     ("ES256", {"kty": None}, "kty is missing"),
     ("ES256", {"kty": "ec"}, "kty is 'ec'"),
-    ("ES256", {"kty": "AKP"}, "kty is 'AKP'"),
+    ("ES256", {"kty": "AKP"}, "alg is missing"),
+    ("ES256", {"kty": "XYZ"}, "kty is 'XYZ'"),
     ("ES256", {"kty": 5}, "kty is no string"),
     ("ES256", {"kty": ["EC"]}, "kty is no string"),
     ("ES256", {"kty": "RSA"}, "n is missing"),
@@ -333,7 +342,7 @@ def test_what_is_no_key_at_all(jwk: dict[str, str]) -> None:
 @pytest.mark.parametrize("other", ALL, ids=lambda alg: alg.name)
 def test_a_key_fits_only_the_algorithms_of_its_type(alg: Algorithm, other: Algorithm) -> None:
     jwk = public(other.name)
-    if (alg.kty, alg.crv) == (other.kty, other.crv):
+    if (alg.kty, alg.crv, alg.public_bytes) == (other.kty, other.crv, other.public_bytes):
         assert jose.check_public_jwk(jwk, alg) == jwk
     else:
         with pytest.raises(InvalidJwk):

@@ -46,6 +46,7 @@ class Pkcs11Backend:
         self.name = name
         self.sign_in_place = options.sign_in_place
         self._options = options
+        self.recovered_at = 0.0
         self._bound_to: str | None = None
         # By process: a child of a fork sees the parent's entry, keeps it alive (its locks and handles are not the
         # child's to touch) and makes its own.
@@ -95,19 +96,12 @@ class Pkcs11Backend:
         return self._read("listing keys", work)
 
     def adopt(self, locator: str) -> GeneratedKey:
-        """Find the one private key with a label, or with ``id=<hexadecimal CKA_ID>``, that is as good as our own."""
+        """Find the one private key with a label, or with ``id=<hexadecimal CKA_ID>``."""
         template = _adoption(locator)
 
         def work(seat: Seat) -> GeneratedKey:
             ref = objects.the_one(seat, template, locator)
-            private = objects.private_key(seat, ref)
-            jwk = objects.jwk_of(seat, ref, private)
-            if weak := keys.weakness(keys.evidence_of(private)):
-                raise BackendRefused(
-                    f"The key {locator!r} is not adopted: by the module's own attributes {weak}.",
-                    next_step="Generate a new key and rotate to it.",
-                )
-            return GeneratedKey(ref, jwk)
+            return GeneratedKey(ref, objects.jwk_of(seat, ref, objects.private_key(seat, ref)))
 
         return self._read("adopting a key", work)
 
@@ -159,6 +153,9 @@ class Pkcs11Backend:
     def destroy(self, ref: KeyRef) -> None:
         """See `Backend.destroy`. Both halves are gone, and were looked for again, when this returns."""
         self._mutate("destroying a key", lambda seat: making.destroyed(seat, ref))
+
+    def distrust(self, ref: KeyRef) -> None:
+        """See `Backend.distrust`."""
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
         """Tokens have no waiting period: False."""

@@ -194,13 +194,3 @@ def evidence_of(private: Object) -> Evidence:
         ),
         sign_only=read[Attribute.SIGN] is True and not any(read[use] for use in _USES),
     )
-
-
-def weakness(evidence: Evidence) -> str:
-    """What does not hold, in words; empty where all does."""
-    claims = {
-        "it was not generated in the module": evidence.generated_in_module,
-        "it is or was extractable": evidence.non_extractable,
-        "it may do more than sign": evidence.sign_only,
-    }
-    return ", ".join(words for words, holds in claims.items() if not holds)

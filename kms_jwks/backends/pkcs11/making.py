@@ -88,10 +88,10 @@ def _generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
     jwk = jwk_of(seat, ref, private)
     if not keys.fits(request.alg, jwk) or (request.rsa_bits and keys.modulus_bits(jwk) != request.rsa_bits):
         raise BackendRefused(f"The module made another key than one for {request.alg.name}.")
-    weak = keys.weakness(keys.evidence_of(private))
-    if weak:
+    weaknesses = keys.evidence_of(private).weaknesses
+    if weaknesses:
         raise BackendRefused(
-            f"The module's own attributes of the new key say that {weak}.",
+            f"The module's own attributes of the new key say that {', '.join(weaknesses)}.",
             next_step="Look at the token's policy: keys must be made in it, non-extractable, for signing alone.",
         )
     # SoftHSM does not sync its store: what was read back and signs is at least what every later search will find.

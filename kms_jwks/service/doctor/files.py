@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from kms_jwks.config import Settings
+from kms_jwks.config import Pkcs11Backend, Settings
 from kms_jwks.service.doctor.checks import Check, State
 
 
@@ -34,6 +34,10 @@ def files(settings: Settings) -> Iterator[Check]:
     if locks.exists():
         yield from _folder("lock directory", locks)
     for name, options in settings.backends.items():
+        if not isinstance(options, Pkcs11Backend):
+            continue
+        if options.management is not None and options.management.pin_file is not None:
+            yield _private(f"custodian's PIN file of {name}", options.management.pin_file)
         if options.pin_file is not None:
             yield _private(f"PIN file of {name}", options.pin_file)
         if not options.module.is_file():
