@@ -32,6 +32,7 @@ class Handle:
     key: Any
     kty: str
     crv: str | None
+    """Of an ML-DSA key: its parameter set, which is the JWK's `alg`."""
     rsa_bits: int
     """Of the modulus; 0 where the key is no RSA key."""
 

@@ -12,7 +12,7 @@ from pkcs11 import Attribute, KeyType, Object, PKCS11Error
 from pkcs11.attributes import AttributeMapper, handle_ulong
 
 from kms_jwks import jose
-from kms_jwks.algorithms import Algorithm
+from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.base import Evidence, PublicJwk
 from kms_jwks.backends.pkcs11.meanings import Meaning, meaning_of
 from kms_jwks.errors import BackendRefused, InvalidJwk, UnsupportedAlgorithm
@@ -59,6 +59,8 @@ CURVES: Final[Mapping[str, Curve]] = MappingProxyType(
         ),
     }
 )
+PARAMETER_SETS: Final[Mapping[int, str]] = MappingProxyType({1: "ML-DSA-44", 2: "ML-DSA-65", 3: "ML-DSA-87"})
+"""CKA_PARAMETER_SET of ML-DSA keys (CKP_ML_DSA_…, PKCS#11 v3.2) → `alg`."""
 _CRV: Final = {parameters: crv for crv, row in CURVES.items() for parameters in row.parameters}
 
 
@@ -131,16 +133,39 @@ def crv_of(parameters: bytes) -> str:
     return crv
 
 
+def ml_dsa_jwk(parameter_set: int, value: bytes) -> PublicJwk:
+    """The JWK of CKA_PARAMETER_SET and a public key's CKA_VALUE (PKCS#11 v3.2, RFC 9964 §3).
+
+    Raises UnsupportedAlgorithm, BackendRefused.
+    """
+    name = PARAMETER_SETS.get(parameter_set)
+    if name is None:
+        raise UnsupportedAlgorithm(f"The key has CKA_PARAMETER_SET {parameter_set:#x}, which FIPS 204 does not have.")
+    if len(value) != ALGORITHMS[name].public_bytes:
+        raise BackendRefused(f"The module holds a public key of {len(value)} bytes, which {name} never has.")
+    return {"kty": "AKP", "alg": name, "pub": jose.b64u_encode(value)}
+
+
+def variant(alg: Algorithm) -> str | None:
+    """What tells keys of one `kty` apart: the curve, or the parameter set, None for RSA."""
+    return alg.name if alg.is_post_quantum else alg.crv
+
+
 def fits(alg: Algorithm, jwk: PublicJwk) -> bool:
     """Whether the key is one that `alg` signs with."""
-    if jwk["kty"] != alg.kty or jwk.get("crv") != alg.crv:
+    if jwk["kty"] != alg.kty or (jwk.get("crv") or jwk.get("alg")) != variant(alg):
         return False
     return not alg.is_rsa or modulus_bits(jwk) in alg.rsa_bits
 
 
-def modulus_bits(jwk: PublicJwk) -> int:
+def modulus(jwk: PublicJwk) -> int:
     """Of an RSA key."""
-    return int.from_bytes(jose.b64u_decode(jwk["n"]), "big").bit_length()
+    return int.from_bytes(jose.b64u_decode(jwk["n"]), "big")
+
+
+def modulus_bits(jwk: PublicJwk) -> int:
+    """The length of an RSA key's modulus."""
+    return modulus(jwk).bit_length()
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------
