@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from pkcs11 import Attribute, KeyType, Object, PKCS11Error
+from pkcs11 import Attribute, KeyType, Mechanism, Object, PKCS11Error
 from pkcs11.attributes import AttributeMapper, handle_ulong
 
 from kms_jwks import jose
@@ -29,6 +30,16 @@ class Mapper(AttributeMapper):
         for attribute in (Attribute.KEY_TYPE, Attribute.KEY_GEN_MECHANISM):
             # As numbers: vendors define their own, which python-pkcs11's enumerations refuse.
             self.register_handler(attribute, *handle_ulong)
+        # One that python-pkcs11 leaves out: CK_MECHANISM_TYPE, one after the other.
+        self.register_handler(Attribute.ALLOWED_MECHANISMS, _packed, _unpacked)
+
+
+def _packed(mechanisms: Iterable[int]) -> bytes:
+    return array("L", mechanisms).tobytes()
+
+
+def _unpacked(value: bytes) -> tuple[int, ...]:
+    return tuple(array("L", value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +102,19 @@ PUBLIC: Final[Mapping[Attribute, Any]] = MappingProxyType(
 )
 FROZEN: Final[Mapping[Attribute, Any]] = MappingProxyType({Attribute.MODIFIABLE: False, Attribute.COPYABLE: False})
 """Added where the module takes it: else whoever has the PIN could give a key, or a copy of it, further uses."""
+
+
+def strict(mechanisms: Collection[Mechanism]) -> Iterator[tuple[Template, Template]]:
+    """What to add to a private and a public key's template, strictest first; the last adds nothing.
+
+    `mechanisms` are all that the key is to sign with (CKA_ALLOWED_MECHANISMS).
+    """
+    restricted: Template = {Attribute.ALLOWED_MECHANISMS: mechanisms}
+    frozen = dict(FROZEN)
+    yield {**frozen, **restricted}, frozen
+    yield frozen, frozen
+    yield restricted, {}
+    yield {}, {}
 
 
 # --- public keys ------------------------------------------------------------------------------------------------------
@@ -190,6 +214,10 @@ _EVIDENCE: Final = (
     Attribute.PRIVATE,
     Attribute.MODIFIABLE,
     Attribute.COPYABLE,
+    Attribute.DESTROYABLE,
+    Attribute.ALLOWED_MECHANISMS,
+    Attribute.ALWAYS_AUTHENTICATE,
+    Attribute.WRAP_WITH_TRUSTED,
     Attribute.SIGN,
     *_USES,
 )
@@ -209,7 +237,7 @@ def evidence_of(private: Object) -> Evidence:
     """Read a private key's attributes back and judge them."""
     read = {attribute: optional(private, attribute) for attribute in _EVIDENCE}
     return Evidence(
-        attributes={f"CKA_{attribute.name}": value for attribute, value in read.items()},
+        attributes={f"CKA_{attribute.name}": _shown(value) for attribute, value in read.items()},
         generated_in_module=read[Attribute.LOCAL] is True,
         non_extractable=(
             read[Attribute.SENSITIVE] is True
@@ -219,3 +247,17 @@ def evidence_of(private: Object) -> Evidence:
         ),
         sign_only=read[Attribute.SIGN] is True and not any(read[use] for use in _USES),
     )
+
+
+def _shown(value: Any) -> Any:
+    """An attribute as evidence keeps it: mechanisms by their names, an empty list as no restriction."""
+    if not isinstance(value, tuple):
+        return value
+    return ", ".join(_mechanism(number) for number in sorted(value)) or None
+
+
+def _mechanism(number: int) -> str:
+    try:
+        return f"CKM_{Mechanism(number).name}"
+    except ValueError:
+        return f"{number:#x}"

@@ -28,7 +28,7 @@ _LOOKS: Final = (0.0, 0.01, 0.05)
 """Seconds before each look for a key, until it counts as absent: a look may meet the store while it is rewritten."""
 _HEXADECIMAL: Final = re.compile("(?:[0-9a-f]{2})*")
 _SIGNATURE_ROOM: Final = 1024
-"""Bytes python-pkcs11 sets aside for a signature; its default of 8192 costs time in each call."""
+"""Bytes python-pkcs11 sets aside for a signature, where none is longer; its default of 8192 costs time in each call."""
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -204,9 +204,10 @@ def signed(seat: Seat, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> b
     if handle.kty != alg.kty or handle.crv != keys.variant(alg) or not _size_fits(handle, alg):
         kind = f"{handle.rsa_bits}-bit RSA" if handle.rsa_bits else f"{handle.kty} {handle.crv}"
         raise BackendRefused(f"The key {described(ref)} is {kind}, which {alg.name} does not sign with.")
-    data, mechanism = prepared(alg, what, seat.connection.mechanisms)
+    data, mechanism = prepared(alg, what, handle.mechanisms)
     pss = ROWS[alg.name].pss
-    signature: bytes = handle.key.sign(data, mechanism=mechanism, mechanism_param=pss, buffer_size=_SIGNATURE_ROOM)
+    room = max(_SIGNATURE_ROOM, alg.signature_bytes)
+    signature: bytes = handle.key.sign(data, mechanism=mechanism, mechanism_param=pss, buffer_size=room)
     if len(signature) != alg.signature_length(handle.rsa_bits or None):
         raise BackendRefused(f"The module made a signature of {len(signature)} bytes, which {alg.name} never has.")
     return signature
@@ -216,7 +217,11 @@ def _handle(seat: Seat, ref: KeyRef) -> Handle:
     key = private_key(seat, ref)
     jwk = jwk_of(seat, ref, key)
     variant = jwk.get("crv") or jwk.get("alg")
-    return Handle(key, jwk["kty"], variant, keys.modulus_bits(jwk) if jwk["kty"] == "RSA" else 0)
+    mechanisms = seat.connection.mechanisms
+    allowed = keys.optional(key, Attribute.ALLOWED_MECHANISMS)
+    if allowed:
+        mechanisms = frozenset(m for m in mechanisms if m in allowed)
+    return Handle(key, jwk["kty"], variant, keys.modulus_bits(jwk) if jwk["kty"] == "RSA" else 0, mechanisms)
 
 
 def _size_fits(handle: Handle, alg: Algorithm) -> bool:

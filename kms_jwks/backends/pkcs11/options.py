@@ -84,7 +84,11 @@ def module_problem(uri: Uri, module: Path) -> str | None:
     """Why a URI's module-path or module-name does not mean `module`, or None. A path may be that of its folder."""
     if uri.module_path is not None:
         named = Path(uri.module_path)
-        if module.resolve() not in (named.resolve(), named.resolve() / module.name):
+        try:
+            is_it = module.resolve() in (named.resolve(), (named / module.name).resolve())
+        except (OSError, ValueError, RuntimeError):  # no path at all, or one that leads in a circle
+            is_it = False
+        if not is_it:
             return f"its module-path is not the backend's module {module}"
     if uri.module_name is not None and uri.module_name not in (_stem(module), _stem(module).removeprefix("lib")):
         return f"its module-name is not that of the backend's module {module}"

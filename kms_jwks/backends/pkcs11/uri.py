@@ -27,7 +27,7 @@ _TYPES: Final = ("public", "private", "cert", "secret-key", "data")
 _OF_THE_OBJECT: Final = frozenset({"object", "id", "type"})
 
 # RFC 7512 §2.3: unreserved characters, percent-encodings, and what a path or a query may hold as it is.
-_UNRESERVED: Final = r"A-Za-z0-9._~-"
+_UNRESERVED: Final = r"A-Za-z0-9._~\-"
 _PATH_VALUE: Final = re.compile(rf"(?:[{_UNRESERVED}:\[\]@!$'()*+,=&]|%[0-9A-Fa-f]{{2}})*")
 _QUERY_VALUE: Final = re.compile(rf"(?:[{_UNRESERVED}:\[\]@!$'()*+,=/?|]|%[0-9A-Fa-f]{{2}})*")
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
@@ -67,7 +67,7 @@ class Uri:
     def contradictions(self, shown: Mapping[str, str]) -> list[str]:
         """What does not fit the token, slot and library that a module shows, by the attributes' names, in words.
 
-        What the URI does not say fits anything (§2.5).
+        What the URI does not say fits anything.
         """
         return [
             f"{name} is {shown.get(name, '')!r}, not {wanted!r}"
@@ -89,7 +89,7 @@ def parse(uri: str) -> Uri:
     """Read a URI. Raises ValueError, whose text repeats no value.
 
     Refused are what the grammar does not allow, an attribute that stands twice, one of the path that RFC 7512 does not
-    know (nothing could be known to fit it, §2.5; one of the query is passed over), and PINs, wherever they point to:
+    know (nothing could be known to fit it; one of the query is passed over), and PINs, wherever they point to:
     they are the configuration's.
     """
     if uri[: len(SCHEME)].lower() != SCHEME:
