@@ -51,6 +51,21 @@ class ProfileFields(Request):
     default_lifetime: Seconds | UnsetType = UNSET
 
 
+class Adopt(Request):
+    """A key pair that a module holds already, to become a key version.
+
+    `locator` is the backend's: a label, `id=` and a CKA_ID, or a PKCS#11 URI; a key id, ARN or alias. `accept` takes
+    the key although it is weaker than one that was made here, which then stands on the version.
+    """
+
+    locator: Annotated[str, Meta(min_length=1, max_length=2048)]
+    kid: Kid | UnsetType = UNSET
+    """Its kid as verifiers know it; its thumbprint where nothing is said."""
+    accept: bool = False
+    public_key: Annotated[str, Meta(max_length=16_384)] | dict[str, Any] | UnsetType = UNSET
+    """PEM or JWK, for a module that holds the private key alone."""
+
+
 class KeyCreate(Request):
     name: Name
     alg: Annotated[str, Meta(max_length=32)]
@@ -58,6 +73,12 @@ class KeyCreate(Request):
     rsa_bits: Literal[2048, 3072, 4096] | UnsetType = UNSET
     policy: PolicyFields | UnsetType = UNSET
     profile: ProfileFields | UnsetType = UNSET
+    adopt: Adopt | UnsetType = UNSET
+    """The first version is this key pair; none is made."""
+
+
+class VersionCreate(Request):
+    adopt: Adopt | UnsetType = UNSET
 
 
 class KeySetCreate(Request):
@@ -129,6 +150,10 @@ class Version(Answer):
     destroy_at: datetime | None = None
     destroyed_at: datetime | None = None
     breaches: list[Breach] = []
+    origin: str = "generated"
+    """Who made the pair: `generated` here, or `adopted`."""
+    weaknesses: list[str] = []
+    """What does not hold of an adopted key and was accepted, in words."""
 
 
 class Key(Answer):

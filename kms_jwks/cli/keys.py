@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from kms_jwks import wire
+from kms_jwks.cli.adopting import adopt_options, adoption
 from kms_jwks.cli.api import api_command, key_arguments, key_set_argument
 from kms_jwks.cli.text import details, duration, note, table, when, yes
 from kms_jwks.cli.values import DURATION, given
@@ -62,8 +63,19 @@ def list_keys(api: Api, key_set: str) -> None:
     api.show_list(
         api.client.keys(key_set),
         lambda items: table(
-            ("NAME", "ALG", "BACKEND", "ENABLED", "VERSIONS", "ACTIVE KID"),
-            ((k.name, k.alg, k.backend, yes(k.enabled), len(k.versions), k.active_kid or "-") for k in items),
+            ("NAME", "ALG", "BACKEND", "ENABLED", "VERSIONS", "ACTIVE KID", "WARNINGS"),
+            (
+                (
+                    k.name,
+                    k.alg,
+                    k.backend,
+                    yes(k.enabled),
+                    len(k.versions),
+                    k.active_kid or "-",
+                    "; ".join(k.warnings) or "-",
+                )
+                for k in items
+            ),
         ),
     )
 
@@ -79,16 +91,22 @@ def show_key(api: Api, key_set: str, key: str) -> None:
 @api_command(key, "create")
 @key_set_argument
 @click.argument("name")
-@click.option("--alg", required=True, help="RS256/384/512, PS256/384/512, ES256/384/512, ES256K, EdDSA or Ed25519.")
+@click.option(
+    "--alg",
+    required=True,
+    help="RS256/384/512, PS256/384/512, ES256/384/512, ES256K, EdDSA or Ed25519, ML-DSA-44/65/87.",
+)
 @click.option("--rsa-bits", type=int, help="2048, 3072 or 4096. [default: 3072]")
 @click.option("--backend", metavar="NAME", help="The module that makes it. [default: the service's]")
+@adopt_options
 @_policy_options
 def create_key(api: Api, key_set: str, **fields: Any) -> None:
     """Create a key NAME in a key set.
 
-    In a set that verifiers know already it signs after the publish lead.
+    In a set that verifiers know already it signs after the publish lead. With --adopt its first version is a key pair
+    that the module holds already.
     """
-    made = api.client.create_key(key_set, wire.convert(_grouped(given(fields)), wire.KeyCreate))
+    made = api.client.create_key(key_set, wire.convert(_grouped(adoption(given(fields))), wire.KeyCreate))
     api.show(lambda: _show(made))
 
 

@@ -29,6 +29,7 @@ from kms_jwks.model import (
     VersionState,
 )
 from kms_jwks.service import lifecycle
+from kms_jwks.service.adoption import recorded
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.modules import Modules
 from kms_jwks.service.office import Fenced, Office
@@ -195,12 +196,7 @@ class Custodian:
                     kid=jose.thumbprint(made.public_jwk),
                     ref=made.ref.as_dict(),
                     public_jwk=dict(made.public_jwk),
-                    evidence={
-                        "attributes": dict(evidence.attributes),
-                        "generated_in_module": evidence.generated_in_module,
-                        "non_extractable": evidence.non_extractable,
-                        "sign_only": evidence.sign_only,
-                    },
+                    evidence=recorded(evidence),
                 )
             )
             tx.save(replace(current, state=IntentState.DONE, finished_at=tx.now()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,7 +22,8 @@ from kms_jwks.model import (
     name_error,
     new_id,
 )
-from kms_jwks.service import lifecycle, present
+from kms_jwks.service import adoption, lifecycle, present
+from kms_jwks.service.adoption import Candidate
 from kms_jwks.service.control import Control, check_revision
 from kms_jwks.service.guard import Presented
 from kms_jwks.service.present import Created
@@ -63,12 +63,15 @@ class Keys:
     def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
         """Create a key. In a set that has published before, its first version signs after the publish lead."""
         control = self._control
+        permission = Permission.KEY_CREATE if request.adopt is UNSET else Permission.KEY_ADOPT
         with control.store.read() as reading:
-            control.guard.enter_set(reading, who, Permission.KEY_CREATE, key_set)
-        check_offered(control, [request])
+            control.guard.enter_set(reading, who, permission, key_set)
+        candidate = look_at(control, request)
         with control.store.write() as tx:
-            found = control.guard.enter_set(tx, who, Permission.KEY_CREATE, key_set)
-            key, version = add_key(tx, control, found.key_set, request)
+            found = control.guard.enter_set(tx, who, permission, key_set)
+            key, version = add_key(tx, control, found.key_set, request, candidate)
+            if candidate is not None:
+                adoption.publish(tx, found.key_set)
         complete = control.wait_for_custodian([version.id])
         with control.store.read() as tx:
             answer = present.key(tx, found.key_set, tx.key_by_id(key.id) or key)
@@ -141,8 +144,13 @@ class Keys:
         return answer
 
 
-def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCreate) -> tuple[Key, KeyVersion]:
-    """Write a key and its first version, `creating`. Raises every refusal of a key's definition."""
+def add_key(
+    tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCreate, candidate: Candidate | None = None
+) -> tuple[Key, KeyVersion]:
+    """Write a key and its first version, `creating`: to be made, or adopted and to be published by the caller.
+
+    Raises every refusal of a key's definition.
+    """
     problem = name_error(request.name)
     if problem is not None:
         raise errors.InvalidField(f"name: {problem}", fields={"field": "name"})
@@ -152,8 +160,8 @@ def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCre
         key_set_id=key_set.id,
         name=request.name,
         alg=request.alg,
-        rsa_bits=_rsa_bits(request),
-        backend=_backend(control, request),
+        rsa_bits=_rsa_bits(request) if candidate is None else candidate.rsa_bits,
+        backend=backend_of(control, request),
         policy=merge(Policy(), request.policy),
         profile=merge(SigningProfile(), request.profile),
         created_at=now,
@@ -164,25 +172,31 @@ def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCre
     check_company(tx, key_set, key.alg)
     lifecycle.require_room(tx, key_set, more_keys=1)
     tx.add(key)
-    return key, lifecycle.add_version(tx, key)
+    if candidate is None:
+        return key, lifecycle.add_version(tx, key)
+    return key, adoption.add_adopted(tx, key, candidate)
 
 
-def check_offered(control: Control, requests: Sequence[wire.KeyCreate]) -> None:
-    """Raise UnsupportedAlgorithmRequested where a module says that it lacks the algorithm, before anything is written.
+def look_at(control: Control, request: wire.KeyCreate) -> Candidate | None:
+    """What a module can say before anything is written: the pair to be adopted, or that it lacks the algorithm.
 
-    A module that is away is not waited for: the custodian finds out.
+    A module that is away is waited for only to adopt; else the custodian finds out. Raises
+    UnsupportedAlgorithmRequested, and what `adoption.examine` raises.
     """
-    for request in requests:
-        name = control.modules.default if request.backend is UNSET else request.backend
-        backend = control.modules.backends.get(name) if name is not None else None
-        if backend is None or request.alg not in ALGORITHMS:
-            continue  # refused by name further on
-        with contextlib.suppress(errors.BackendError):
-            offered = backend.capabilities()
-            if request.alg not in offered:
-                raise errors.UnsupportedAlgorithmRequested(
-                    f"Backend {name!r} does not offer {request.alg}.", fields={"algorithms": sorted(offered)}
-                )
+    if request.adopt is not UNSET:
+        bits = None if request.rsa_bits is UNSET else request.rsa_bits
+        return adoption.examine(control.modules, backend_of(control, request), request.alg, request.adopt, bits)
+    name = control.modules.default if request.backend is UNSET else request.backend
+    backend = control.modules.backends.get(name) if name is not None else None
+    if backend is None or request.alg not in ALGORITHMS:
+        return None  # refused by name further on
+    with contextlib.suppress(errors.BackendError):
+        offered = backend.capabilities()
+        if request.alg not in offered:
+            raise errors.UnsupportedAlgorithmRequested(
+                f"Backend {name!r} does not offer {request.alg}.", fields={"algorithms": sorted(offered)}
+            )
+    return None
 
 
 def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:
@@ -242,7 +256,8 @@ def _rsa_bits(request: wire.KeyCreate) -> int | None:
     return DEFAULT_RSA_BITS if request.rsa_bits is UNSET else request.rsa_bits
 
 
-def _backend(control: Control, request: wire.KeyCreate) -> str:
+def backend_of(control: Control, request: wire.KeyCreate) -> str:
+    """The backend that a request names or leaves to the default. Raises InvalidField, BackendUnknown."""
     name = control.modules.default if request.backend is UNSET else request.backend
     if name is None:
         raise errors.InvalidField(

@@ -21,6 +21,7 @@ from kms_jwks.model import (
     Key,
     KeySet,
     KeyVersion,
+    Origin,
     VersionState,
     new_id,
 )
@@ -201,11 +202,17 @@ def withdraw(tx: WriteTx, key: Key, version: KeyVersion) -> KeyVersion:
             f"Version {version.number} must stay in the JWKS: tokens it signed may be alive (I2).",
             fields={"retirable_at": optional(due), "now": to_datetime(now)},
         )
-    retired = replace(
-        version, state=_S.RETIRED, retired_at=now, destroy_at=timeline.later(now, key.policy.destroy_after)
-    )
+    retired = replace(version, state=_S.RETIRED, retired_at=now, destroy_at=destroyed_by_itself_at(version, key, now))
     tx.save(retired)
     return retired
+
+
+def destroyed_by_itself_at(version: KeyVersion, key: Key, now: Instant) -> Instant | None:
+    """When a version that leaves the JWKS now is destroyed unless somebody says otherwise.
+
+    An adopted pair was somebody else's first and may be in use there: only who asks for it has it destroyed.
+    """
+    return None if version.origin is Origin.ADOPTED else timeline.later(now, key.policy.destroy_after)
 
 
 def revoke(
@@ -226,7 +233,7 @@ def revoke(
             revoked_at=now,
             revoke_reason=reason or None,
             deactivated_at=version.deactivated_at or (now if was_active else None),
-            destroy_at=version.destroy_at or timeline.later(now, key.policy.destroy_after),
+            destroy_at=version.destroy_at or destroyed_by_itself_at(version, key, now),
         )
     )
     successor = None
