@@ -34,7 +34,8 @@ _ML_DSA: dict[str, type[MlDsaKey]] = {
 
 
 class MemoryBackend:
-    """`fail` is raised by the next calls while it is set; `before` is called with the name of each call."""
+    """`fail` is raised by the next calls while it is set; `before` is called with the name of each call; `spoil` makes
+    of each signature what is given out."""
 
     kind = "memory"
 
@@ -47,6 +48,7 @@ class MemoryBackend:
         self.fail: errors.BackendError | None = None
         self.offered = frozenset(ALGORITHMS)
         self.before: Callable[[str], None] = lambda _: None
+        self.spoil: Callable[[bytes], bytes] = lambda signature: signature
         self._lock = threading.Lock()
 
     def _enter(self, call: str) -> None:
@@ -105,6 +107,9 @@ class MemoryBackend:
 
     def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
         self._enter("sign")
+        return self.spoil(self._signature(ref, alg, what))
+
+    def _signature(self, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> bytes:
         key = self._key(ref)
         if isinstance(key, ed25519.Ed25519PrivateKey | MlDsaKey):
             assert isinstance(what, Message)
