@@ -283,6 +283,8 @@ class Settings(BaseSettings):
     default_key_set: Name = "default"
     node_name: Name = Field(default_factory=_default_node_name)
     database_url: str = Field(default="sqlite:///var/registry.sqlite3", min_length=1, repr=False)
+    database_pool_size: int = Field(default=5, ge=2, le=64)
+    database_timeout_ms: int = Field(default=5000, ge=500, le=60_000)
     state_dir: Path = Path("var/state")
 
     bind: Annotated[tuple[Address, ...], BeforeValidator(_split), AfterValidator(_not_empty)] = ("127.0.0.1:8080",)

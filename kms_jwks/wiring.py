@@ -14,7 +14,7 @@ from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.custodian import Custodian
 from kms_jwks.service.modules import Limits, Modules
 from kms_jwks.service.office import Office
-from kms_jwks.store import Store
+from kms_jwks.store import Connecting, Store
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 def make_store(settings: Settings) -> Store:
     """The registry's store; opens nothing."""
-    return Store(settings.database_url)
+    connecting = Connecting(
+        pool_size=settings.database_pool_size,
+        timeout=settings.database_timeout_ms / 1000,
+        application_name=f"kms-jwks {settings.node_name}",
+    )
+    return Store(settings.database_url, connecting=connecting)
 
 
 def make_modules(settings: Settings, *, management: bool = False) -> Modules:

@@ -51,6 +51,7 @@ class Service:
             state_dir=settings.state_dir,
             used=guard.drain_used,
             bind=modules.bind,
+            reap=lambda: self.confirmation.reap(),  # noqa: PLW0108 - it is made below
             clock=DatabaseClock(boot),
         )
         self.confirmation = Confirmation(

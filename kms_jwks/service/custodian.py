@@ -173,6 +173,9 @@ class Custodian:
             if not evidence.holds:
                 raise errors.BackendRefused("The module made a key that is not sign-only and non-extractable.")
             self._record(intent, made, evidence)
+        except errors.StoreUnavailable:
+            # It may have been written, and only the answer was lost: then this pair is a version's. Surplus at worst.
+            raise
         except Exception:
             # Nobody will ever use this pair: the next attempt makes another.
             with contextlib.suppress(errors.Error):
