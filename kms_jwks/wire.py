@@ -425,6 +425,11 @@ class Backend(Answer):
     """`ok`, or the code of the error it answers with."""
     detail: str
     algorithms: list[str]
+    counters: dict[str, int]
+    """Of the worker that answers, since it started: signatures `checked` and found `bad`, `timeouts`, calls `refused`
+    because others hang, and calls that are `stuck` now."""
+    recycled: int
+    """Workers of this node that were replaced within the last hour because calls did not come back."""
 
 
 class Dependency(Answer):

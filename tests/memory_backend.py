@@ -35,7 +35,8 @@ _ML_DSA: dict[str, type[MlDsaKey]] = {
 
 
 class MemoryBackend:
-    """`fail` is raised by the next calls while it is set; `before` is called with the name of each call.
+    """`fail` is raised by the next calls while it is set; `before` is called with the name of each call; `spoil` makes
+    of each signature what is given out.
 
     Of the keys whose ids are in `imported`, `extractable`, `versatile` or `halved` (no public half) the evidence is weak.
     """
@@ -55,6 +56,7 @@ class MemoryBackend:
         self.halved: set[str] = set()
         self.offered = frozenset(ALGORITHMS)
         self.before: Callable[[str], None] = lambda _: None
+        self.spoil: Callable[[bytes], bytes] = lambda signature: signature
         self._lock = threading.Lock()
 
     def _enter(self, call: str) -> None:
@@ -129,6 +131,9 @@ class MemoryBackend:
 
     def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
         self._enter("sign")
+        return self.spoil(self._signature(ref, alg, what))
+
+    def _signature(self, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> bytes:
         key = self._key(ref)
         if isinstance(key, ed25519.Ed25519PrivateKey | MlDsaKey):
             assert isinstance(what, Message)

@@ -187,11 +187,10 @@ def look_at(control: Control, request: wire.KeyCreate) -> Candidate | None:
         bits = None if request.rsa_bits is UNSET else request.rsa_bits
         return adoption.examine(control.modules, backend_of(control, request), request.alg, request.adopt, bits)
     name = control.modules.default if request.backend is UNSET else request.backend
-    backend = control.modules.backends.get(name) if name is not None else None
-    if backend is None or request.alg not in ALGORITHMS:
+    if name not in control.modules.backends or request.alg not in ALGORITHMS:
         return None  # refused by name further on
     with contextlib.suppress(errors.BackendError):
-        offered = backend.capabilities()
+        offered = control.modules.ask(name, "capabilities", lambda backend: backend.capabilities())
         if request.alg not in offered:
             raise errors.UnsupportedAlgorithmRequested(
                 f"Backend {name!r} does not offer {request.alg}.", fields={"algorithms": sorted(offered)}

@@ -116,7 +116,8 @@ class Versions:
             value = _find(tx, found, version)
         if value.kid is None or value.ref is None or value.state is VersionState.DESTROYED:
             raise errors.VersionNotFound("This version has no key pair in a module.")
-        evidence = self._control.modules.get(value.backend).attributes(KeyRef.of(**value.ref))
+        ref = KeyRef.of(**value.ref)
+        evidence = self._control.modules.ask(value.backend, "attributes", lambda b: b.attributes(ref))
         return wire.Attributes(
             kid=value.kid,
             backend=value.backend,

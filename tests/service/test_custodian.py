@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
 from kms_jwks import errors, wire
 from kms_jwks.model import DAY, SECOND, IntentState, VersionState
+from kms_jwks.service import office
 from kms_jwks.service.custodian import Custodian
 from kms_jwks.service.office import Fenced
 from tests.service.world import World
@@ -262,6 +264,36 @@ def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
     quiet.backend.before = lambda _: None
     settle(quiet, first)
     assert surplus(quiet) == set()
+
+
+def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
+    quiet: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(office, "LONG_STEP", 1.0)
+    monkeypatch.setattr(office, "LONGEST_STEP", 3.0)
+    ask(quiet)
+    released, given_up = threading.Event(), threading.Event()
+    first, second = quiet.custodian(lease=1, given_up=given_up.set), quiet.custodian(lease=1)
+    assert first._office.hold(first._abandon)
+    term = first._office.term
+
+    def hang(name: str) -> None:
+        if name == "generate":
+            released.wait(60)
+
+    quiet.backend.before = hang
+    with structlog.testing.capture_logs() as logs:
+        ticking = threading.Thread(target=pytest.raises, args=(Fenced, first.tick))
+        ticking.start()
+        assert given_up.wait(30)
+        quiet.until(lambda: second._office.hold(second._abandon))
+    events = [(line["event"], line["log_level"], line["term"]) for line in logs if line["event"].startswith("module_")]
+    assert events[0] == ("module_step_takes_long", "warning", term)
+    assert events[-1] == ("module_step_given_up", "error", term)
+    released.set()
+    ticking.join(20)
+    assert not ticking.is_alive()
+    settle(quiet, second)
 
 
 def test_a_disabled_key_gets_no_pair(quiet: World) -> None:
