@@ -91,7 +91,7 @@ def test_a_crash_during_a_generation_is_abandoned_and_made_good(quiet: World, po
     # A pair that was made and never recorded is surplus: listed, never adopted.
     assert len(surplus(quiet)) == (0 if point == "generate" else 1)
     with pytest.raises(Fenced):
-        first._record(*_made(quiet))
+        first._attempts._record(*_made(quiet))
 
 
 def _made(world: World):  # type: ignore[no-untyped-def]
@@ -155,7 +155,7 @@ def test_a_custodian_that_was_away_past_its_lease_changes_nothing(quiet: World) 
     with quiet.registry.read() as tx:
         (intent,) = tx.intents()
     with pytest.raises(Fenced):
-        first._begin(intent)
+        first._attempts.begin(intent)
     assert quiet.backend.keys == {}
 
 
@@ -235,8 +235,8 @@ def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
         raise errors.StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(custodian, "_record", away)
-        patch.setattr(custodian, "_postpone", away)
+        patch.setattr(custodian._attempts, "_record", away)
+        patch.setattr(custodian._attempts, "_postpone", away)
         with pytest.raises(errors.StoreUnavailable):
             custodian.tick()
     settle(quiet, custodian)
@@ -252,7 +252,7 @@ def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
             time.sleep(2.5)
 
     quiet.backend.before = slow
-    assert first._office.hold(first._abandon)
+    assert first._office.hold(first._attempts.abandon)
     ticking = threading.Thread(target=first.tick)
     ticking.start()
     while ticking.is_alive():
