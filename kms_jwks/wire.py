@@ -1,7 +1,8 @@
 """The JSON bodies of the API as msgspec structs: what http/ reads and writes and client/ writes and reads.
 
 Requests refuse unknown fields. Instants are RFC 3339 in UTC, durations whole seconds, binary values base64url without
-padding. An absent optional field of a request keeps the default; `null` is not accepted in its place.
+padding. An absent optional field of a request keeps the default; `null` is not accepted in its place, but where a field
+says so.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class PolicyFields(Request):
     clock_skew: Seconds | UnsetType = UNSET
     handover: Seconds | UnsetType = UNSET
     destroy_after: Seconds | UnsetType = UNSET
+    rotate_jitter: Seconds | UnsetType = UNSET
+    rotate_window: Annotated[str, Meta(max_length=255)] | UnsetType = UNSET
+    hold_until: datetime | UnsetType | None = UNSET
+    """Null takes a hold back."""
 
 
 class ProfileFields(Request):
@@ -112,6 +117,9 @@ class Policy(Answer):
     clock_skew: int
     handover: int
     destroy_after: int
+    rotate_jitter: int
+    rotate_window: str
+    hold_until: datetime | None
 
 
 class Profile(Answer):

@@ -39,6 +39,7 @@ class MemoryBackend:
     of each signature what is given out.
 
     Of the keys whose ids are in `imported`, `extractable`, `versatile` or `halved` (no public half) the evidence is weak.
+    With `puts_off` (seconds) it keeps a calendar of destructions as some modules do, and destroys nothing yet.
     """
 
     kind = "memory"
@@ -57,6 +58,9 @@ class MemoryBackend:
         self.offered = frozenset(ALGORITHMS)
         self.before: Callable[[str], None] = lambda _: None
         self.spoil: Callable[[bytes], bytes] = lambda signature: signature
+        self.puts_off = 0
+        self.told: dict[str, int] = {}
+        """The days each key was scheduled to be destroyed in, by the key's id; only with `puts_off`."""
         self._lock = threading.Lock()
 
     def _enter(self, call: str) -> None:
@@ -154,13 +158,20 @@ class MemoryBackend:
         self.distrusted.append(ref)
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
-        return False
+        self._enter("schedule_destroy")
+        self._key(ref)
+        if self.puts_off:
+            self.told[ref["id"]] = days
+        return bool(self.puts_off)
 
     def cancel_destroy(self, ref: KeyRef) -> None:
-        return None
+        self._enter("cancel_destroy")
+        self.told.pop(ref["id"], None)
 
     def destroy(self, ref: KeyRef) -> None:
         self._enter("destroy")
+        if self.puts_off and ref["id"] in self.keys:
+            raise errors.BackendUnavailable("its waiting period is not over", retry_after=self.puts_off)
         with self._lock:
             self.keys.pop(ref["id"], None)
         self.before("destroyed")

@@ -11,7 +11,7 @@ from kms_jwks import wire
 from kms_jwks.cli.adopting import adopt_options, adoption
 from kms_jwks.cli.api import api_command, key_arguments, key_set_argument
 from kms_jwks.cli.text import details, duration, note, table, when, yes
-from kms_jwks.cli.values import DURATION, given
+from kms_jwks.cli.values import DURATION, INSTANT, given
 from kms_jwks.cli.versions import version_rows
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ _POLICY = {
     "clock_skew": "How far verifiers' clocks may be off. [default: 5m]",
     "handover": "How long a pinned kid signs on after a rotation. [default: 60s]",
     "destroy_after": "How long a retired version stays in the module. [default: 30d]",
+    "rotate_jitter": "How much earlier a rotation may come, by chance. [default: 1h]",
 }
+_CALENDAR = ("rotate_window", "hold_until")
+_UNSAFE = "allow_unsafe_publish_lead"
 
 
 @click.group()
@@ -42,6 +45,13 @@ def _policy_options(function: F) -> F:
         default=None,
         help="Accept a publish lead below its floor; shows in every report.",
     )(function)
+    function = click.option("--no-hold", is_flag=True, default=None, help="Take --hold-until back.")(function)
+    function = click.option("--hold-until", type=INSTANT, help="No planned activation before then.")(function)
+    function = click.option(
+        "--rotate-window",
+        metavar="HOURS",
+        help="When planned steps may happen, in UTC: 'mon-thu 09:00-16:00'; '' is any time. [default: '']",
+    )(function)
     for name, text in reversed(_POLICY.items()):
         function = click.option(f"--{name.replace('_', '-')}", name, type=DURATION, help=text)(function)
     lifetime = click.option("--default-lifetime", type=DURATION, help="Life of a token whose caller says nothing.")
@@ -51,8 +61,12 @@ def _policy_options(function: F) -> F:
 
 def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
     """Options as the API groups them."""
+    if fields.pop("no_hold", False):
+        if "hold_until" in fields:
+            raise click.UsageError("--hold-until and --no-hold exclude each other.")
+        fields["hold_until"] = None
     profile = {name: fields.pop(name) for name in ("typ", "default_lifetime") if name in fields}
-    policy = {name: fields.pop(name) for name in (*_POLICY, "allow_unsafe_publish_lead") if name in fields}
+    policy = {name: fields.pop(name) for name in (*_POLICY, *_CALENDAR, _UNSAFE) if name in fields}
     return {**fields, **({"policy": policy} if policy else {}), **({"profile": profile} if profile else {})}
 
 
@@ -182,6 +196,8 @@ def _show(found: wire.Key) -> None:
         ("enabled", yes(found.enabled)),
         ("active kid", found.active_kid or "-"),
         *((name.replace("_", " "), duration(getattr(found.policy, name))) for name in _POLICY),
+        ("rotate window", found.policy.rotate_window or "any time"),
+        ("hold until", when(found.policy.hold_until)),
         ("typ", found.profile.typ),
         ("default lifetime", duration(found.profile.default_lifetime)),
         ("created", when(found.created_at)),

@@ -7,6 +7,7 @@ the registry again inside. Nobody hands over a private key: it is in the module,
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -26,6 +27,7 @@ GIVEN: Final = "its public key was given to us, not read from the module"
 _LOOK: Final = "See how the key is called in its module, and whether it is in this backend's."
 _TRIAL: Final = b"\0kms-jwks: a trial signature\0"
 """Begins every input of a trial signature: no JWS signing input holds a zero byte, so no token can come of it."""
+_TRIAL_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,16 @@ def examine(
         raise errors.UnsupportedAlgorithmRequested(
             f"The algorithm is none of {', '.join(sorted(ALGORITHMS))}.", fields={"algorithms": sorted(ALGORITHMS)}
         )
-    backend = modules.get(backend_name)
+
+    def look(backend: Backend) -> Candidate:
+        return _examined(backend_name, backend, alg, wanted, rsa_bits)
+
+    return modules.ask(backend_name, "adopting a key", look)
+
+
+def _examined(
+    backend_name: str, backend: Backend, alg: Algorithm, wanted: wire.Adopt, rsa_bits: int | None
+) -> Candidate:
     found, is_given = _found(backend, alg, wanted)
     jwk = _fitting(alg, found, rsa_bits)
     evidence = backend.attributes(found.ref)
@@ -63,7 +74,7 @@ def examine(
         raise errors.AdoptionRefused(
             f"By what the module says of the key, {', '.join(weaknesses)}.", fields={"weaknesses": list(weaknesses)}
         )
-    _try(modules, backend_name, alg, found.ref, jwk)
+    _try(backend, alg, found.ref, jwk)
     return Candidate(
         alg=alg,
         backend=backend_name,
@@ -183,11 +194,11 @@ def _fitting(alg: Algorithm, found: GeneratedKey, rsa_bits: int | None) -> dict[
     return jwk
 
 
-def _try(modules: Modules, backend_name: str, alg: Algorithm, ref: KeyRef, jwk: Mapping[str, str]) -> None:
+def _try(backend: Backend, alg: Algorithm, ref: KeyRef, jwk: Mapping[str, str]) -> None:
     """A signature over something that can be no token, verified: the two halves are one pair, and it signs."""
     data = _TRIAL + os.urandom(32)
     try:
-        jose.verify_signature(alg, jwk, data, modules.sign(backend_name, ref, alg, Message(data)))
+        jose.verify_signature(alg, jwk, data, backend.sign(ref, alg, Message(data), time.monotonic() + _TRIAL_SECONDS))
     except errors.TokenSignatureInvalid:
         raise errors.AdoptionRefused(
             "What the private key signed does not verify with the public key.",

@@ -26,6 +26,7 @@ from kms_jwks.service import adoption, lifecycle, present
 from kms_jwks.service.adoption import Candidate
 from kms_jwks.service.control import Control, check_revision
 from kms_jwks.service.guard import Presented
+from kms_jwks.service.instants import to_instant
 from kms_jwks.service.present import Created
 from kms_jwks.store import ReadTx, WriteTx
 
@@ -85,7 +86,7 @@ class Keys:
             check_revision(found.key.revision, if_match)
             changed = replace(
                 found.key,
-                policy=merge(found.key.policy, request.policy),
+                policy=merge_policy(found.key.policy, request.policy),
                 profile=merge(found.key.profile, request.profile),
             )
             if changed != found.key:
@@ -162,7 +163,7 @@ def add_key(
         alg=request.alg,
         rsa_bits=_rsa_bits(request) if candidate is None else candidate.rsa_bits,
         backend=backend_of(control, request),
-        policy=merge(Policy(), request.policy),
+        policy=merge_policy(Policy(), request.policy),
         profile=merge(SigningProfile(), request.profile),
         created_at=now,
         updated_at=now,
@@ -204,6 +205,17 @@ def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:
         return current
     given: dict[str, Any] = msgspec.structs.asdict(changes)
     return replace(current, **{name: value for name, value in given.items() if value is not UNSET})
+
+
+def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType) -> Policy:
+    """`merge`, with the API's datetime as an instant. Raises InvalidField."""
+    if changes is UNSET or changes.hold_until is UNSET or changes.hold_until is None:
+        return merge(current, changes)
+    try:
+        until = to_instant(changes.hold_until)
+    except ValueError as error:
+        raise errors.InvalidField(f"hold_until: {error}", fields={"field": "policy.hold_until"}) from None
+    return replace(merge(current, changes), hold_until=until)
 
 
 def check_policy(policy: Policy, key_set: KeySet, lease: int) -> None:

@@ -72,6 +72,9 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
             clock_skew=p.clock_skew,
             handover=p.handover,
             destroy_after=p.destroy_after,
+            rotate_jitter=p.rotate_jitter,
+            rotate_window=p.rotate_window,
+            hold_until=optional(p.hold_until),
         ),
         profile=wire.Profile(
             name=value.profile.name,
