@@ -212,6 +212,8 @@ class Breach:
     invariant: str
     at: Instant
     reason: str
+    who: str | None = None
+    """The client that did it by hand; None for what an emergency brought about by itself."""
 
 
 class Origin(StrEnum):

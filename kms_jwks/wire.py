@@ -100,9 +100,12 @@ class Profile(Answer):
 
 
 class Breach(Answer):
+    """An invariant that was overridden; `who` is null for what an emergency brought about by itself."""
+
     invariant: str
     at: datetime
     reason: str
+    who: str | None = None
 
 
 class Version(Answer):
@@ -129,6 +132,14 @@ class Version(Answer):
     destroy_at: datetime | None = None
     destroyed_at: datetime | None = None
     breaches: list[Breach] = []
+    origin: str = "generated"
+    """`generated`, or `adopted` for a pair that was in the module before."""
+    weaknesses: list[str] = []
+    """What does not hold of an adopted pair, in words; an administrator accepted it."""
+    emergency: bool = False
+    """It took over from a revoked version; a second rotation follows for verifiers that cache for ever."""
+    absence: dict[str, Any] | None = None
+    """What the module answered when it was asked for the destroyed pair."""
 
 
 class Key(Answer):
@@ -362,7 +373,7 @@ class GrantScope(Request):
 
 class GrantCreate(Request):
     client: Name
-    role: Literal["signer", "raw-signer", "verifier", "operator", "auditor", "admin"]
+    role: Literal["signer", "raw-signer", "verifier", "operator", "auditor", "admin", "break-glass"]
     scope: GrantScope
 
 

@@ -233,9 +233,16 @@ def _show(found: wire.Version) -> None:
         ("revoked", when(found.revoked_at) + (f" ({found.revoke_reason})" if found.revoke_reason else "")),
         ("destroy at", when(found.destroy_at)),
         ("destroyed", when(found.destroyed_at)),
+        ("origin", found.origin),
+        *((("absence", msgspec.json.encode(found.absence).decode()),) if found.absence is not None else ()),
     )
     for breach in found.breaches:
-        note(f"Warning: {breach.invariant} was overridden at {when(breach.at)}: {breach.reason}")
+        by = f" by {breach.who}" if breach.who else ""
+        note(f"Warning: {breach.invariant} was overridden at {when(breach.at)}{by}: {breach.reason}")
+    for weakness in found.weaknesses:
+        note(f"Warning: {weakness}")
+    if found.emergency:
+        note("It took over in an emergency: a second rotation follows for verifiers that cache for ever.")
 
 
 def _word(value: object) -> str:

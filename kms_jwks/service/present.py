@@ -115,7 +115,14 @@ def version(owner: Key, value: KeyVersion, trouble: str | None = None) -> wire.V
         revoke_reason=value.revoke_reason,
         destroy_at=optional(value.destroy_at),
         destroyed_at=optional(value.destroyed_at),
-        breaches=[wire.Breach(invariant=b.invariant, at=to_datetime(b.at), reason=b.reason) for b in value.breaches],
+        breaches=[
+            wire.Breach(invariant=b.invariant, at=to_datetime(b.at), reason=b.reason, who=b.who)
+            for b in value.breaches
+        ],
+        origin=value.origin.value,
+        weaknesses=list(value.weaknesses),
+        emergency=value.emergency,
+        absence=None if value.absence is None else dict(value.absence),
     )
 
 
