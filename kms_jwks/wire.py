@@ -198,12 +198,40 @@ class ExternalKey(Answer):
 # --- life cycle -------------------------------------------------------------------------------------------------------
 
 
-class RotateRequest(Request):
+class BreakGlassRequest(Request):
+    """`break_glass` overrides the invariant that stands in the way; it needs a `reason` and the permission for it."""
+
+    break_glass: bool = False
+    reason: Text = ""
+
+
+class RotateRequest(BreakGlassRequest):
     expected_kid: Kid | UnsetType = UNSET
+
+
+class ActivateRequest(BreakGlassRequest):
+    pass
+
+
+class RetireRequest(BreakGlassRequest):
+    pass
 
 
 class RevokeRequest(Request):
     reason: Text = ""
+    dry_run: bool = False
+    """Say what would happen, and change nothing."""
+
+
+class RevocationCreate(Request):
+    """Exactly one of `backend` and `key_set`: every version that has a key pair there is revoked, all or none."""
+
+    reason: Annotated[str, Meta(min_length=1, max_length=1024)]
+    backend: Name | UnsetType = UNSET
+    key_set: Name | UnsetType = UNSET
+    disable_keys: bool | UnsetType = UNSET
+    """Disable the keys that would get new versions from that backend; true with `backend` unless it is said."""
+    dry_run: bool = False
 
 
 class DestroyRequest(Request):
@@ -216,12 +244,93 @@ class UnconfirmedWorker(Answer):
     heartbeat_at: datetime
 
 
+class ExposedVerifier(Answer):
+    """What a revocation means for one kind of verifier, by how it caches a JWKS."""
+
+    verifier: str
+    source: str
+    """Where its figures were read: product and version."""
+    keeps: int | None
+    """Seconds for which it uses what it has fetched; null where nothing bounds them."""
+    trusts_until: datetime | None
+    """It may accept the revoked kid until then; null where nothing bounds it."""
+    trusts_until_behind_cache: datetime | None
+    """The same where it fetches through a CDN or another shared cache."""
+    ends: str
+    """What ends its trust: `expiry`, `successor`, `second-rotation`, `unknown`."""
+    learns: str
+    """How it comes to the successor's key: `knows`, `fetches`, `waits`, `unknown`, `nothing`."""
+    learns_by: datetime | None
+    """When, at the latest; null where that is at its first token or not known."""
+    words: str
+
+
+class Exposure(Answer):
+    """Which verifiers may go on trusting what was revoked. Tokens that a thief signs live as long as he likes."""
+
+    withdrawn_at: datetime
+    """By then every worker that has confirmed publishes a JWKS without the key."""
+    cache_lifetime: int
+    stale_if_error: int
+    trusted_until: datetime | None
+    """When the last verifier with a bound has let go of it."""
+    unbounded: list[str]
+    """The verifiers that have none: a restart ends it, or a kid that they cannot know."""
+    second_rotation_not_before: datetime | None
+    """When such a kid may sign at the earliest; null where the successor's own is one."""
+    verifiers: list[ExposedVerifier]
+
+
 class Revoked(Answer):
     """What a revocation did. `successor` signs now; `unconfirmed` lists workers that may still serve the old JWKS."""
 
     version: Version
     successor: Version | None
+    successor_visible_for: int | None
+    """Seconds for which verifiers could fetch the successor before; null while not every worker publishes it."""
+    without_successor: bool
+    """Whether the key, though enabled, signs nothing until the custodian has made its next version."""
+    changed: bool
+    """False for a version that was revoked before."""
     unconfirmed: list[UnconfirmedWorker]
+    exposure: Exposure | None
+    """Null for a version that was never published."""
+    dry_run: bool = False
+
+
+class RevokedVersion(Answer):
+    """`changed` is false for what was revoked before."""
+
+    key_set: str
+    key: str
+    version: Version
+    successor: Version | None
+    successor_visible_for: int | None
+    changed: bool
+
+
+class KeyPlace(Answer):
+    key_set: str
+    key: str
+
+
+class SetExposure(Answer):
+    key_set: str
+    exposure: Exposure
+
+
+class Revocation(Answer):
+    """What the revocation of everything in a backend or key set did."""
+
+    reason: str
+    versions: list[RevokedVersion]
+    disabled: list[KeyPlace]
+    """The keys that were disabled with it."""
+    without_successor: list[KeyPlace]
+    """Enabled keys that sign nothing until the custodian has made their next version."""
+    unconfirmed: list[UnconfirmedWorker]
+    exposures: list[SetExposure]
+    dry_run: bool = False
 
 
 class SafetyCheck(Answer):

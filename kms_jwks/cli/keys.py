@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from kms_jwks import wire
-from kms_jwks.cli.api import api_command, key_arguments, key_set_argument
+from kms_jwks.cli.api import api_command, break_glass_options, glass, key_arguments, key_set_argument
 from kms_jwks.cli.text import details, duration, note, table, when, yes
 from kms_jwks.cli.values import DURATION, given
 from kms_jwks.cli.versions import version_rows
@@ -110,12 +110,16 @@ def update_key(api: Api, key_set: str, key: str, revision: int | None, **fields:
 @api_command(key, "rotate")
 @key_arguments
 @click.option("--expected-kid", metavar="KID", help="Rotate only while this kid is active: safe to repeat.")
-def rotate_key(api: Api, key_set: str, key: str, expected_kid: str | None) -> None:
+@break_glass_options
+def rotate_key(
+    api: Api, key_set: str, key: str, expected_kid: str | None, break_glass: bool, reason: str | None, sure: bool
+) -> None:
     """Let the standby version take over now.
 
     Refused, with the earliest time, while verifiers could not have fetched it for long enough.
     """
-    changed = api.client.rotate(key_set, key, expected_kid=expected_kid)
+    why = glass(break_glass, reason, sure=sure)
+    changed = api.client.rotate(key_set, key, expected_kid=expected_kid, break_glass=why)
     api.show(lambda: _show(changed))
 
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from kms_jwks.cli.api import api_command, confirm, key_arguments, version_arguments, yes_option
+from kms_jwks.cli.api import (
+    api_command,
+    break_glass_options,
+    confirm,
+    dry_run_option,
+    glass,
+    key_arguments,
+    version_arguments,
+    yes_option,
+)
+from kms_jwks.cli.revocation import show_revoked
 from kms_jwks.cli.text import details, note, table, when, yes
 from kms_jwks.cli.values import INSTANT
 
@@ -54,37 +64,43 @@ def create_version(api: Api, key_set: str, key: str) -> None:
 
 @api_command(version, "activate")
 @version_arguments
-def activate_version(api: Api, key_set: str, key: str, version: str) -> None:
+@break_glass_options
+def activate_version(
+    api: Api, key_set: str, key: str, version: str, break_glass: bool, reason: str | None, sure: bool
+) -> None:
     """Let a published version sign."""
-    changed = api.client.activate(key_set, key, version)
+    why = glass(break_glass, reason, sure=sure)
+    changed = api.client.activate(key_set, key, version, break_glass=why)
+    api.show(lambda: _show(changed))
+
+
+@api_command(version, "retire")
+@version_arguments
+@break_glass_options
+def retire_version(
+    api: Api, key_set: str, key: str, version: str, break_glass: bool, reason: str | None, sure: bool
+) -> None:
+    """Take a retiring version out of the JWKS. The custodian does so by itself once its tokens have expired."""
+    why = glass(break_glass, reason, sure=sure)
+    changed = api.client.retire(key_set, key, version, break_glass=why)
     api.show(lambda: _show(changed))
 
 
 @api_command(version, "revoke")
 @version_arguments
 @click.option("--reason", default="", help="Why; stays on the version.")
+@dry_run_option
 @yes_option
-def revoke_version(api: Api, key_set: str, key: str, version: str, reason: str, sure: bool) -> None:
+def revoke_version(api: Api, key_set: str, key: str, version: str, reason: str, dry_run: bool, sure: bool) -> None:
     """Emergency: out of the JWKS, and it never signs again.
 
-    The standby takes over at once. The command returns when no worker signs with the version any more.
+    The standby takes over at once. The command returns when no worker signs with the version any more, and says which
+    verifiers may go on trusting it.
     """
-    confirm(f"Revoke version {version} of {key_set} {key}? That cannot be undone.", sure=sure)
-    done = api.client.revoke(key_set, key, version, reason=reason)
-
-    def render() -> None:
-        click.echo(f"Version {done.version.number} ({done.version.kid or 'without a key pair'}) is revoked.")
-        if done.successor is not None:
-            click.echo(f"Version {done.successor.number} ({done.successor.kid}) signs now.")
-        else:
-            note("Warning: there was no standby; the key does not sign until its next version is active.")
-
-    api.show(render)
-    for worker in done.unconfirmed:
-        note(
-            f"Warning: worker {worker.worker} on node {worker.node} has not confirmed and may publish the old JWKS; "
-            f"last heard of at {when(worker.heartbeat_at)}."
-        )
+    if not dry_run:
+        confirm(f"Revoke version {version} of {key_set} {key}? That cannot be undone.", sure=sure)
+    done = api.client.revoke(key_set, key, version, reason=reason, dry_run=dry_run)
+    show_revoked(api, done)
 
 
 @api_command(version, "destroy")

@@ -238,12 +238,18 @@ ROUTES: tuple[Route, ...] = (
     _get(f"{_VERSION}/public-key", control.public_key, P.KEY_READ, media=(control.JWK, control.PEM, control.DER)),
     _get(f"{_VERSION}/safety", control.safety, P.KEY_READ, wire.Safety),
     _get(f"{_VERSION}/attributes", control.attributes, P.KEY_READ, wire.Attributes, problems=_MODULE),
-    _change("POST", f"{_VERSION}/activate", control.activate_version, P.VERSION_ACTIVATE, Empty, wire.Version),
+    _change(
+        "POST", f"{_VERSION}/activate", control.activate_version, P.VERSION_ACTIVATE, wire.ActivateRequest, wire.Version
+    ),
+    _change("POST", f"{_VERSION}/retire", control.retire_version, P.KEY_ROTATE, wire.RetireRequest, wire.Version),
     _change("POST", f"{_VERSION}/revoke", control.revoke_version, P.VERSION_REVOKE, wire.RevokeRequest, wire.Revoked),
     _change(
         "POST", f"{_VERSION}/destroy", control.destroy_version, P.VERSION_DESTROY, wire.DestroyRequest, wire.Version
     ),
     _change("POST", f"{_VERSION}/cancel-destroy", control.cancel_destroy, P.VERSION_DESTROY, Empty, wire.Version),
+    _change(
+        "POST", "/v1/revocations", control.create_revocation, P.VERSION_REVOKE, wire.RevocationCreate, wire.Revocation
+    ),
     # external keys
     _get(f"{_SET}/external-keys", control.list_external_keys, P.KEY_READ, items=wire.ExternalKey),
     _change(

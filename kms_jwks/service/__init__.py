@@ -16,6 +16,7 @@ from kms_jwks.service.key_sets import KeySets
 from kms_jwks.service.keys import Keys
 from kms_jwks.service.modules import Modules
 from kms_jwks.service.operation import Operation
+from kms_jwks.service.revoking import Revoking
 from kms_jwks.service.signing import Signing
 from kms_jwks.service.verifying import Verifying
 from kms_jwks.service.versions import Versions
@@ -61,6 +62,7 @@ class Service:
         self.key_sets = KeySets(control)
         self.keys = Keys(control)
         self.versions = Versions(control)
+        self.revoking = Revoking(control)
         self.external_keys = ExternalKeys(control)
         self.clients = Clients(control)
         self.operation = Operation(control, self.watcher)

@@ -25,7 +25,7 @@ from kms_jwks.model import (
 )
 from kms_jwks.service import lifecycle, present
 from kms_jwks.service.control import Control, check_revision
-from kms_jwks.service.guard import Presented
+from kms_jwks.service.guard import Entered, Presented
 from kms_jwks.service.present import Created
 from kms_jwks.store import ReadTx, WriteTx
 
@@ -97,7 +97,10 @@ class Keys:
         return answer
 
     def rotate(self, who: Presented, key_set: str, key: str, request: wire.RotateRequest) -> wire.Key:
-        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress."""
+        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress.
+
+        `break_glass` with a reason overrides I1 alone.
+        """
         control = self._control
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
@@ -109,7 +112,16 @@ class Keys:
                     "The active version is not the expected one.", fields={"active_kid": active.kid if active else None}
                 )
             standby = _standby(found.key, versions)
-            lifecycle.activate(tx, found.key_set, found.key, standby, lease=control.confirmation.lease(tx))
+            broken = breach(control, tx, found, request)
+            lifecycle.activate(
+                tx,
+                found.key_set,
+                found.key,
+                standby,
+                lease=control.confirmation.lease(tx),
+                breach=broken if lifecycle.is_early(tx, found.key, standby) else None,
+                who=found.caller.client,
+            )
             answer = present.key(tx, found.key_set, found.key)
         control.changed(tx.committed_epoch)
         return answer
@@ -191,6 +203,19 @@ def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:
         return current
     given: dict[str, Any] = msgspec.structs.asdict(changes)
     return replace(current, **{name: value for name, value in given.items() if value is not UNSET})
+
+
+def breach(control: Control, tx: ReadTx, found: Entered, request: wire.BreakGlassRequest) -> str | None:
+    """The reason for which this call may override an invariant, None where it does not ask for that.
+
+    Raises InvalidField without a reason, Forbidden without the permission, be there something to override or not.
+    """
+    if not request.break_glass:
+        return None
+    control.guard.require(found.caller, Permission.BREAK_GLASS, Scope(found.key_set.id, found.key.id))
+    if not request.reason.strip():
+        raise errors.InvalidField("reason: breaking the glass needs one", fields={"field": "reason"})
+    return request.reason
 
 
 def check_policy(policy: Policy, key_set: KeySet, lease: int) -> None:

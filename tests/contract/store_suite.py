@@ -45,7 +45,12 @@ def fill(tx: WriteTx) -> None:
     tx.add(key_set())
     tx.add(key())
     tx.add(
-        version(1, S.ACTIVE, breaches=(Breach("I1", at(1), "emergency", "alice"),), evidence={"attributes": {"CKA_LOCAL": True}})
+        version(
+            1,
+            S.ACTIVE,
+            breaches=(Breach("I1", at(1), "emergency", "alice"),),
+            evidence={"attributes": {"CKA_LOCAL": True}},
+        )
     )
     tx.add(external())
     tx.add(Client(Id("client-1"), "issuer", NOW))
