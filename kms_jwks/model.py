@@ -399,6 +399,8 @@ class CustodianLease:
     node: str
     renewed_at: Instant
     expires_at: Instant
+    since: Instant | None = None
+    """When this term began."""
     halted: str | None = None
     """Why the custodian has stopped acting, e.g. a clock that stepped; None while it works."""
 

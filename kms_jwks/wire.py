@@ -498,7 +498,10 @@ class Grant(Answer):
 
 
 class Node(Answer):
-    """One worker as the registry knows it; `lag` counts epochs it has not confirmed."""
+    """One worker as the registry knows it; `lag` counts epochs it has not confirmed.
+
+    `lease_left` is how many seconds it may go on signing at the most, as far as the registry knows; 0 when it may not.
+    """
 
     worker: str
     node: str
@@ -508,7 +511,26 @@ class Node(Answer):
     epoch: int | None
     lag: int | None
     lease: int
+    lease_left: int
     live: bool
+    backends: dict[str, str]
+    """Each backend that it used, as it saw it last: `ok`, or the code of the error."""
+
+
+class Custodian(Answer):
+    """Who makes, rotates and destroys keys: one of the installation acts, others stand by."""
+
+    acting: bool
+    """Whether somebody holds the office now, and is not halted."""
+    holder: str | None
+    node: str | None
+    term: int
+    """Grows with each take-over; 0 when nobody ever acted."""
+    since: datetime | None
+    renewed_at: datetime | None
+    expires_at: datetime | None
+    halted: str | None
+    """Why it does not act, e.g. a clock that stepped."""
 
 
 class Backend(Answer):

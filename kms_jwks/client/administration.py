@@ -250,6 +250,10 @@ class Administration:
         """Every registered worker and the epoch it has confirmed."""
         return self._pages("/v1/nodes", _Page[wire.Node])
 
+    def custodian(self) -> wire.Custodian:
+        """Who makes, rotates and destroys keys now, and since when."""
+        return decode(self._get("/v1/custodian"), wire.Custodian)
+
     def forget_worker(self, worker: str) -> None:
         """Stop counting a worker that will not come back."""
         self._change("DELETE", f"/v1/nodes/{segment(worker, 'worker')}")

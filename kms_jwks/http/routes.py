@@ -280,6 +280,7 @@ ROUTES: tuple[Route, ...] = (
     # operation
     _get("/v1/nodes", operation.list_nodes, P.NODE_READ, items=wire.Node),
     _change("DELETE", "/v1/nodes/{worker}", operation.forget_worker, P.NODE_MANAGE),
+    _get("/v1/custodian", operation.get_custodian, P.NODE_READ, wire.Custodian),
     _get("/v1/backends", operation.list_backends, P.BACKEND_READ, items=wire.Backend, paged=False, problems=_MODULE),
     _get("/v1/backends/{backend}", operation.get_backend, P.BACKEND_READ, wire.Backend, problems=_MODULE),
     _health("/healthz", operation.healthz, 200),

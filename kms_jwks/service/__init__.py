@@ -44,6 +44,7 @@ class Service:
             state_dir=settings.state_dir,
             used=guard.drain_used,
             bind=modules.bind,
+            backends=lambda: modules.seen,
             clock=DatabaseClock(boot),
         )
         self.confirmation = Confirmation(

@@ -13,6 +13,7 @@ from kms_jwks.algorithms import Algorithm
 from kms_jwks.backends.base import Backend, Digest, KeyRef, Message
 from kms_jwks.model import KeyVersion, VersionState
 
+_OK = "ok"
 _POOL = 32
 """Threads that may wait for a module at once, per backend that does not sign in place."""
 
@@ -29,6 +30,8 @@ class Modules:
             name: threading.BoundedSemaphore(_POOL) for name in self.backends
         }
         self._lock = threading.Lock()
+        self.seen: dict[str, str] = {}
+        """What this process saw of each backend last: `ok`, or the code of the error; absent until it was used."""
 
     def get(self, name: str) -> Backend:
         """The backend of that name. Raises BackendUnknown."""
@@ -50,7 +53,18 @@ class Modules:
         A backend that does not sign in place works in a bounded pool: a call that hangs there is answered with
         BackendTimeout and its thread is left behind, and once all are left behind calls are refused at once.
         """
-        backend = self.get(backend_name)
+        try:
+            signature = self._sign(self.get(backend_name), backend_name, ref, alg, what)
+        except (errors.KeyNotFound, errors.UnsupportedAlgorithm):
+            raise  # about the key, not about the module
+        except errors.BackendError as error:
+            self.seen[backend_name] = error.code
+            raise
+        if self.seen.get(backend_name) != _OK:
+            self.seen[backend_name] = _OK
+        return signature
+
+    def _sign(self, backend: Backend, backend_name: str, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> bytes:
         timeout = self._timeouts.get(backend_name, 2.0)
         deadline = time.monotonic() + timeout
         if backend.sign_in_place:

@@ -70,6 +70,7 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     "get_grants_by_grant": (P.CLIENT_READ, None),
     "delete_grants_by_grant": (P.GRANT_MANAGE, None),
     "get_nodes": (P.NODE_READ, None),
+    "get_custodian": (P.NODE_READ, None),
     "delete_nodes_by_worker": (P.NODE_MANAGE, None),
     "get_backends": (P.BACKEND_READ, None),
     "get_backends_by_backend": (P.BACKEND_READ, None),
