@@ -353,6 +353,48 @@ class Safety(Answer):
     next_at: datetime | None
 
 
+class TimelineSpan(Answer):
+    """A state and when a version is in it; `end` is null for what nobody can foresee. Planned when it begins later."""
+
+    state: str
+    start: datetime
+    end: datetime | None
+    planned: bool
+
+
+class TimelineVersion(Answer):
+    number: int
+    kid: str | None
+    state: str
+    spans: list[TimelineSpan]
+    checks: list[SafetyCheck]
+    next: str
+    next_at: datetime | None
+
+
+class TimelineStep(Answer):
+    """What the custodian will do by itself; `number` is null for a version that is not there yet."""
+
+    kind: str
+    due: datetime
+    number: int | None
+    reason: str
+    breach: str | None
+    """The invariant that the step overrides (an emergency)."""
+
+
+class Timeline(Answer):
+    """The life of a key: what was, what is, and what is planned until `until`."""
+
+    key_set: str
+    key: str
+    enabled: bool
+    now: datetime
+    until: datetime
+    versions: list[TimelineVersion]
+    steps: list[TimelineStep]
+
+
 class Attributes(Answer):
     """The evidence of promise 1, as the module reported it when the key was made and again for this call."""
 

@@ -9,12 +9,13 @@ import msgspec
 
 from kms_jwks import wire
 from kms_jwks.cli.api import api_command, break_glass_options, glass, key_arguments, key_set_argument
+from kms_jwks.cli.bars import key_bars, width
 from kms_jwks.cli.text import details, duration, note, table, when, yes
 from kms_jwks.cli.values import DURATION, given
 from kms_jwks.cli.versions import version_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from kms_jwks.cli.api import Api
 
@@ -74,6 +75,41 @@ def show_key(api: Api, key_set: str, key: str) -> None:
     """Show a key with its policy and versions."""
     found = api.client.key(key_set, key)
     api.show(lambda: _show(found))
+
+
+@api_command(key, "timeline")
+@key_arguments
+def key_timeline(api: Api, key_set: str, key: str) -> None:
+    """Show a key's life as a bar of time: what was, what is, what happens next and when."""
+    found = api.client.timeline(key_set, key)
+
+    def render() -> None:
+        click.echo("\n".join(key_bars(found, width())))
+        click.echo()
+        table(
+            ("VERSION", "STATE", "INVARIANTS", "NEXT", "AT"),
+            (
+                (v.number, v.state, _invariants(v.checks), v.next, when(v.next_at))
+                for v in found.versions
+                if v.state != "destroyed"
+            ),
+        )
+        click.echo()
+        table(
+            ("DUE", "STEP", "VERSION", "REASON"),
+            (
+                (when(s.due), s.kind, s.number or "new", s.reason + (f" (overrides {s.breach})" if s.breach else ""))
+                for s in found.steps
+            ),
+        )
+        if not found.enabled:
+            note("The key is disabled: its versions are only withdrawn and destroyed.")
+
+    api.show(render)
+
+
+def _invariants(checks: Iterable[wire.SafetyCheck]) -> str:
+    return ", ".join(f"{c.invariant} {'holds' if c.holds else f'from {when(c.right)}'}" for c in checks) or "-"
 
 
 @api_command(key, "create")

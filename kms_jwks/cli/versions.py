@@ -20,6 +20,7 @@ from kms_jwks.cli.api import (
     version_arguments,
     yes_option,
 )
+from kms_jwks.cli.bars import check_bars, width
 from kms_jwks.cli.revocation import show_revoked
 from kms_jwks.cli.text import details, note, table, when, yes
 from kms_jwks.cli.values import INSTANT
@@ -149,6 +150,8 @@ def show_safety(api: Api, key_set: str, key: str, version: str) -> None:
             ("INVARIANT", "HOLDS", "LEFT", "RIGHT", "STATEMENT"),
             ((c.invariant, yes(c.holds), when(c.left), when(c.right), c.statement) for c in found.checks),
         )
+        if bars := check_bars(found, width()):
+            click.echo("\n" + "\n".join(bars))
 
     api.show(render)
 

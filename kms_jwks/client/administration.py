@@ -65,6 +65,10 @@ class Administration:
         """One key with its versions."""
         return decode(self._get(_key(key_set, key)), wire.Key)
 
+    def timeline(self, key_set: str, key: str) -> wire.Timeline:
+        """What was, what is, and what is planned for a key's versions."""
+        return decode(self._get(f"{_key(key_set, key)}/timeline"), wire.Timeline)
+
     def create_key(self, key_set: str, request: wire.KeyCreate) -> wire.Key:
         """Create a key. A version still `creating` in the answer is made later."""
         return decode(self._change("POST", f"{_set(key_set)}/keys", request), wire.Key)

@@ -43,6 +43,11 @@ def list_keys(service: Service, request: Request) -> Response:
     return ok(service.keys.list(request.who, request.params["key_set"], *request.page()))
 
 
+def key_timeline(service: Service, request: Request) -> Response:
+    """The life of a key's versions: what was, what is, and what is planned."""
+    return ok(service.keys.timeline(request.who, *_key(request)))
+
+
 def create_key(service: Service, request: Request, body: wire.KeyCreate) -> Response:
     """A key, whose first versions the custodian makes."""
     return created(service.keys.create(request.who, request.params["key_set"], body))

@@ -227,6 +227,7 @@ ROUTES: tuple[Route, ...] = (
     _get(f"{_SET}/keys", control.list_keys, P.KEY_READ, items=wire.Key),
     _change("POST", f"{_SET}/keys", control.create_key, P.KEY_CREATE, wire.KeyCreate, wire.Key, 201, 202),
     _get(_KEY, control.get_key, P.KEY_READ, wire.Key, etag=True),
+    _get(f"{_KEY}/timeline", control.key_timeline, P.KEY_READ, wire.Timeline),
     _change("PATCH", _KEY, control.patch_key, P.KEY_UPDATE, wire.KeyPatch, wire.Key, problems=_IF_MATCH),
     _change("POST", f"{_KEY}/rotate", control.rotate_key, P.KEY_ROTATE, wire.RotateRequest, wire.Key),
     _change("POST", f"{_KEY}/disable", control.disable_key, P.KEY_DISABLE, Empty, wire.Key),

@@ -23,7 +23,7 @@ from kms_jwks.model import (
     name_error,
     new_id,
 )
-from kms_jwks.service import lifecycle, present
+from kms_jwks.service import lifecycle, present, timetable
 from kms_jwks.service.control import Control, check_revision
 from kms_jwks.service.guard import Entered, Presented
 from kms_jwks.service.present import Created
@@ -59,6 +59,12 @@ class Keys:
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
             return present.key(tx, found.key_set, found.key)
+
+    def timeline(self, who: Presented, key_set: str, key: str) -> wire.Timeline:
+        """What was, what is, and what is planned for the key's versions."""
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            return timetable.of_key(tx, found.key_set, found.key)
 
     def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
         """Create a key. In a set that has published before, its first version signs after the publish lead."""

@@ -87,6 +87,20 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
     )
 
 
+def checks(report: timeline.SafetyReport) -> list[wire.SafetyCheck]:
+    """The invariants of a version."""
+    return [
+        wire.SafetyCheck(
+            invariant=c.invariant,
+            holds=c.holds,
+            statement=c.statement,
+            left=optional(c.left),
+            right=optional(c.right),
+        )
+        for c in report.checks
+    ]
+
+
 def trouble(tx: ReadTx, value: KeyVersion) -> str | None:
     """What the last failed attempt to make a version's pair ended in, while there is none."""
     if value.state is not VersionState.CREATING:

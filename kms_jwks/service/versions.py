@@ -75,16 +75,7 @@ class Versions:
             kid=value.kid,
             state=value.state.value,
             now=to_datetime(found.now),
-            checks=[
-                wire.SafetyCheck(
-                    invariant=c.invariant,
-                    holds=c.holds,
-                    statement=c.statement,
-                    left=optional(c.left),
-                    right=optional(c.right),
-                )
-                for c in report.checks
-            ],
+            checks=present.checks(report),
             next=report.next,
             next_at=optional(report.next_at),
         )

@@ -35,6 +35,7 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     f"get_{SET}_keys": (P.KEY_READ, None),
     f"post_{SET}_keys": (P.KEY_CREATE, {"name": "v1", "alg": "ES256"}),
     f"get_{KEY}": (P.KEY_READ, None),
+    f"get_{KEY}_timeline": (P.KEY_READ, None),
     f"patch_{KEY}": (P.KEY_UPDATE, {}),
     f"post_{KEY}_rotate": (P.KEY_ROTATE, None),
     f"post_{KEY}_disable": (P.KEY_DISABLE, None),
