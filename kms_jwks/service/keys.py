@@ -22,10 +22,10 @@ from kms_jwks.model import (
     name_error,
     new_id,
 )
-from kms_jwks.service import adoption, lifecycle, present
+from kms_jwks.service import adoption, lifecycle, present, timetable
 from kms_jwks.service.adoption import Candidate
 from kms_jwks.service.control import Control, check_revision
-from kms_jwks.service.guard import Presented
+from kms_jwks.service.guard import Entered, Presented
 from kms_jwks.service.instants import to_instant
 from kms_jwks.service.present import Created
 from kms_jwks.store import ReadTx, WriteTx
@@ -60,6 +60,12 @@ class Keys:
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
             return present.key(tx, found.key_set, found.key)
+
+    def timeline(self, who: Presented, key_set: str, key: str) -> wire.Timeline:
+        """What was, what is, and what is planned for the key's versions."""
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            return timetable.of_key(tx, found.key_set, found.key)
 
     def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
         """Create a key. In a set that has published before, its first version signs after the publish lead."""
@@ -101,7 +107,10 @@ class Keys:
         return answer
 
     def rotate(self, who: Presented, key_set: str, key: str, request: wire.RotateRequest) -> wire.Key:
-        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress."""
+        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress.
+
+        `break_glass` with a reason overrides I1 alone.
+        """
         control = self._control
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
@@ -113,7 +122,16 @@ class Keys:
                     "The active version is not the expected one.", fields={"active_kid": active.kid if active else None}
                 )
             standby = _standby(found.key, versions)
-            lifecycle.activate(tx, found.key_set, found.key, standby, lease=control.confirmation.lease(tx))
+            broken = breach(control, tx, found, request)
+            lifecycle.activate(
+                tx,
+                found.key_set,
+                found.key,
+                standby,
+                lease=control.confirmation.lease(tx),
+                breach=broken if lifecycle.is_early(tx, found.key, standby) else None,
+                who=found.caller.client,
+            )
             answer = present.key(tx, found.key_set, found.key)
         control.changed(tx.committed_epoch)
         return answer
@@ -216,6 +234,19 @@ def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType
     except ValueError as error:
         raise errors.InvalidField(f"hold_until: {error}", fields={"field": "policy.hold_until"}) from None
     return replace(merge(current, changes), hold_until=until)
+
+
+def breach(control: Control, tx: ReadTx, found: Entered, request: wire.BreakGlassRequest) -> str | None:
+    """The reason for which this call may override an invariant, None where it does not ask for that.
+
+    Raises InvalidField without a reason, Forbidden without the permission, be there something to override or not.
+    """
+    if not request.break_glass:
+        return None
+    control.guard.require(found.caller, Permission.BREAK_GLASS, Scope(found.key_set.id, found.key.id))
+    if not request.reason.strip():
+        raise errors.InvalidField("reason: breaking the glass needs one", fields={"field": "reason"})
+    return request.reason
 
 
 def check_policy(policy: Policy, key_set: KeySet, lease: int) -> None:

@@ -110,12 +110,19 @@ def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
 
 
 def activate(
-    tx: WriteTx, key_set: KeySet, key: Key, version: KeyVersion, *, lease: int, breach: str | None = None
+    tx: WriteTx,
+    key_set: KeySet,
+    key: Key,
+    version: KeyVersion,
+    *,
+    lease: int,
+    breach: str | None = None,
+    who: str | None = None,
 ) -> KeyVersion:
     """Let `version` sign: the active one becomes `retiring`, a standby is asked for (I4).
 
     Raises NotYetUsable (I1), TransitionRefused, RotationInProgress (I5). `breach` overrides I1 with that reason, which
-    stays on the version.
+    stays on the version, and with it `who` did so by hand.
     """
     now = tx.now()
     if version.state is not _S.PUBLISHED:
@@ -135,7 +142,7 @@ def activate(
         state=_S.ACTIVE,
         activated_at=now,
         bounds=in_force,
-        breaches=(*version.breaches, Breach("I1", now, breach)) if breach is not None else version.breaches,
+        breaches=(*version.breaches, Breach("I1", now, breach, who)) if breach is not None else version.breaches,
         emergency=active is None and timeline.lost_by_revocation(own),
     )
     tx.save(started)
@@ -191,18 +198,32 @@ def ensure_standby(tx: WriteTx, key: Key) -> KeyVersion | None:
     return add_version(tx, key)
 
 
-def withdraw(tx: WriteTx, key: Key, version: KeyVersion) -> KeyVersion:
-    """Take a retiring version out of the JWKS once no token it signed can be alive (I2), and date its destruction."""
+def is_early(tx: ReadTx, key: Key, version: KeyVersion) -> bool:
+    """Whether activating `version` now would break I1."""
+    usable = timeline.usable_at(version, key.policy)
+    return usable is None or usable > tx.now()
+
+
+def withdraw(
+    tx: WriteTx, key: Key, version: KeyVersion, *, breach: str | None = None, who: str | None = None
+) -> KeyVersion:
+    """Take a retiring version out of the JWKS once no token it signed can be alive (I2), and date its destruction.
+
+    `breach` overrides I2 with that reason, which stays on the version with `who`; the pair is kept all the same until
+    no token can be alive.
+    """
     now = tx.now()
     if version.state is not _S.RETIRING:
         raise _refused(version, _S.RETIRED)
     due = timeline.retirable_at(version)
-    if due is None or due > now:
+    early = due is None or due > now
+    if early and breach is None:
         raise errors.TransitionRefused(
             f"Version {version.number} must stay in the JWKS: tokens it signed may be alive (I2).",
             fields={"retirable_at": optional(due), "now": to_datetime(now)},
         )
-    retired = replace(version, state=_S.RETIRED, retired_at=now)
+    breaches = (*version.breaches, Breach("I2", now, breach, who)) if early and breach else version.breaches
+    retired = replace(version, state=_S.RETIRED, retired_at=now, breaches=breaches)
     retired = replace(retired, destroy_at=_destruction_date(retired, key, now))
     tx.save(retired)
     return retired

@@ -144,8 +144,10 @@ class Office:
                 self.term = 0
                 return False
             term = (lease.term if lease is not None else 0) + (0 if mine else 1)
+            since = lease.since if lease is not None and mine else now
+            expires = timeline.later(now, self._lease)
             tx.set_custodian_lease(
-                CustodianLease(term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted)
+                CustodianLease(term, self._holder, self._node, now, expires, since=since, halted=halted)
             )
             if not mine:
                 take_over(tx)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Watcher:
 
     `lease` and `poll_interval` are seconds; `bind` tells the backends where the keys are,
     `used` drains the last uses of API tokens, `reap` strikes off this node's dead workers: nobody else can see that
-    they are dead, and everybody waits for them.
+    they are dead, and everybody waits for them; `backends` tells what signing and health last saw of each backend.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Watcher:
         used: Callable[[], dict[Id, Instant]],
         bind: Callable[[Sequence[KeyVersion]], None],
         reap: Callable[[], object],
+        backends: Callable[[], Mapping[str, str]],
         clock: DatabaseClock,
     ) -> None:
         self.clock = clock
@@ -70,6 +71,7 @@ class Watcher:
         self._used = used
         self._bind = bind
         self._reap = reap
+        self._backends = backends
         self._shelf = Shelf(state_dir)
         self._lock = threading.Lock()
         self._current = _Pins(None)
@@ -302,7 +304,10 @@ class Watcher:
             self._confirmed_at = self.clock.boot()
         news = drained and worker.confirmed != epoch
         flush = self.clock.boot() - self._used_flushed >= _LAST_USED_EVERY
-        if not news and not flush and now - worker.heartbeat_at < beat:
+        backends = dict(self._backends())
+        # A module that comes and goes must not have the registry written at each poll.
+        told = backends == (worker.backends or {}) or now - worker.heartbeat_at < SECOND
+        if not news and not flush and told and now - worker.heartbeat_at < beat:
             return
         beat_at = self.clock.boot()
         with self._store.write() as tx:
@@ -314,7 +319,9 @@ class Watcher:
                 self._lease_until = 0
                 self._kick.set()
                 return
-            known = replace(known, heartbeat_at=tx.now(), confirmed=epoch if drained else known.confirmed)
+            known = replace(
+                known, heartbeat_at=tx.now(), confirmed=epoch if drained else known.confirmed, backends=backends
+            )
             tx.save(known)
             if flush:
                 self._used_flushed = self.clock.boot()

@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "model",
         "strictjson",
         "jose",
-        "timeline profiles access wire verification",
+        "timeline exposure profiles access wire verification",
         "config",
         "backends store audit authn",
         "service",
