@@ -11,8 +11,9 @@ from pkcs11 import Attribute, KeyType, Object, ObjectClass, Session
 from kms_jwks.backends.base import Digest, KeyRef, Message, PublicJwk
 from kms_jwks.backends.pkcs11 import keys
 from kms_jwks.backends.pkcs11.connection import Handle
-from kms_jwks.backends.pkcs11.meanings import Lost
+from kms_jwks.backends.pkcs11.meanings import Garbled, Lost
 from kms_jwks.backends.pkcs11.mechanisms import ROWS, prepared
+from kms_jwks.backends.pkcs11.searching import searched
 from kms_jwks.errors import (
     BackendRefused,
     KeyNotFound,
@@ -39,7 +40,7 @@ def find(connection: Connection, session: Session, template: keys.Template) -> l
     connection.check()
     if not connection.is_healthy():
         raise Lost
-    return list(session.get_objects(template))
+    return searched(session, template)
 
 
 def look(connection: Connection, session: Session, template: keys.Template) -> list[Object]:
@@ -162,7 +163,7 @@ def signed(seat: Seat, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> b
     pss = ROWS[alg.name].pss
     signature: bytes = handle.key.sign(data, mechanism=mechanism, mechanism_param=pss, buffer_size=_SIGNATURE_ROOM)
     if len(signature) != alg.signature_length(handle.rsa_bits or None):
-        raise BackendRefused(f"The module made a signature of {len(signature)} bytes, which {alg.name} never has.")
+        raise Garbled(f"a signature of {len(signature)} bytes, which {alg.name} never has")
     return signature
 
 
