@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from kms_jwks import errors, timeline
+from kms_jwks import errors
 from kms_jwks.model import SECOND, CustodianLease, Instant, new_id
 from kms_jwks.service.clocks import boot_clock
 from kms_jwks.store import Store, WriteTx
@@ -30,9 +30,9 @@ class Fenced(Exception):
 
 
 class Office:
-    """One candidate for the one office of an installation. `lease` in seconds."""
+    """One candidate for the one office of an installation. `lease` in seconds, or parts of one."""
 
-    def __init__(self, store: Store, *, node: str, lease: int = LEASE, boot: Callable[[], int] = boot_clock) -> None:
+    def __init__(self, store: Store, *, node: str, lease: float = LEASE, boot: Callable[[], int] = boot_clock) -> None:
         self.term = 0
         """The term in office, 0 out of it."""
         self._store = store
@@ -57,7 +57,7 @@ class Office:
                     self.term = 0
                     return False
                 sound = lease.halted is None and self._clock_trouble(tx.now()) is None
-                if mine and sound and left > self._lease * SECOND // 2:
+                if mine and sound and left > self._lease * SECOND / 2:
                     return True
         return self._write(take_over)
 
@@ -95,8 +95,7 @@ class Office:
                     with self.mutation() as tx:
                         lease, now = tx.custodian_lease(), tx.now()
                         if lease is not None:
-                            expires = timeline.later(now, self._lease)
-                            tx.set_custodian_lease(replace(lease, renewed_at=now, expires_at=expires))
+                            tx.set_custodian_lease(replace(lease, renewed_at=now, expires_at=self._expiry(now)))
                 except Fenced:
                     return
                 except errors.Error:
@@ -120,7 +119,7 @@ class Office:
                 return False
             term = (lease.term if lease is not None else 0) + (0 if mine else 1)
             tx.set_custodian_lease(
-                CustodianLease(term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted)
+                CustodianLease(term, self._holder, self._node, now, self._expiry(now), halted=halted)
             )
             if not mine:
                 take_over(tx)
@@ -131,6 +130,9 @@ class Office:
             log.error("custodian_halted", reason=halted)
         self._halted = halted
         return halted is None
+
+    def _expiry(self, now: Instant) -> Instant:
+        return Instant(now + int(self._lease * SECOND))
 
     def _clock_trouble(self, now: Instant) -> str | None:
         """Why database time cannot be trusted, or None. It stays in doubt until it agrees with the boot clock again."""
