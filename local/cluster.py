@@ -267,7 +267,7 @@ class Postgres:
             if not self._gets_into(var):
                 var.chmod(0o700)
                 folder = Path(tempfile.mkdtemp(prefix="kms-jwks-postgres-", dir="/var/tmp"))
-                elsewhere.write_text(f"{folder}\n", encoding="utf-8")
+                write_secret(elsewhere, f"{folder}\n")
         folder.mkdir(mode=0o700, exist_ok=True)
         self._give_away(folder)
         if self._owner is not None and not elsewhere.exists():

@@ -145,7 +145,7 @@ class Cluster:
                 options = {
                     "public_url": public,
                     "database_url": postgres.url(self.database, port=proxy.port),
-                    "database_timeout_ms": 1000,
+                    "database_timeout_ms": 3000,
                     "state_dir": f"{home}/state",
                     "node_name": f"node-{number}",
                     "workers": 2,

@@ -1,4 +1,4 @@
-"""A key set is edited on all nodes at once while 8 readers poll each worker: no reader sees a part or an older document.
+"""A key set is edited on all nodes at once while 8 readers poll each worker: no reader sees a part or goes back.
 
 What makes it visible: each editor replaces an external key by its successor, adding before it removes, so of each
 editor's kids a whole document holds one or two neighbours, and their numbers only grow.
