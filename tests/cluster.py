@@ -14,8 +14,9 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ class Issuers:
             for line in lines.values():
                 line.close()
 
-        with running_threads([lambda n=n: issue(n) for n in range(self.threads)], stop_):  # type: ignore[misc]
+        with running_threads([partial(issue, n) for n in range(self.threads)], stop_):
             wait_until(lambda: len(self.seen) > 20)
             yield self
 
@@ -294,7 +295,7 @@ class Issuers:
 
 
 @contextlib.contextmanager
-def running_threads(works: list[Callable[[], object]], stop_: threading.Event) -> Iterator[None]:
+def running_threads(works: Sequence[Callable[[], object]], stop_: threading.Event) -> Iterator[None]:
     """Run each until `stop_`, set at the end of the block; what one of them raises is raised here."""
     failures: list[BaseException] = []
 

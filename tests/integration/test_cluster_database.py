@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -51,7 +52,7 @@ class Readers:
         self._stop = threading.Event()
 
     def running(self) -> contextlib.AbstractContextManager[None]:
-        return running_threads([lambda line=line: self._read(line) for line in self._lines], self._stop)  # type: ignore[misc]
+        return running_threads([partial(self._read, line) for line in self._lines], self._stop)
 
     def _read(self, line: Line) -> None:
         while not self._stop.is_set():

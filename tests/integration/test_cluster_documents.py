@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -103,8 +104,8 @@ def test_no_reader_of_any_worker_sees_a_part_or_goes_back(cluster: Cluster, figu
     with cluster.lines(each=READERS) as lines:
         readers = [Reader(line, name, letters) for each in lines.values() for line in each]
         assert len(readers) == 6 * READERS
-        works: list[Callable[[], object]] = [lambda e=e: e.work(stop) for e in editors]  # type: ignore[misc]
-        works += [lambda r=r: r.work(key["active_kid"], stop) for r in readers]  # type: ignore[misc]
+        works: list[Callable[[], object]] = [partial(e.work, stop) for e in editors]
+        works += [partial(r.work, key["active_kid"], stop) for r in readers]
         with running_threads(works, stop):
             wait_until(lambda: stop.is_set() or sum(e.number for e in editors) * 2 >= EDITS, EDITS * 10)
     assert all(reader.count > 10 for reader in readers)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -46,10 +47,7 @@ def test_a_revoked_version_signs_nowhere_and_is_gone_from_every_jwks(
         gone: list[float] = []
         stop = threading.Event()
         with cluster.lines() as lines, Issuers(cluster, f"{path}/jwt", token).running() as load:
-            watchers = [
-                lambda line=line, o=old, n=name, g=gone, s=stop: watch(line, n, o, g, s)  # type: ignore[misc]
-                for (line,) in lines.values()
-            ]
+            watchers = [partial(watch, line, name, old, gone, stop) for (line,) in lines.values()]
             began = time.monotonic()
             with running_threads(watchers, stop):
                 answer = cluster.admin.must("POST", f"{path}/versions/{old}/revoke", {"reason": "test"})

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jwt
@@ -165,8 +166,8 @@ def test_rotations_lose_nothing_whoever_is_killed(cluster: Cluster, figure: Call
         caller.close()
 
     began = time.monotonic()
-    works = [lambda seed=seed: call(seed) for seed in range(ISSUERS)]  # type: ignore[misc]
-    with running_threads([*works, lambda: chaos(cluster, tally, stop)], stop):
+    works = [partial(call, seed) for seed in range(ISSUERS)]
+    with running_threads([*works, partial(chaos, cluster, tally, stop)], stop):
         chance = random.Random(1)
         for _ in range(ROTATIONS):
             for name, _ in sets:

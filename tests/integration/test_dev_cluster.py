@@ -49,7 +49,18 @@ class Run:
 
 @contextlib.contextmanager
 def run(port: int, var: Path, out: Path) -> Iterator[Run]:
-    command = [ROOT / "dev", "run", "--cluster", "3", "--workers", "1", "--bind", f"127.0.0.1:{port}", "--var", var]
+    command = [
+        str(ROOT / "dev"),
+        "run",
+        "--cluster",
+        "3",
+        "--workers",
+        "1",
+        "--bind",
+        f"127.0.0.1:{port}",
+        "--var",
+        str(var),
+    ]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("KMS_JWKS_", "SOFTHSM2_CONF"))}
     with out.open("wb") as file:
         process = subprocess.Popen(

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -158,17 +159,17 @@ def test_every_step_is_recorded_once(tmp_path: Path, postgres: Postgres, figure:
         try:
             with two(url, folder, keys, first) as processes:
                 ask(world, "undisturbed")
-                world.until(lambda w=world: settled(w, "undisturbed"), 60)
+                world.until(partial(settled, world, "undisturbed"), 60)
                 before = world.registry.poll()[0].counter
                 ask(world, "counted")
-                world.until(lambda w=world: settled(w, "counted"), 60)
+                world.until(partial(settled, world, "counted"), 60)
                 changes = world.registry.poll()[0].counter - before
                 for number in range(first, min(first + IN_ONE_REGISTRY, RACES)):
                     name = f"set-{number}"
                     before = world.registry.poll()[0].counter
                     ask(world, name)
                     stop_and_resume(world, processes, chance)
-                    world.until(lambda w=world, n=name: settled(w, n), 60)
+                    world.until(partial(settled, world, name), 60)
                     # What is recorded twice, changes twice.
                     assert world.registry.poll()[0].counter - before == changes
             surplus += check(world, keys)

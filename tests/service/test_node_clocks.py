@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jwt
@@ -18,11 +19,15 @@ from tests.service.world import World
 SKEWS = (-30, 0, 30)
 
 
+def half_a_minute_ahead(real: Callable[[], int]) -> int:
+    return real() + 30 * SECOND * 1000
+
+
 @pytest.fixture
 def world(tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """Every clock that a node could ask for the time of day is wrong by half a minute."""
     made = World(tmp_path, workers=len(SKEWS), url=postgres.url(postgres.create()))
-    monkeypatch.setattr(clocks.time, "time_ns", lambda real=time.time_ns: real() + 30 * SECOND * 1000)
+    monkeypatch.setattr("kms_jwks.service.clocks.time.time_ns", partial(half_a_minute_ahead, time.time_ns))
     yield made.start()
     made.close()
 
