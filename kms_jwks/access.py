@@ -26,6 +26,7 @@ class Permission(StrEnum):
     KEY_SET_UPDATE = "key-set:update"
     KEY_READ = "key:read"
     KEY_CREATE = "key:create"
+    KEY_ADOPT = "key:adopt"
     KEY_UPDATE = "key:update"
     KEY_ROTATE = "key:rotate"
     KEY_DISABLE = "key:disable"

@@ -1,7 +1,8 @@
 """The JSON bodies of the API as msgspec structs: what http/ reads and writes and client/ writes and reads.
 
 Requests refuse unknown fields. Instants are RFC 3339 in UTC, durations whole seconds, binary values base64url without
-padding. An absent optional field of a request keeps the default; `null` is not accepted in its place.
+padding. An absent optional field of a request keeps the default; `null` is not accepted in its place, but where a field
+says so.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class PolicyFields(Request):
     clock_skew: Seconds | UnsetType = UNSET
     handover: Seconds | UnsetType = UNSET
     destroy_after: Seconds | UnsetType = UNSET
+    rotate_jitter: Seconds | UnsetType = UNSET
+    rotate_window: Annotated[str, Meta(max_length=255)] | UnsetType = UNSET
+    hold_until: datetime | UnsetType | None = UNSET
+    """Null takes a hold back."""
 
 
 class ProfileFields(Request):
@@ -51,6 +56,21 @@ class ProfileFields(Request):
     default_lifetime: Seconds | UnsetType = UNSET
 
 
+class Adopt(Request):
+    """A key pair that a module holds already, to become a key version.
+
+    `locator` is the backend's: a label, `id=` and a CKA_ID, or a PKCS#11 URI; a key id, ARN or alias. `accept` takes
+    the key although it is weaker than one that was made here, which then stands on the version.
+    """
+
+    locator: Annotated[str, Meta(min_length=1, max_length=2048)]
+    kid: Kid | UnsetType = UNSET
+    """Its kid as verifiers know it; its thumbprint where nothing is said."""
+    accept: bool = False
+    public_key: Annotated[str, Meta(max_length=16_384)] | dict[str, Any] | UnsetType = UNSET
+    """PEM or JWK, for a module that holds the private key alone."""
+
+
 class KeyCreate(Request):
     name: Name
     alg: Annotated[str, Meta(max_length=32)]
@@ -58,6 +78,12 @@ class KeyCreate(Request):
     rsa_bits: Literal[2048, 3072, 4096] | UnsetType = UNSET
     policy: PolicyFields | UnsetType = UNSET
     profile: ProfileFields | UnsetType = UNSET
+    adopt: Adopt | UnsetType = UNSET
+    """The first version is this key pair; none is made."""
+
+
+class VersionCreate(Request):
+    adopt: Adopt | UnsetType = UNSET
 
 
 class KeySetCreate(Request):
@@ -91,6 +117,9 @@ class Policy(Answer):
     clock_skew: int
     handover: int
     destroy_after: int
+    rotate_jitter: int
+    rotate_window: str
+    hold_until: datetime | None
 
 
 class Profile(Answer):
@@ -129,6 +158,10 @@ class Version(Answer):
     destroy_at: datetime | None = None
     destroyed_at: datetime | None = None
     breaches: list[Breach] = []
+    origin: str = "generated"
+    """Who made the pair: `generated` here, or `adopted`."""
+    weaknesses: list[str] = []
+    """What does not hold of an adopted key and was accepted, in words."""
 
 
 class Key(Answer):
@@ -400,6 +433,11 @@ class Backend(Answer):
     """`ok`, or the code of the error it answers with."""
     detail: str
     algorithms: list[str]
+    counters: dict[str, int]
+    """Of the worker that answers, since it started: signatures `checked` and found `bad`, `timeouts`, calls `refused`
+    because others hang, and calls that are `stuck` now."""
+    recycled: int
+    """Workers of this node that were replaced within the last hour because calls did not come back."""
 
 
 class Dependency(Answer):

@@ -13,6 +13,7 @@ from kms_jwks.backends.base import Backend
 
 def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
     from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, Pkcs11Options
+    from kms_jwks.backends.pkcs11.uri import parse
 
     source = options.management if management and options.management is not None else options
     if source.pin_file is not None:
@@ -21,13 +22,13 @@ def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backe
         pin = PinSource.from_env(source.pin_env)
     else:
         pin = _pin_of_standard_input()
-    return Pkcs11Backend(
-        name,
-        Pkcs11Options(
+    try:
+        checked = Pkcs11Options(
             module=options.module,
             token_label=options.token_label,
             token_serial=options.token_serial,
             slot=options.slot,
+            uri=None if options.uri is None else parse(options.uri),
             expected_serial=options.expected_serial,
             pin=pin,
             sessions=options.sessions,
@@ -35,8 +36,11 @@ def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backe
             sign_in_place=options.sign_in_place,
             lock_dir=state_dir / "pkcs11",
             environment=options.environment,
-        ),
-    )
+        )
+    except ValueError as error:
+        # What contradicts itself only once the URI is read.
+        raise errors.ConfigurationError(f"backends.{name}: {error}.") from None
+    return Pkcs11Backend(name, checked)
 
 
 @cache

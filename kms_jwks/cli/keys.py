@@ -8,9 +8,10 @@ import click
 import msgspec
 
 from kms_jwks import wire
+from kms_jwks.cli.adopting import adopt_options, adoption
 from kms_jwks.cli.api import api_command, key_arguments, key_set_argument
 from kms_jwks.cli.text import details, duration, note, table, when, yes
-from kms_jwks.cli.values import DURATION, given
+from kms_jwks.cli.values import DURATION, INSTANT, given
 from kms_jwks.cli.versions import version_rows
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ _POLICY = {
     "clock_skew": "How far verifiers' clocks may be off. [default: 5m]",
     "handover": "How long a pinned kid signs on after a rotation. [default: 60s]",
     "destroy_after": "How long a retired version stays in the module. [default: 30d]",
+    "rotate_jitter": "How much earlier a rotation may come, by chance. [default: 1h]",
 }
+_CALENDAR = ("rotate_window", "hold_until")
+_UNSAFE = "allow_unsafe_publish_lead"
 
 
 @click.group()
@@ -41,6 +45,13 @@ def _policy_options(function: F) -> F:
         default=None,
         help="Accept a publish lead below its floor; shows in every report.",
     )(function)
+    function = click.option("--no-hold", is_flag=True, default=None, help="Take --hold-until back.")(function)
+    function = click.option("--hold-until", type=INSTANT, help="No planned activation before then.")(function)
+    function = click.option(
+        "--rotate-window",
+        metavar="HOURS",
+        help="When planned steps may happen, in UTC: 'mon-thu 09:00-16:00'; '' is any time. [default: '']",
+    )(function)
     for name, text in reversed(_POLICY.items()):
         function = click.option(f"--{name.replace('_', '-')}", name, type=DURATION, help=text)(function)
     lifetime = click.option("--default-lifetime", type=DURATION, help="Life of a token whose caller says nothing.")
@@ -50,8 +61,12 @@ def _policy_options(function: F) -> F:
 
 def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
     """Options as the API groups them."""
+    if fields.pop("no_hold", False):
+        if "hold_until" in fields:
+            raise click.UsageError("--hold-until and --no-hold exclude each other.")
+        fields["hold_until"] = None
     profile = {name: fields.pop(name) for name in ("typ", "default_lifetime") if name in fields}
-    policy = {name: fields.pop(name) for name in (*_POLICY, "allow_unsafe_publish_lead") if name in fields}
+    policy = {name: fields.pop(name) for name in (*_POLICY, *_CALENDAR, _UNSAFE) if name in fields}
     return {**fields, **({"policy": policy} if policy else {}), **({"profile": profile} if profile else {})}
 
 
@@ -62,8 +77,19 @@ def list_keys(api: Api, key_set: str) -> None:
     api.show_list(
         api.client.keys(key_set),
         lambda items: table(
-            ("NAME", "ALG", "BACKEND", "ENABLED", "VERSIONS", "ACTIVE KID"),
-            ((k.name, k.alg, k.backend, yes(k.enabled), len(k.versions), k.active_kid or "-") for k in items),
+            ("NAME", "ALG", "BACKEND", "ENABLED", "VERSIONS", "ACTIVE KID", "WARNINGS"),
+            (
+                (
+                    k.name,
+                    k.alg,
+                    k.backend,
+                    yes(k.enabled),
+                    len(k.versions),
+                    k.active_kid or "-",
+                    "; ".join(k.warnings) or "-",
+                )
+                for k in items
+            ),
         ),
     )
 
@@ -79,16 +105,22 @@ def show_key(api: Api, key_set: str, key: str) -> None:
 @api_command(key, "create")
 @key_set_argument
 @click.argument("name")
-@click.option("--alg", required=True, help="RS256/384/512, PS256/384/512, ES256/384/512, ES256K, EdDSA or Ed25519.")
+@click.option(
+    "--alg",
+    required=True,
+    help="RS256/384/512, PS256/384/512, ES256/384/512, ES256K, EdDSA or Ed25519, ML-DSA-44/65/87.",
+)
 @click.option("--rsa-bits", type=int, help="2048, 3072 or 4096. [default: 3072]")
 @click.option("--backend", metavar="NAME", help="The module that makes it. [default: the service's]")
+@adopt_options
 @_policy_options
 def create_key(api: Api, key_set: str, **fields: Any) -> None:
     """Create a key NAME in a key set.
 
-    In a set that verifiers know already it signs after the publish lead.
+    In a set that verifiers know already it signs after the publish lead. With --adopt its first version is a key pair
+    that the module holds already.
     """
-    made = api.client.create_key(key_set, wire.convert(_grouped(given(fields)), wire.KeyCreate))
+    made = api.client.create_key(key_set, wire.convert(_grouped(adoption(given(fields))), wire.KeyCreate))
     api.show(lambda: _show(made))
 
 
@@ -164,6 +196,8 @@ def _show(found: wire.Key) -> None:
         ("enabled", yes(found.enabled)),
         ("active kid", found.active_kid or "-"),
         *((name.replace("_", " "), duration(getattr(found.policy, name))) for name in _POLICY),
+        ("rotate window", found.policy.rotate_window or "any time"),
+        ("hold until", when(found.policy.hold_until)),
         ("typ", found.profile.typ),
         ("default lifetime", duration(found.profile.default_lifetime)),
         ("created", when(found.created_at)),

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from kms_jwks import wire
+from kms_jwks.cli.adopting import adopt_options, adoption
 from kms_jwks.cli.api import api_command, confirm, key_arguments, version_arguments, yes_option
 from kms_jwks.cli.text import details, note, table, when, yes
-from kms_jwks.cli.values import INSTANT
+from kms_jwks.cli.values import INSTANT, given
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kms_jwks import wire
     from kms_jwks.cli.api import Api
 
 
@@ -46,9 +47,14 @@ def show_version(api: Api, key_set: str, key: str, version: str) -> None:
 
 @api_command(version, "create")
 @key_arguments
-def create_version(api: Api, key_set: str, key: str) -> None:
-    """Make a standby version, where there is none."""
-    made = api.client.create_version(key_set, key)
+@adopt_options
+def create_version(api: Api, key_set: str, key: str, **fields: Any) -> None:
+    """Make a standby version, where there is none.
+
+    With --adopt it is a key pair that the module holds already, beside the standby; `version activate` has it sign.
+    """
+    adopted = adoption(given(fields)).get("adopt")
+    made = api.client.create_version(key_set, key, adopt=wire.convert(adopted, wire.Adopt) if adopted else None)
     api.show(lambda: _show(made))
 
 
@@ -195,11 +201,16 @@ def version_rows(
     versions: Sequence[tuple[str, wire.Version]], *, named: bool
 ) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Columns and rows of a table of versions, each with its key's name where they are of several keys."""
-    columns = ("NUMBER", "STATE", "ALG", "SINCE", "KID")
-    rows = [(v.number, v.state, v.alg, when(_since(v)), v.kid or "-") for _, v in versions]
+    columns = ("NUMBER", "STATE", "ALG", "SINCE", "ORIGIN", "KID")
+    rows = [(v.number, v.state, v.alg, when(_since(v)), _origin(v), v.kid or "-") for _, v in versions]
     if not named:
         return columns, list(rows)
     return ("KEY", *columns), [(name, *row) for (name, _), row in zip(versions, rows, strict=True)]
+
+
+def _origin(found: wire.Version) -> str:
+    """Who made the pair, and what was accepted of it."""
+    return f"{found.origin}: {', '.join(found.weaknesses)}" if found.weaknesses else found.origin
 
 
 def _since(found: wire.Version) -> datetime | None:
@@ -223,6 +234,7 @@ def _show(found: wire.Version) -> None:
         ("state", found.state),
         ("alg", found.alg),
         ("backend", found.backend),
+        ("origin", found.origin),
         ("created", when(found.created_at)),
         ("published", when(found.published_at)),
         ("visible since", when(found.visible_since)),
@@ -234,6 +246,8 @@ def _show(found: wire.Version) -> None:
         ("destroy at", when(found.destroy_at)),
         ("destroyed", when(found.destroyed_at)),
     )
+    if found.weaknesses:
+        note(f"Warning: adopted although {', '.join(found.weaknesses)}.")
     for breach in found.breaches:
         note(f"Warning: {breach.invariant} was overridden at {when(breach.at)}: {breach.reason}")
 

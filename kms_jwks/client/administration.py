@@ -99,9 +99,11 @@ class Administration:
         """One version."""
         return decode(self._get(_version(key_set, key, version)), wire.Version)
 
-    def create_version(self, key_set: str, key: str) -> wire.Version:
-        """Ask for a standby version. Raises TransitionRefused when there is one."""
-        return decode(self._change("POST", f"{_key(key_set, key)}/versions"), wire.Version)
+    def create_version(self, key_set: str, key: str, *, adopt: wire.Adopt | None = None) -> wire.Version:
+        """Ask for a standby version, or adopt a pair as one. Raises TransitionRefused when one is to be made and is
+        there already; AdoptionRefused (`fields["weaknesses"]`), KeyTaken, KidTaken."""
+        request = wire.VersionCreate(adopt=UNSET if adopt is None else adopt)
+        return decode(self._change("POST", f"{_key(key_set, key)}/versions", request), wire.Version)
 
     def activate(self, key_set: str, key: str, version: str | int) -> wire.Version:
         """Make a published version the one that signs. Raises NotYetUsable, TransitionRefused."""

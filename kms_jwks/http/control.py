@@ -44,7 +44,7 @@ def list_keys(service: Service, request: Request) -> Response:
 
 
 def create_key(service: Service, request: Request, body: wire.KeyCreate) -> Response:
-    """A key, whose first versions the custodian makes."""
+    """A key, whose first versions the custodian makes; or whose first one is adopted."""
     return created(service.keys.create(request.who, request.params["key_set"], body))
 
 
@@ -81,9 +81,9 @@ def list_versions(service: Service, request: Request) -> Response:
     return ok(service.versions.list(request.who, *_key(request), *request.page()))
 
 
-def create_version(service: Service, request: Request, body: Empty) -> Response:
-    """A further version, as standby."""
-    return created(service.versions.create(request.who, *_key(request)))
+def create_version(service: Service, request: Request, body: wire.VersionCreate) -> Response:
+    """A further version, as standby: made, or adopted."""
+    return created(service.versions.create(request.who, *_key(request), body))
 
 
 def get_version(service: Service, request: Request) -> Response:

@@ -21,6 +21,7 @@ from kms_jwks.model import (
     Key,
     KeySet,
     KeyVersion,
+    Origin,
     VersionState,
     new_id,
 )
@@ -121,17 +122,21 @@ def activate(
         raise _refused(version, _S.ACTIVE)
     require_usable(version, key, now, overridden=breach is not None)
     versions = tx.versions(key_set_id=key_set.id)
-    active = next((v for v in versions if v.key_id == key.id and v.state is _S.ACTIVE), None)
+    own = [v for v in versions if v.key_id == key.id]
+    active = next((v for v in own if v.state is _S.ACTIVE), None)
+    in_force = timeline.bounds(key.policy, lease=lease, cache_lifetime=key_set.cache_lifetime)
     if active is not None:
         require_rotation_room(tx, key_set, key, versions)
-        last = timeline.bounds(key.policy, lease=lease, cache_lifetime=key_set.cache_lifetime)
-        tx.save(replace(active, state=_S.RETIRING, deactivated_at=now, bounds=active.bounds.widened(last)))
+        ended = replace(active, state=_S.RETIRING, deactivated_at=now, bounds=active.bounds.widened(in_force))
+        # This is the second rotation, if one was to come.
+        tx.save(replace(ended, emergency=False))
     started = replace(
         version,
         state=_S.ACTIVE,
         activated_at=now,
-        bounds=timeline.bounds(key.policy, lease=lease, cache_lifetime=key_set.cache_lifetime),
+        bounds=in_force,
         breaches=(*version.breaches, Breach("I1", now, breach)) if breach is not None else version.breaches,
+        emergency=active is None and timeline.lost_by_revocation(own),
     )
     tx.save(started)
     if key_set.first_activated_at is None:
@@ -169,15 +174,11 @@ def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[
             fields={"kid": blocker.kid, "possible_at": optional(until)},
         )
     # Publishing the next standby must not push the document over its limit.
-    shown = sum(1 for v in versions if v.state.in_jwks or v.state is _S.CREATING)
-    externals = len(tx.external_keys(key_set.id))
-    others_waiting = any(v.key_id == key.id and v.state is _S.CREATING for v in versions)
-    waiting = [v for v in versions if v.key_id == key.id and v.state is _S.PUBLISHED]
-    needs_standby = 0 if others_waiting or len(waiting) > 1 else 1
-    if shown + externals + needs_standby > timeline.MAX_KIDS:
+    kids = timeline.kids_after_rotation(key.id, versions, tx.external_keys(key_set.id))
+    if kids > timeline.MAX_KIDS:
         retiring = [t for v in versions if (t := timeline.retirable_at(v)) and v.state is _S.RETIRING]
         raise errors.RotationInProgress(
-            f"The document holds {shown + externals} of {timeline.MAX_KIDS} kids.",
+            f"With the next standby the document would hold {kids} kids of {timeline.MAX_KIDS}.",
             fields={"possible_at": optional(min(retiring, default=None))},
         )
 
@@ -201,11 +202,21 @@ def withdraw(tx: WriteTx, key: Key, version: KeyVersion) -> KeyVersion:
             f"Version {version.number} must stay in the JWKS: tokens it signed may be alive (I2).",
             fields={"retirable_at": optional(due), "now": to_datetime(now)},
         )
-    retired = replace(
-        version, state=_S.RETIRED, retired_at=now, destroy_at=timeline.later(now, key.policy.destroy_after)
-    )
+    retired = replace(version, state=_S.RETIRED, retired_at=now)
+    retired = replace(retired, destroy_at=_destruction_date(retired, key, now))
     tx.save(retired)
     return retired
+
+
+def _destruction_date(version: KeyVersion, key: Key, now: Instant) -> Instant | None:
+    """When a version that leaves is to be destroyed: `destroy_after` from now, and not before its tokens have ended.
+
+    An adopted pair belongs to whoever made it and may serve others too: only a person dates its destruction.
+    """
+    if version.origin is Origin.ADOPTED:
+        return version.destroy_at
+    due = version.destroy_at or timeline.later(now, key.policy.destroy_after)
+    return max(due, timeline.retirable_at(version) or due)
 
 
 def revoke(
@@ -219,29 +230,26 @@ def revoke(
     if not version.state.may_become(_S.REVOKED):
         raise _refused(version, _S.REVOKED)
     was_active = version.state is _S.ACTIVE
-    tx.save(
-        replace(
-            version,
-            state=_S.REVOKED,
-            revoked_at=now,
-            revoke_reason=reason or None,
-            deactivated_at=version.deactivated_at or (now if was_active else None),
-            destroy_at=version.destroy_at or timeline.later(now, key.policy.destroy_after),
-        )
+    gone = replace(
+        version,
+        state=_S.REVOKED,
+        revoked_at=now,
+        revoke_reason=reason or None,
+        deactivated_at=version.deactivated_at or (now if was_active else None),
+        emergency=False,
     )
+    tx.save(replace(gone, destroy_at=_destruction_date(gone, key, now)))
     successor = None
     if was_active and key.disabled_at is None:
-        waiting = tx.versions(key_id=key.id, states={_S.PUBLISHED})
-        # One that verifiers can already hold comes first; of several, the oldest. But none is too young.
-        waiting.sort(key=lambda v: (v.visible_since is None, v.number))
-        if waiting:
-            usable = timeline.usable_at(waiting[0], key.policy)
+        standby = timeline.successor(tx.versions(key_id=key.id), key.policy)
+        if standby is not None:
+            usable = timeline.usable_at(standby, key.policy)
             early = usable is None or usable > now
             successor = activate(
                 tx,
                 key_set,
                 key,
-                waiting[0],
+                standby,
                 lease=lease,
                 breach=f"emergency: version {version.number} was revoked" if early else None,
             )
@@ -251,18 +259,25 @@ def revoke(
 
 
 def schedule_destruction(tx: WriteTx, version: KeyVersion, when: Instant | None, destroy_after: int) -> KeyVersion:
-    """Date the destruction of a retired or revoked version, at least 7 days ahead. Raises TransitionRefused."""
+    """Date the destruction of a retired or revoked version: at least 7 days ahead, and no token it signed alive then.
+
+    Raises TransitionRefused, InvalidField with the earliest date.
+    """
     now = tx.now()
     if not version.state.may_become(_S.DESTROYED) or version.state is _S.CREATING:
         raise _refused(version, _S.DESTROYED)
     _require_not_begun(tx, version)
     floor = timeline.later(now, timeline.MIN_DESTROY_AFTER)
-    at = timeline.later(now, destroy_after) if when is None else when
-    if at < floor:
-        raise errors.InvalidField(
-            f"destroy_at: a destruction leaves at least {timeline.MIN_DESTROY_AFTER} s to take it back",
-            fields={"field": "destroy_at", "earliest": to_datetime(floor)},
+    ended = max(floor, timeline.retirable_at(version) or floor)
+    at = max(timeline.later(now, destroy_after), ended) if when is None else when
+    if at < ended:
+        why = (
+            f"a destruction leaves at least {timeline.MIN_DESTROY_AFTER} s to take it back"
+            if ended == floor
+            else "a token it signed can be alive until then (I2)"
         )
+        raise errors.InvalidField(f"destroy_at: {why}", fields={"field": "destroy_at", "earliest": to_datetime(ended)})
+    _forget_attempts(tx, version)
     scheduled = replace(version, destroy_at=at)
     tx.save(scheduled)
     return scheduled
@@ -273,9 +288,19 @@ def cancel_destruction(tx: WriteTx, version: KeyVersion) -> KeyVersion:
     if version.destroy_at is None or version.state is _S.DESTROYED:
         raise errors.TransitionRefused(f"No destruction of version {version.number} is scheduled.")
     _require_not_begun(tx, version)
+    _forget_attempts(tx, version)
     kept = replace(version, destroy_at=None)
     tx.save(kept)
     return kept
+
+
+def _forget_attempts(tx: WriteTx, version: KeyVersion) -> None:
+    """A destruction that its module put off must not come up again under a date that no longer holds."""
+    for intent in tx.intents(states={IntentState.PENDING}, version_id=version.id):
+        if intent.kind is not IntentKind.GENERATE:
+            tx.save(
+                replace(intent, state=IntentState.ABANDONED, finished_at=tx.now(), error="the destruction was redated")
+            )
 
 
 def _require_not_begun(tx: ReadTx, version: KeyVersion) -> None:

@@ -21,6 +21,8 @@ LEASE = 10
 """Seconds a custodian acts without renewing."""
 LONGEST_STEP = 300.0
 """Seconds for which a module step keeps the office; a step that hangs longer loses it."""
+LONG_STEP = 30.0
+"""Seconds after which a step that is still in the module is logged, and again after each such while."""
 CLOCK_DRIFT = 60
 """Seconds that database time may depart from the boot clock between two looks."""
 
@@ -30,14 +32,26 @@ class Fenced(Exception):
 
 
 class Office:
-    """One candidate for the one office of an installation. `lease` in seconds, or parts of one."""
+    """One candidate for the one office of an installation. `lease` in seconds, or parts of one.
 
-    def __init__(self, store: Store, *, node: str, lease: float = LEASE, boot: Callable[[], int] = boot_clock) -> None:
+    `given_up` is called, from another thread, when a step has kept the office for as long as it may and still hangs.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        node: str,
+        lease: float = LEASE,
+        boot: Callable[[], int] = boot_clock,
+        given_up: Callable[[], None] = lambda: None,
+    ) -> None:
         self.term = 0
         """The term in office, 0 out of it."""
         self._store = store
         self._node = node
         self._lease = lease
+        self._given_up = given_up
         self._boot = boot
         self._holder = new_id()
         self._last_clocks: tuple[int, Instant] | None = None
@@ -85,12 +99,23 @@ class Office:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep the office while a module works, for 5 minutes at most, from a thread of its own."""
+        """Keep the office while a module works, for 5 minutes at most, from a thread of its own.
+
+        A module that takes long is in the log, and one that hangs is more than that: nothing else would show it.
+        """
         done = threading.Event()
 
         def renew() -> None:
-            end = time.monotonic() + LONGEST_STEP
-            while not done.wait(self._lease / 3) and time.monotonic() < end:
+            started, said = time.monotonic(), 0
+            while not done.wait(self._lease / 3):
+                seconds = time.monotonic() - started
+                if seconds >= LONGEST_STEP:
+                    log.error("module_step_given_up", seconds=round(seconds), term=self.term)
+                    self._given_up()
+                    return
+                if seconds // LONG_STEP > said:
+                    said = int(seconds // LONG_STEP)
+                    log.warning("module_step_takes_long", seconds=round(seconds), term=self.term)
                 try:
                     with self.mutation() as tx:
                         lease, now = tx.custodian_lease(), tx.now()

@@ -12,18 +12,22 @@ from kms_jwks.service import present
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Presented
 from kms_jwks.service.instants import to_datetime
+from kms_jwks.service.recycling import Recycling
 from kms_jwks.service.watcher import Watcher
 
 _PROBE_EVERY = 1.0
 """Seconds for which a backend's state is remembered: anybody may ask for readiness, and not wear the module out."""
+_PROBE_SECONDS = 5.0
+"""How long a backend may take to answer a probe; opening a module is part of it."""
 
 
 class Operation:
     """For operators, and for the probes of an orchestrator."""
 
-    def __init__(self, control: Control, watcher: Watcher) -> None:
+    def __init__(self, control: Control, watcher: Watcher, recycling: Recycling) -> None:
         self._control = control
         self._watcher = watcher
+        self._recycling = recycling
         self._probed: dict[str, tuple[float, wire.Backend]] = {}
 
     def nodes(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
@@ -101,10 +105,12 @@ class Operation:
     def _probe(self, name: str) -> wire.Backend:
         modules = self._control.modules
         backend = modules.get(name)
-        state, detail, algorithms = "ok", "", []
+        state, detail = "ok", ""
+        algorithms: list[str] = []
         try:
-            detail = backend.ping().description
-            algorithms = sorted(backend.capabilities())
+            detail, algorithms = modules.ask(
+                name, "ping", lambda b: (b.ping().description, sorted(b.capabilities())), _PROBE_SECONDS
+            )
         except errors.BackendError as error:
             state, detail = error.code, error.detail
         return wire.Backend(
@@ -115,6 +121,8 @@ class Operation:
             state=state,
             detail=detail,
             algorithms=algorithms,
+            counters=modules.counters(name),
+            recycled=self._recycling.count(),
         )
 
     def _node(self, worker: Worker, epoch: Epoch, now: Instant) -> wire.Node:

@@ -72,18 +72,30 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
             clock_skew=p.clock_skew,
             handover=p.handover,
             destroy_after=p.destroy_after,
+            rotate_jitter=p.rotate_jitter,
+            rotate_window=p.rotate_window,
+            hold_until=optional(p.hold_until),
         ),
         profile=wire.Profile(
             name=value.profile.name,
             typ=value.profile.typ,
             default_lifetime=min(value.profile.default_lifetime, p.max_token_ttl),
         ),
-        warnings=timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime),
+        warnings=[*timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime), *weakness_warnings(versions)],
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
         versions=[version(value, v, trouble(tx, v)) for v in versions if v.state is not VersionState.DESTROYED],
     )
+
+
+def weakness_warnings(versions: Sequence[KeyVersion]) -> list[str]:
+    """What every report must show of adopted keys that are weaker than ours and still there."""
+    return [
+        f"version {v.number} was adopted although {', '.join(v.weaknesses)}"
+        for v in versions
+        if v.weaknesses and v.state is not VersionState.DESTROYED
+    ]
 
 
 def trouble(tx: ReadTx, value: KeyVersion) -> str | None:
@@ -116,6 +128,8 @@ def version(owner: Key, value: KeyVersion, trouble: str | None = None) -> wire.V
         destroy_at=optional(value.destroy_at),
         destroyed_at=optional(value.destroyed_at),
         breaches=[wire.Breach(invariant=b.invariant, at=to_datetime(b.at), reason=b.reason) for b in value.breaches],
+        origin=value.origin.value,
+        weaknesses=list(value.weaknesses),
     )
 
 

@@ -8,7 +8,7 @@ from kms_jwks import errors, timeline, wire
 from kms_jwks.access import Permission
 from kms_jwks.backends.base import KeyRef
 from kms_jwks.model import Id, Instant, Key, KeyVersion, VersionState
-from kms_jwks.service import lifecycle, present
+from kms_jwks.service import adoption, lifecycle, present
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Entered, Presented
 from kms_jwks.service.instants import optional, to_datetime, to_instant
@@ -39,20 +39,42 @@ class Versions:
             value = _find(tx, found, version)
             return present.version(found.key, value, present.trouble(tx, value))
 
-    def create(self, who: Presented, key_set: str, key: str) -> Created[wire.Version]:
-        """Ask for a standby. Raises TransitionRefused when one is published or coming."""
+    def create(self, who: Presented, key_set: str, key: str, request: wire.VersionCreate) -> Created[wire.Version]:
+        """Ask for a standby, or adopt one. Raises TransitionRefused when one is to be made and there is one already."""
         control = self._control
+        if request.adopt is not UNSET:
+            return self._adopt(who, key_set, key, request.adopt)
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
             require_enabled(found.key)
             made = lifecycle.ensure_standby(tx, found.key)
             if made is None:
                 raise errors.TransitionRefused(f"Key {key!r} has a standby version already.")
+        return self._made(found, made)
+
+    def _adopt(self, who: Presented, key_set: str, key: str, wanted: wire.Adopt) -> Created[wire.Version]:
+        """A further version beside the standby, which signs first: this one is activated by name."""
+        control = self._control
+        with control.store.read() as reading:
+            found = control.guard.enter_key(reading, who, Permission.KEY_ADOPT, key_set, key)
+            require_enabled(found.key)
+        candidate = adoption.examine(control.modules, found.key.backend, found.key.alg, wanted)
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.KEY_ADOPT, key_set, key)
+            require_enabled(found.key)
+            made = adoption.add_adopted(tx, found.key, candidate)
+            adoption.publish(tx, found.key_set)
+        return self._made(found, made)
+
+    def _made(self, found: Entered, made: KeyVersion) -> Created[wire.Version]:
+        """The answer once the version is published everywhere, or without it after a while."""
+        control = self._control
         complete = control.wait_for_custodian([made.id])
         with control.store.read() as tx:
             made = tx.version(made.id) or made
             answer = present.version(found.key, made, present.trouble(tx, made))
-        return Created(answer, complete, f"/v1/key-sets/{key_set}/keys/{key}/versions/{made.number}")
+        path = f"/v1/key-sets/{found.key_set.name}/keys/{found.key.name}/versions/{made.number}"
+        return Created(answer, complete, path)
 
     def public_jwk(self, who: Presented, key_set: str, key: str, version: str) -> dict[str, object]:
         """The public half as the JWKS shows it. Raises VersionNotFound while there is no pair."""
@@ -94,7 +116,8 @@ class Versions:
             value = _find(tx, found, version)
         if value.kid is None or value.ref is None or value.state is VersionState.DESTROYED:
             raise errors.VersionNotFound("This version has no key pair in a module.")
-        evidence = self._control.modules.get(value.backend).attributes(KeyRef.of(**value.ref))
+        ref = KeyRef.of(**value.ref)
+        evidence = self._control.modules.ask(value.backend, "attributes", lambda b: b.attributes(ref))
         return wire.Attributes(
             kid=value.kid,
             backend=value.backend,

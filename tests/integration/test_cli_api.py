@@ -130,6 +130,22 @@ def test_changes_are_made_at_a_revision(run: Run, orders: str) -> None:
     run("key", "update", orders, "k1", "--publish-lead", "24h", "--no-allow-unsafe-publish-lead", "--typ", "JWT")
 
 
+def test_the_calendar_of_a_key(run: Run, orders: str) -> None:
+    def update(*options: str) -> Any:
+        return json.loads(run("key", "update", orders, "k2", *options, "--json").stdout)["policy"]
+
+    set_ = update("--rotate-window", "mon-thu 09:00-16:00", "--rotate-jitter", "2h", "--hold-until", "2031-02-03")
+    assert (set_["rotate_window"], set_["rotate_jitter"]) == ("mon-thu 09:00-16:00", 7200)
+    assert set_["hold_until"] == "2031-02-03T00:00:00Z"
+    shown = run("key", "show", orders, "k2").stdout
+    assert "mon-thu 09:00-16:00" in shown
+    assert "2031-02-03 00:00:00Z" in shown
+    assert "weekdays" in run("key", "update", orders, "k2", "--rotate-window", "weekdays 09:00-10:00", code=1).stderr
+    run("key", "update", orders, "k2", "--hold-until", "2031-02-03", "--no-hold", code=2)
+    cleared = update("--rotate-window", "", "--no-hold", "--rotate-jitter", "1h")
+    assert (cleared["rotate_window"], cleared["hold_until"]) == ("", None)
+
+
 def test_external_keys(run: Run, server: Server) -> None:
     name, kid = fresh("set"), fresh("old")
     run("key-set", "create", name, "--existing-issuer")

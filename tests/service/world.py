@@ -20,7 +20,7 @@ from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.clocks import boot_clock
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.custodian import Custodian
-from kms_jwks.service.modules import Modules
+from kms_jwks.service.modules import Limits, Modules
 from kms_jwks.service.office import Office
 from kms_jwks.service.preparing import Operation
 from kms_jwks.service.signing import Batch
@@ -81,7 +81,7 @@ class World:
         return Store(self.settings.database_url, wall=self.wall)
 
     def modules(self) -> Modules:
-        return Modules({"memory": self.backend}, default="memory", sign_timeouts={"memory": 0.5})
+        return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=0.5)})
 
     def worker(self) -> Service:
         return Service(self.settings, self.store(), self.modules(), boot=self.boot)

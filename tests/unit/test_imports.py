@@ -103,7 +103,7 @@ def test_imports_go_one_way(path: str) -> None:
     [
         ("errors.py", "from kms_jwks import model"),
         ("model.py", "from kms_jwks.jose import thumbprint"),
-        ("timeline.py", "import kms_jwks.profiles"),
+        ("timeline/plan.py", "import kms_jwks.profiles"),
         ("config.py", "from kms_jwks.model import KeySet"),
         ("store/registry.py", "from kms_jwks.backends import base"),
         ("store/registry.py", "from ..service import keys"),

@@ -12,13 +12,13 @@ from pkcs11 import Attribute, ObjectClass
 
 from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
 from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
-from kms_jwks.backends.pkcs11 import keys, making, objects
+from kms_jwks.backends.pkcs11 import adopting, keys, making, objects
 from kms_jwks.backends.pkcs11.access import Access
 from kms_jwks.backends.pkcs11.locks import locked
 from kms_jwks.backends.pkcs11.meanings import Lost
 from kms_jwks.backends.pkcs11.mechanisms import offered
-from kms_jwks.backends.pkcs11.module import module_at
-from kms_jwks.backends.pkcs11.opening import lock_path, serial_of
+from kms_jwks.backends.pkcs11.module import module_at, serial_of
+from kms_jwks.backends.pkcs11.opening import lock_path
 from kms_jwks.errors import BackendRefused, BackendTimeout, UnsupportedAlgorithm
 
 if TYPE_CHECKING:
@@ -95,15 +95,10 @@ class Pkcs11Backend:
 
         return self._read("listing keys", work)
 
-    def adopt(self, locator: str) -> GeneratedKey:
-        """Find the one private key with a label, or with ``id=<hexadecimal CKA_ID>``."""
-        template = _adoption(locator)
-
-        def work(seat: Seat) -> GeneratedKey:
-            ref = objects.the_one(seat, template, locator)
-            return GeneratedKey(ref, objects.jwk_of(seat, ref, objects.private_key(seat, ref)))
-
-        return self._read("adopting a key", work)
+    def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
+        """Find the one private key with a label, with ``id=<hexadecimal CKA_ID>``, or by a PKCS#11 URI (RFC 7512)."""
+        wanted = adopting.wanted(locator, self._options.module)
+        return self._read("adopting a key", lambda seat: adopting.adopted(seat, wanted, public_jwk))
 
     def ping(self) -> Health:
         """See `Backend.ping`. The counts of sessions are the module's, where it tells, and this process's own."""
@@ -191,15 +186,6 @@ class Pkcs11Backend:
         serial = access.run(lambda seat: seat.connection.serial, deadline, doing=doing)
         with locked(lock_path(self._options.lock_dir, "mutate", serial), deadline):
             return access.run(work, deadline, doing=doing, pool=lambda connection: connection.mutating)
-
-
-def _adoption(locator: str) -> keys.Template:
-    if not locator.startswith("id="):
-        return {Attribute.LABEL: locator}
-    try:
-        return {Attribute.ID: bytes.fromhex(locator[3:])}
-    except ValueError:
-        raise BackendRefused(f"The locator {locator!r} is no label and no id=<hexadecimal CKA_ID>.") from None
 
 
 def _known(count: int | None) -> str:

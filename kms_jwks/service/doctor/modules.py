@@ -29,6 +29,7 @@ def module(name: str, backend: Backend, store: Store, registry: Registry | None)
     yield _mechanisms(name, offered, registry)
     try:
         yield from _keys(name, backend, registry)
+        yield from _accepted(name, registry)
         yield from _orphans(name, backend, store)
     except errors.BackendError as error:
         yield failed(f"backend {name}", error, step)
@@ -57,11 +58,23 @@ def _keys(name: str, backend: Backend, registry: Registry) -> Iterator[Check]:
             continue
         trouble = _trouble(backend, version)
         if trouble is None:
-            good += 1
+            good += not version.weaknesses
             continue
         what, step = trouble
         yield Check(f"key {registry.name_of(version)}", State.FAILURE, f"{what} (kid {version.kid})", step)
     yield Check(f"keys in {name}", State.OK, f"{good} read back: made there, not extractable, sign-only, as recorded")
+
+
+def _accepted(name: str, registry: Registry) -> Iterator[Check]:
+    """What was accepted of adopted keys."""
+    for version in registry.versions:
+        if version.backend == name and version.weaknesses:
+            yield Check(
+                f"key {registry.name_of(version)}",
+                State.WARNING,
+                f"adopted although {', '.join(version.weaknesses)} (kid {version.kid})",
+                "Rotate to a key that was made here, and have this one destroyed where nobody else uses it.",
+            )
 
 
 def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
@@ -87,8 +100,8 @@ def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
     ]
     if changed:
         return "; ".join(changed), f"Find out who changed it. {replace_it}"
-    if not evidence.holds:
-        return "the module does not say that it is non-extractable, sign-only and made there", replace_it
+    if worse := [words for words in evidence.weaknesses if words not in version.weaknesses]:
+        return f"the module says of it that {', '.join(worse)}", replace_it
     return None
 
 
