@@ -165,9 +165,11 @@ class Custodian:
     def _generate(self, intent: Intent) -> None:
         with self._store.read() as tx:
             version = tx.version(intent.version_id)
+            purpose = _purpose(tx, version) if version is not None else {}
         assert version is not None
         backend = self._modules.get(intent.backend)
-        made = backend.generate(intent.label, ALGORITHMS[version.alg], rsa_bits=version.rsa_bits)
+        alg = ALGORITHMS[version.alg]
+        made = backend.generate(intent.label, alg, rsa_bits=version.rsa_bits, purpose=purpose)
         try:
             evidence = backend.attributes(made.ref)
             if not evidence.holds:
@@ -305,6 +307,13 @@ class Custodian:
             pending = {IntentState.PENDING, IntentState.STARTED}
             if not any(i.kind is IntentKind.DESTROY for i in tx.intents(states=pending, version_id=version.id)):
                 lifecycle.add_intent(tx, IntentKind.DESTROY, version, tx.now())
+
+
+def _purpose(tx: ReadTx, version: KeyVersion) -> dict[str, str]:
+    """What a key pair is for, by names, for modules that keep tags."""
+    key_set, key = tx.key_set_by_id(version.key_set_id), tx.key_by_id(version.key_id)
+    assert key_set is not None and key is not None
+    return {"key-set": key_set.name, "key": key.name, "version": str(version.number)}
 
 
 def _due_everywhere(tx: ReadTx) -> list[tuple[KeySet, Step]]:
