@@ -1,6 +1,7 @@
 """The contract suite against SoftHSM: with the module's own locking, and with one call at a time."""
 
 import functools
+from collections.abc import Mapping
 
 import pytest
 
@@ -17,6 +18,9 @@ def hsm(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
 
 class TestSoftHsm(BackendContract):
     unsupported = frozenset({"ML-DSA-44", "ML-DSA-65", "ML-DSA-87"})  # SoftHSM 2.6 is older than FIPS 204
+    left_out: Mapping[str, str] = {
+        "test_it_says_when_it_opened_the_module": "it does not say yet",
+    }
 
     @pytest.fixture(scope="class")
     @classmethod
