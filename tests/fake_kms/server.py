@@ -138,6 +138,8 @@ class FakeKms:
 
     def answer(self, request: _Handler, body: bytes) -> tuple[int, bytes] | None:
         """Status and body; None where the connection is cut."""
+        if "X-Amz-Target" not in request.headers:  # another protocol: STS, which refuses everybody
+            return 403, b"<ErrorResponse><Error><Type>Sender</Type><Code>AccessDenied</Code></Error></ErrorResponse>"
         try:
             target, _, operation = request.headers["X-Amz-Target"].partition(".")
             if target != "TrentService" or request.headers["Content-Type"] != "application/x-amz-json-1.1":

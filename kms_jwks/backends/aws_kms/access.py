@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kms_jwks.backends.aws_kms import keys, making
 from kms_jwks.backends.aws_kms.connection import Connection
+from kms_jwks.backends.aws_kms.meanings import is_about_state, is_denial
 from kms_jwks.errors import BackendError, BackendRefused, KeyNotFound
 
 if TYPE_CHECKING:
@@ -58,12 +59,25 @@ class Access:
         except KeyNotFound as error:
             raise KeyNotFound(f"KMS in {self._options.region} holds no key {key_id}.") from error
         except BackendRefused as error:
-            # It may come of credentials of the wrong account; whose they are is asked only now.
-            with suppress(BackendError):
-                known, wanted = self.account(deadline), self.expected_account
-                if known is not None and wanted is not None and known != wanted:
-                    raise _of_another_account(known, wanted, error.detail) from error
-            raise
+            raise self._explained(error, key_id, deadline) from error
+
+    def _explained(self, error: BackendRefused, key_id: str, deadline: float) -> BackendRefused:
+        """A refusal with its cause, which is asked for only now: the key's state, or credentials of another account."""
+        try:
+            if is_about_state(error):
+                metadata = self.connection.call("DescribeKey", deadline, KeyId=key_id)["KeyMetadata"]
+                state = metadata["KeyState"]
+                return BackendRefused(
+                    f"The key {metadata['Arn']} is in state {state}.",
+                    next_step=error.next_step,
+                    fields={"key_state": state},
+                )
+            known, wanted = self.account(deadline), self.expected_account
+            if known is not None and wanted is not None and known != wanted:
+                return _of_another_account(known, wanted, error.detail)
+        except BackendError:
+            pass
+        return error
 
     # --- accounts and regions -------------------------------------------------------------------------------------
 
@@ -120,15 +134,19 @@ class Access:
             )
         return arn.text
 
-    def sees_bound_key(self, deadline: float) -> bool:
-        """Whether a key that the registry knows answers: which every worker may ask. Raises BackendError."""
-        if self.bound is None or self.bound["region"] != self._options.region:
-            return False
+    def touch(self, deadline: float) -> None:
+        """Have KMS answer something: DescribeKey of a key that the registry knows, which every worker may ask, or
+        ListAliases. One that says no to the latter has looked at the credentials, and is well. Raises BackendError.
+        """
+        if self.bound is not None and self.bound["region"] == self._options.region:
+            with suppress(KeyNotFound):
+                self.described(self.bound["arn"], deadline)
+                return
         try:
-            self.described(self.bound["arn"], deadline)
-        except KeyNotFound:
-            return False
-        return True
+            self.connection.call("ListAliases", deadline, Limit=1)
+        except BackendRefused as error:
+            if not is_denial(error):
+                raise
 
 
 def _of_another_account(known: str, wanted: str, before: str = "") -> BackendRefused:

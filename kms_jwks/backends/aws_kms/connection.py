@@ -47,7 +47,8 @@ _MEMBERS: Final = {
 }
 """What is in an answer. botocore takes any page for an empty one, a captive portal's too."""
 _QUIET: Final = ("boto3", "botocore")
-"""Loggers that tell signatures, headers and session tokens at level debug."""
+"""Loggers that tell signatures, headers and session tokens, and repeat the vendor's words in warnings. What they would
+say of a failure, the error that it becomes says."""
 
 
 class Connection:
@@ -154,7 +155,7 @@ class Connection:
         """The session; made first where there is none. Called with the lock held."""
         if self._session is None:
             for name in _QUIET:
-                logging.getLogger(name).setLevel(logging.WARNING)
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             self._session = _new_session(self._options)
             self._made_at = time.monotonic()
             self._opened()

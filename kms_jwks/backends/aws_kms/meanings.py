@@ -211,3 +211,17 @@ def translated(error: Exception, operation: str) -> errors.BackendError:
     else:
         detail = f"{operation} could not be asked of KMS ({code})."
     return row.error(detail, next_step=step, retry_after=row.retry_after)
+
+
+def is_about_state(error: errors.BackendRefused) -> bool:
+    """Whether KMS refused because of the state the key is in."""
+    return code_of(_cause(error)) in ("DisabledException", "KMSInvalidStateException")
+
+
+def is_denial(error: errors.BackendRefused) -> bool:
+    """Whether KMS knows the caller and does not allow this."""
+    return code_of(_cause(error)) == "AccessDeniedException"
+
+
+def _cause(error: BaseException) -> Exception:
+    return error.__cause__ if isinstance(error.__cause__, Exception) else Exception()
