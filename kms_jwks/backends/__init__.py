@@ -43,6 +43,26 @@ def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backe
     return Pkcs11Backend(name, checked)
 
 
+def _aws_kms(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
+    from kms_jwks.backends.aws_kms import AwsKmsBackend, AwsKmsOptions
+
+    source = options.management if management and options.management is not None else options
+    return AwsKmsBackend(
+        name,
+        AwsKmsOptions(
+            region=options.region,
+            account=options.account,
+            endpoint_url=options.endpoint_url,
+            profile=source.profile,
+            role_arn=source.role_arn,
+            connect_timeout=options.connect_timeout_ms / 1000,
+            read_timeout=options.read_timeout_ms / 1000,
+            connections=options.waiting,
+            key_policy_file=options.key_policy_file,
+        ),
+    )
+
+
 @cache
 def _pin_of_standard_input() -> Any:
     """Read once per process tree: a child of a fork finds it here."""
@@ -51,7 +71,10 @@ def _pin_of_standard_input() -> Any:
     return PinSource.from_stdin()
 
 
-BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {"pkcs11": _pkcs11}
+BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {
+    "pkcs11": _pkcs11,
+    "aws-kms": _aws_kms,
+}
 """The configuration's `type` → how its backend is made of (name, options, state_dir, management). Opens nothing."""
 
 

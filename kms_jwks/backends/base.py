@@ -136,9 +136,12 @@ class Backend(Protocol):
         """The `alg` names the module offers. Raises BackendUnavailable, BackendRefused."""
         ...
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
         """Make a key pair in the module: non-extractable, sign-only, read back. `label` is ASCII, at most 40 bytes.
 
+        `purpose` says what it is for (key-set, key, version), for modules that keep tags; others ignore it.
         Raises KeyExists when the label is in use, UnsupportedAlgorithm, BackendRefused, BackendUnavailable.
         """
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -133,8 +133,13 @@ class Pkcs11Backend:
 
     # --- making and destroying ------------------------------------------------------------------------------------
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
-        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns."""
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
+        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns.
+
+        `purpose` is not written anywhere: tokens keep no tags, and their labels are random.
+        """
         if not label.isascii() or not label.isprintable() or not 0 < len(label) <= _LABEL_BYTES:
             raise BackendRefused(f"A key's label is 1 to {_LABEL_BYTES} printable ASCII characters.")
         if alg.is_rsa:
