@@ -37,7 +37,8 @@ _ML_DSA: dict[str, type[MlDsaKey]] = {
 class MemoryBackend:
     """`fail` is raised by the next calls while it is set; `before` is called with the name of each call.
 
-    Of the keys whose ids are in `imported`, `extractable`, `versatile` or `halved` (no public half) the evidence is weak.
+    The evidence is weak of keys whose ids are in `imported`, `extractable` or `versatile`; those in `halved` have no
+    public half.
     """
 
     kind = "memory"

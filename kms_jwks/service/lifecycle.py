@@ -7,13 +7,15 @@ and changes nothing. Nothing here touches a module: what a module has to do beco
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from kms_jwks import errors, timeline
 from kms_jwks.model import (
     Bounds,
     Breach,
+    ExternalKey,
     Instant,
     Intent,
     IntentKind,
@@ -26,10 +28,11 @@ from kms_jwks.model import (
     new_id,
 )
 from kms_jwks.service.instants import optional, to_datetime
-from kms_jwks.service.snapshot import document_entries, render_jwks
+from kms_jwks.service.snapshot import document_entries, in_document, is_post_quantum, render_jwks
 from kms_jwks.store import ReadTx, WriteTx
 
 _S = VersionState
+T = TypeVar("T", Key, KeyVersion, ExternalKey)
 
 
 def add_version(tx: WriteTx, key: Key) -> KeyVersion:
@@ -80,16 +83,27 @@ def label_prefix(tx: ReadTx) -> str:
 
 
 def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
-    """Publish the versions of `key_set` whose pairs are made.
+    """Publish the versions of `key_set` whose pairs are made, in the document that they belong to.
 
-    The first publication of a set waits until every pair that was asked for is there, so that all its first keys fill
-    the document at once and may sign as soon as every worker serves it (I1).
+    The first publication of a document waits until every pair that was asked for is there, so that all its first keys
+    fill it at once and may sign as soon as every worker serves it (I1).
     """
+    known = {is_post_quantum(alg) for _, alg in tx.ever_published(key_set.id)}
     creating = tx.versions(key_set_id=key_set.id, states={_S.CREATING})
-    ready = [v for v in creating if v.kid is not None]
-    first = key_set.first_published_at is None
-    if not ready or (first and len(ready) < len(creating)):
-        return []
+    published: list[KeyVersion] = []
+    for post_quantum in (False, True):
+        asked = [v for v in creating if is_post_quantum(v.alg) is post_quantum]
+        ready = [v for v in asked if v.kid is not None]
+        first = post_quantum not in known
+        if ready and not (first and len(ready) < len(asked)):
+            published += _published(tx, key_set, ready, first=first)
+    if published and key_set.first_published_at is None:
+        now = tx.now()
+        tx.save(replace(key_set, first_published_at=now, revision=key_set.revision + 1, updated_at=now))
+    return published
+
+
+def _published(tx: WriteTx, key_set: KeySet, ready: list[KeyVersion], *, first: bool) -> list[KeyVersion]:
     now = tx.now()
     epoch = tx.next_epoch()
     published = [
@@ -104,8 +118,6 @@ def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
     ]
     for version in published:
         tx.save(version)
-    if first:
-        tx.save(replace(key_set, first_published_at=now, revision=key_set.revision + 1, updated_at=now))
     return published
 
 
@@ -162,6 +174,7 @@ def require_usable(version: KeyVersion, key: Key, now: Instant, *, overridden: b
 
 def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[KeyVersion]) -> None:
     """Raise RotationInProgress while another key of the set has a retiring version, or the document has no room."""
+    versions = [v for v in versions if is_post_quantum(v.alg) is is_post_quantum(key.alg)]
     blocker = timeline.rotation_blocker(key.id, versions)
     if blocker is not None:
         until = timeline.retirable_at(blocker)
@@ -171,7 +184,7 @@ def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[
         )
     # Publishing the next standby must not push the document over its limit.
     shown = sum(1 for v in versions if v.state.in_jwks or v.state is _S.CREATING)
-    externals = len(tx.external_keys(key_set.id))
+    externals = sum(1 for e in tx.external_keys(key_set.id) if is_post_quantum(e.alg) is is_post_quantum(key.alg))
     others_waiting = any(v.key_id == key.id and v.state is _S.CREATING for v in versions)
     waiting = [v for v in versions if v.key_id == key.id and v.state is _S.PUBLISHED]
     needs_standby = 0 if others_waiting or len(waiting) > 1 else 1
@@ -302,10 +315,14 @@ def widen(tx: WriteTx, key_set: KeySet, key: Key, *, lease: int) -> None:
         tx.save(replace(version, bounds=version.bounds.widened(wanted)))
 
 
-def require_room(tx: ReadTx, key_set: KeySet, *, more_keys: int = 0, more_externals: int = 0) -> None:
-    """Raise LimitReached when the set's document could not hold what is added (I5)."""
-    keys = len(tx.keys(key_set.id)) + more_keys
-    externals = len(tx.external_keys(key_set.id)) + more_externals
+def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, more_externals: int = 0) -> None:
+    """Raise LimitReached when the document of `alg`'s keys could not hold what is added (I5)."""
+
+    def of_it(things: Sequence[T]) -> list[T]:
+        return [thing for thing in things if is_post_quantum(thing.alg) is is_post_quantum(alg)]
+
+    keys = len(of_it(tx.keys(key_set.id))) + more_keys
+    externals = len(of_it(tx.external_keys(key_set.id))) + more_externals
     problem = timeline.room_problem(keys, externals)
     if problem is not None:
         raise errors.LimitReached(
@@ -313,7 +330,7 @@ def require_room(tx: ReadTx, key_set: KeySet, *, more_keys: int = 0, more_extern
             fields={"kids": timeline.kids_reserved(keys, externals), "limit": timeline.MAX_KIDS},
         )
     # What the document holds now may be more than is reserved: a key that rotated often has several retiring versions.
-    held = [v for v in tx.versions(key_set_id=key_set.id) if v.state.in_jwks or v.state is _S.CREATING]
+    held = [v for v in of_it(tx.versions(key_set_id=key_set.id)) if v.state.in_jwks or v.state is _S.CREATING]
     coming = len(held) + externals + 2 * more_keys
     if coming > timeline.MAX_KIDS:
         raise errors.LimitReached(
@@ -323,9 +340,9 @@ def require_room(tx: ReadTx, key_set: KeySet, *, more_keys: int = 0, more_extern
 
 
 def require_small_document(tx: ReadTx, key_set: KeySet) -> None:
-    """Raise LimitReached when the set's document is larger than verifiers read (I5)."""
+    """Raise LimitReached when one of the set's documents is larger than verifiers read (I5)."""
     entries = document_entries(tx.keys(key_set.id), tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id))
-    size = len(render_jwks(entries))
+    size = max(len(render_jwks(in_document(entries, post_quantum))) for post_quantum in (False, True))
     if size > timeline.MAX_DOCUMENT:
         raise errors.LimitReached(
             f"The document would have {size} bytes; {timeline.MAX_DOCUMENT} are allowed.",

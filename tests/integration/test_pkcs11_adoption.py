@@ -290,7 +290,7 @@ def restricted(hsm: SoftHsm) -> None:
     access = backend._access()
     assert access._connection is not None
     session = access._connection.token.open()
-    private = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="only RS256")
+    private: Any = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="only RS256")
     with pytest.raises(pkcs11.MechanismInvalid):
         private.sign(b"x", mechanism=Mechanism.SHA512_RSA_PKCS)
     assert private.sign(b"x", mechanism=Mechanism.SHA256_RSA_PKCS)
