@@ -10,7 +10,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPMessage
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ JWKS, PQ = "/main/.well-known/jwks.json", "/main/.well-known/jwks-pq.json"
 @dataclass(frozen=True)
 class Answer:
     status: int
-    headers: HTTPMessage
+    headers: Message[str, str]
     body: bytes
 
     @property
