@@ -198,6 +198,8 @@ class KeySet(Answer):
     stale_if_error: int
     existing_issuer: bool
     jwks_uri: str
+    jwks_pq_uri: str | None
+    """Where its ML-DSA keys are published; null while it has none."""
     first_published_at: datetime | None
     created_at: datetime
     updated_at: datetime

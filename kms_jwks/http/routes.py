@@ -185,6 +185,20 @@ _MODULE = (errors.Unavailable, errors.BackendError, errors.BackendTimeout)
 ROUTES: tuple[Route, ...] = (
     *_document("/{key_set}/.well-known/jwks.json", hot.jwks, "The JWKS of a key set", "application/json", hot.JWK_SET),
     *_document("/.well-known/jwks.json", hot.jwks, "The JWKS of the default key set", "application/json", hot.JWK_SET),
+    *_document(
+        "/{key_set}/.well-known/jwks-pq.json",
+        hot.jwks_pq,
+        "The JWKS of a key set's ML-DSA keys",
+        "application/json",
+        hot.JWK_SET,
+    ),
+    *_document(
+        "/.well-known/jwks-pq.json",
+        hot.jwks_pq,
+        "The JWKS of the default key set's ML-DSA keys",
+        "application/json",
+        hot.JWK_SET,
+    ),
     *_document("/{key_set}/.well-known/openid-configuration", hot.discovery, "Issuer metadata (OpenID Connect)"),
     *_document("/.well-known/openid-configuration", hot.discovery, "Issuer metadata where the service is the issuer"),
     *_document("/.well-known/oauth-authorization-server/{key_set}", hot.discovery, "Issuer metadata (RFC 8414)"),

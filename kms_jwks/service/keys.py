@@ -78,7 +78,7 @@ class Keys:
             found = control.guard.enter_set(tx, who, permission, key_set)
             key, version = add_key(tx, control, found.key_set, request, candidate)
             if candidate is not None:
-                adoption.publish(tx, found.key_set)
+                adoption.publish(tx, found.key_set, [candidate])
         complete = control.wait_for_custodian([version.id])
         with control.store.read() as tx:
             answer = present.key(tx, found.key_set, tx.key_by_id(key.id) or key)
@@ -189,7 +189,7 @@ def add_key(
     check_policy(key.policy, key_set, control.confirmation.lease(tx))
     check_profile(key)
     check_company(tx, key_set, key.alg)
-    lifecycle.require_room(tx, key_set, more_keys=1)
+    lifecycle.require_room(tx, key_set, key.alg, more_keys=1)
     tx.add(key)
     if candidate is None:
         return key, lifecycle.add_version(tx, key)
@@ -315,6 +315,7 @@ def check_company(tx: ReadTx, key_set: KeySet, alg: str) -> None:
     row = ALGORITHMS[alg]
     others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id)]
     others += [ALGORITHMS[e.alg] for e in tx.external_keys(key_set.id)]
+    others = [other for other in others if other.is_post_quantum is row.is_post_quantum]  # the others' document
     if any(row.exclusive != other.exclusive for other in others):
         raise errors.LimitReached(
             f"{alg} and {next(o.name for o in others if o.exclusive != row.exclusive)} cannot share a key set: "

@@ -9,11 +9,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from kms_jwks import errors, timeline
 from kms_jwks.model import (
     Bounds,
     Breach,
+    ExternalKey,
     Instant,
     Intent,
     IntentKind,
@@ -26,10 +28,11 @@ from kms_jwks.model import (
     new_id,
 )
 from kms_jwks.service.instants import optional, to_datetime
-from kms_jwks.service.snapshot import document_entries, render_jwks
+from kms_jwks.service.snapshot import document_entries, in_document, is_post_quantum, render_jwks
 from kms_jwks.store import ReadTx, WriteTx
 
 _S = VersionState
+T = TypeVar("T", Key, KeyVersion, ExternalKey)
 
 
 def add_version(tx: WriteTx, key: Key) -> KeyVersion:
@@ -80,16 +83,27 @@ def label_prefix(tx: ReadTx) -> str:
 
 
 def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
-    """Publish the versions of `key_set` whose pairs are made.
+    """Publish the versions of `key_set` whose pairs are made, in the document that they belong to.
 
-    The first publication of a set waits until every pair that was asked for is there, so that all its first keys fill
-    the document at once and may sign as soon as every worker serves it (I1).
+    The first publication of a document waits until every pair that was asked for is there, so that all its first keys
+    fill it at once and may sign as soon as every worker serves it (I1).
     """
+    known = {is_post_quantum(alg) for _, alg in tx.ever_published(key_set.id)}
     creating = tx.versions(key_set_id=key_set.id, states={_S.CREATING})
-    ready = [v for v in creating if v.kid is not None]
-    first = key_set.first_published_at is None
-    if not ready or (first and len(ready) < len(creating)):
-        return []
+    published: list[KeyVersion] = []
+    for post_quantum in (False, True):
+        asked = [v for v in creating if is_post_quantum(v.alg) is post_quantum]
+        ready = [v for v in asked if v.kid is not None]
+        first = post_quantum not in known
+        if ready and not (first and len(ready) < len(asked)):
+            published += _published(tx, key_set, ready, first=first)
+    if published and key_set.first_published_at is None:
+        now = tx.now()
+        tx.save(replace(key_set, first_published_at=now, revision=key_set.revision + 1, updated_at=now))
+    return published
+
+
+def _published(tx: WriteTx, key_set: KeySet, ready: list[KeyVersion], *, first: bool) -> list[KeyVersion]:
     now = tx.now()
     epoch = tx.next_epoch()
     published = [
@@ -104,8 +118,6 @@ def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
     ]
     for version in published:
         tx.save(version)
-    if first:
-        tx.save(replace(key_set, first_published_at=now, revision=key_set.revision + 1, updated_at=now))
     return published
 
 
@@ -173,6 +185,7 @@ def require_usable(version: KeyVersion, key: Key, now: Instant, *, overridden: b
 
 def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[KeyVersion]) -> None:
     """Raise RotationInProgress while another key of the set has a retiring version, or the document has no room."""
+    versions = timeline.of_document(key.alg, versions)
     blocker = timeline.rotation_blocker(key.id, versions)
     if blocker is not None:
         until = timeline.retirable_at(blocker)
@@ -181,7 +194,8 @@ def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[
             fields={"kid": blocker.kid, "possible_at": optional(until)},
         )
     # Publishing the next standby must not push the document over its limit.
-    kids = timeline.kids_after_rotation(key.id, versions, tx.external_keys(key_set.id))
+    externals = timeline.of_document(key.alg, tx.external_keys(key_set.id))
+    kids = timeline.kids_after_rotation(key.id, versions, externals)
     if kids > timeline.MAX_KIDS:
         retiring = [t for v in versions if (t := timeline.retirable_at(v)) and v.state is _S.RETIRING]
         raise errors.RotationInProgress(
@@ -341,10 +355,10 @@ def widen(tx: WriteTx, key_set: KeySet, key: Key, *, lease: int) -> None:
         tx.save(replace(version, bounds=version.bounds.widened(wanted)))
 
 
-def require_room(tx: ReadTx, key_set: KeySet, *, more_keys: int = 0, more_externals: int = 0) -> None:
-    """Raise LimitReached when the set's document could not hold what is added (I5)."""
-    keys = len(tx.keys(key_set.id)) + more_keys
-    externals = len(tx.external_keys(key_set.id)) + more_externals
+def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, more_externals: int = 0) -> None:
+    """Raise LimitReached when the document of `alg`'s keys could not hold what is added (I5)."""
+    keys = len(timeline.of_document(alg, tx.keys(key_set.id))) + more_keys
+    externals = len(timeline.of_document(alg, tx.external_keys(key_set.id))) + more_externals
     problem = timeline.room_problem(keys, externals)
     if problem is not None:
         raise errors.LimitReached(
@@ -352,7 +366,8 @@ def require_room(tx: ReadTx, key_set: KeySet, *, more_keys: int = 0, more_extern
             fields={"kids": timeline.kids_reserved(keys, externals), "limit": timeline.MAX_KIDS},
         )
     # What the document holds now may be more than is reserved: a key that rotated often has several retiring versions.
-    held = [v for v in tx.versions(key_set_id=key_set.id) if v.state.in_jwks or v.state is _S.CREATING]
+    versions = timeline.of_document(alg, tx.versions(key_set_id=key_set.id))
+    held = [v for v in versions if v.state.in_jwks or v.state is _S.CREATING]
     coming = len(held) + externals + 2 * more_keys
     if coming > timeline.MAX_KIDS:
         raise errors.LimitReached(
@@ -362,9 +377,9 @@ def require_room(tx: ReadTx, key_set: KeySet, *, more_keys: int = 0, more_extern
 
 
 def require_small_document(tx: ReadTx, key_set: KeySet) -> None:
-    """Raise LimitReached when the set's document is larger than verifiers read (I5)."""
+    """Raise LimitReached when one of the set's documents is larger than verifiers read (I5)."""
     entries = document_entries(tx.keys(key_set.id), tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id))
-    size = len(render_jwks(entries))
+    size = max(len(render_jwks(in_document(entries, post_quantum))) for post_quantum in (False, True))
     if size > timeline.MAX_DOCUMENT:
         raise errors.LimitReached(
             f"The document would have {size} bytes; {timeline.MAX_DOCUMENT} are allowed.",

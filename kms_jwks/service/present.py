@@ -19,6 +19,7 @@ from kms_jwks.model import (
     VersionState,
 )
 from kms_jwks.service.instants import optional, to_datetime
+from kms_jwks.service.snapshot import is_post_quantum
 from kms_jwks.store import ReadTx
 
 T = TypeVar("T", bound=wire.Answer)
@@ -44,12 +45,18 @@ def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
         stale_if_error=value.stale_if_error,
         existing_issuer=value.existing_issuer,
         jwks_uri=f"{public_url}/{value.name}/.well-known/jwks.json",
+        jwks_pq_uri=f"{public_url}/{value.name}/.well-known/jwks-pq.json" if _has_post_quantum(tx, value) else None,
         first_published_at=optional(value.first_published_at),
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
         keys=[key(tx, value, k) for k in tx.keys(value.id)],
     )
+
+
+def _has_post_quantum(tx: ReadTx, value: KeySet) -> bool:
+    algs = [k.alg for k in tx.keys(value.id)] + [alg for _, alg in tx.ever_published(value.id)]
+    return any(is_post_quantum(alg) for alg in algs)
 
 
 def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:

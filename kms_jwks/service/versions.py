@@ -65,7 +65,7 @@ class Versions:
             found = control.guard.enter_key(tx, who, Permission.KEY_ADOPT, key_set, key)
             require_enabled(found.key)
             made = adoption.add_adopted(tx, found.key, candidate)
-            adoption.publish(tx, found.key_set)
+            adoption.publish(tx, found.key_set, [candidate])
         return self._made(found, made)
 
     def _made(self, found: Entered, made: KeyVersion) -> Created[wire.Version]:
