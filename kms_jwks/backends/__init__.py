@@ -1,4 +1,4 @@
-"""The explicit table of backends: one row per kind of module that comes with the package."""
+"""The explicit table of backends: one row per kind of module that comes with the package. Others are third parties'."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kms_jwks import errors
 from kms_jwks.backends.base import Backend
+from kms_jwks.backends.third_party import make_third_party
 
 
 def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
@@ -81,9 +81,6 @@ BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {
 def make_backend(name: str, options: Any, state_dir: Path, *, management: bool = False) -> Backend:
     """The backend that a configuration section describes; with `management`, for the custodian: by its own credentials.
 
-    Raises ConfigurationError for an unknown type.
+    Raises ConfigurationError for a type that nobody offers and for a third party's that cannot be used.
     """
-    make = BACKENDS.get(options.type)
-    if make is None:
-        raise errors.ConfigurationError(f"backends.{name}.type: {options.type!r} is none of {', '.join(BACKENDS)}")
-    return make(name, options, state_dir, management)
+    return BACKENDS.get(options.type, make_third_party)(name, options, state_dir, management)

@@ -178,6 +178,7 @@ def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: boo
     from kms_jwks.service import doctor as examination
 
     settings = _settings(config)
+    # Looking needs the rights that signing has; what destroys needs the custodian's.
     modules = wiring.make_modules(settings, management=remove_orphans)
     checks: list[Check] = []
     with _registry(settings) as store:
