@@ -1,5 +1,6 @@
-"""What every test shares: unit tests have no network, and tests are marked by the folder they are in."""
+"""What every test shares: unit tests have no network, tests are marked by their folder, figures come at the end."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("disable_socket")
         elif folder == "interop":
             item.add_marker("interop")
+
+
+@pytest.fixture
+def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """A line of figures for the terminal's summary; it comes through from the processes of xdist too."""
+    return lambda line: record_property("figures", line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]
+    lines = [line for report in reports for name, line in report.user_properties if name == "figures"]
+    if lines:
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)

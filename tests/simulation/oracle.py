@@ -102,9 +102,8 @@ class Oracle:
         """Until now this worker could sign under its snapshot, as far as its lease went."""
         snapshot, until = worker.snapshot, min(self.plant.now, worker.lease_until)
         found = snapshot.key_sets.get(self.key_set) if snapshot is not None else None
-        if found is None or until < self.plant.now:
-            if found is None or worker.lease_until <= 0:
-                return
+        if found is None or worker.lease_until <= 0:
+            return
         registry_now = worker.watcher.clock.now()
         for key in found.keys.values():
             signers = [key.active, *key.pinned.values()] if key.enabled and key.active else []

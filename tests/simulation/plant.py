@@ -289,7 +289,7 @@ class Plant:
             node.custodian = node.new_custodian()
         except Exception as error:
             # What `run` does: another term has begun, or the registry is away. The next tick begins anew.
-            if type(error).__name__ == "Fenced":
+            if isinstance(error, Fenced):
                 node.custodian._office.term = 0
             elif not isinstance(error, Error):
                 raise
