@@ -1,5 +1,5 @@
-"""What every test shares: unit tests have no network, tests are marked by the folder they are in, and the contract
-suite's backends are listed at the end with their algorithms."""
+"""What every test shares: unit tests have no network, tests are marked by their folder; figures, and the algorithms of
+the backends under the contract suite, come at the end."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

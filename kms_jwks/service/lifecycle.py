@@ -343,6 +343,29 @@ def _require_not_begun(tx: ReadTx, version: KeyVersion) -> None:
         raise errors.TransitionRefused(f"The destruction of version {version.number} has begun.")
 
 
+def begin_anew(tx: WriteTx) -> list[Key]:
+    """What a registry that was restored from a backup needs before anybody trusts it: a new incarnation, every key
+    disabled until an operator enables it, nothing under way, and no standby known to any verifier.
+
+    What a version promised since the backup is lost: who signed last, and which kids verifiers have seen leave. Returns
+    the keys that were disabled.
+    """
+    now = tx.now()
+    tx.new_incarnation()
+    for intent in tx.intents(states={IntentState.PENDING, IntentState.STARTED}):
+        tx.save(replace(intent, state=IntentState.ABANDONED, finished_at=now, error="the registry was restored"))
+    counter = tx.next_epoch().counter
+    for version in tx.versions(states={_S.CREATING, _S.PUBLISHED}):
+        if version.state is _S.CREATING:
+            add_intent(tx, IntentKind.GENERATE, version, now)
+        else:
+            tx.save(replace(version, published_epoch=counter, visible_since=None, first_fill=False))
+    disabled = [replace(k, disabled_at=now, revision=k.revision + 1) for k in tx.keys() if k.disabled_at is None]
+    for key in disabled:
+        tx.save(key)
+    return disabled
+
+
 def widen(tx: WriteTx, key_set: KeySet, key: Key, *, lease: int) -> None:
     """Record a changed policy or cache lifetime on every version that can still sign (I2 counts the largest)."""
     for version in tx.versions(key_id=key.id, states={_S.ACTIVE, _S.RETIRING}):
