@@ -109,7 +109,7 @@ def key_timeline(api: Api, key_set: str, key: str) -> None:
 
 
 def _invariants(checks: Iterable[wire.SafetyCheck]) -> str:
-    return ", ".join(f"{c.invariant} {'holds' if c.holds else f'from {when(c.right)}'}" for c in checks) or "-"
+    return ", ".join(f"{c.invariant} {'holds' if c.holds else f'not before {when(c.right)}'}" for c in checks) or "-"
 
 
 @api_command(key, "create")
