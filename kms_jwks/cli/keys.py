@@ -137,7 +137,7 @@ def _why(step: wire.TimelineStep) -> str:
 
 
 def _invariants(checks: Iterable[wire.SafetyCheck]) -> str:
-    return ", ".join(f"{c.invariant} {'holds' if c.holds else f'from {when(c.right)}'}" for c in checks) or "-"
+    return ", ".join(f"{c.invariant} {'holds' if c.holds else f'not before {when(c.right)}'}" for c in checks) or "-"
 
 
 @api_command(key, "create")

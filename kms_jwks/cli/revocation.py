@@ -13,6 +13,7 @@ from kms_jwks.cli.text import details, duration, note, table, when
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from datetime import datetime
 
     from kms_jwks.cli.api import Api
 
@@ -98,12 +99,39 @@ def show_exposure(found: wire.Exposure) -> None:
     )
     click.echo()
     table(
-        ("VERIFIER", "TRUSTS UNTIL", "BEHIND A CACHE", "WHAT IT DOES", "SOURCE"),
+        ("VERIFIER", "TRUSTS UNTIL", "BEHIND A CACHE", "ENDED BY", "SUCCESSOR'S KEY", "FIGURES OF"),
         (
-            (v.verifier, when(v.trusts_until), when(v.trusts_until_behind_cache), v.words, v.source)
+            (
+                v.verifier,
+                _limit(v.trusts_until, v.ends),
+                _limit(v.trusts_until_behind_cache, v.ends),
+                _ENDS.get(v.ends, v.ends),
+                f"fetched by {when(v.learns_by)}" if v.learns_by is not None else _LEARNS.get(v.learns, v.learns),
+                v.source,
+            )
             for v in found.verifiers
         ),
     )
+
+
+_ENDS = {
+    "expiry": "its copy expires",
+    "successor": "successor's kid, restart",
+    "second-rotation": "second rotation, restart",
+    "unknown": "not documented",
+}
+_LEARNS = {
+    "knows": "held",
+    "fetches": "held, or fetched at its kid",
+    "unknown": "not documented",
+    "nothing": "-",
+}
+
+
+def _limit(until: datetime | None, ends: str) -> str:
+    if until is not None:
+        return when(until)
+    return "not known" if ends == "unknown" else "no limit"
 
 
 def _show_everything(done: wire.Revocation) -> None:

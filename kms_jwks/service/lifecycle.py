@@ -262,7 +262,7 @@ def revoke(
     Returns the successor that signs now, or None where there is none yet (a new one is asked for).
     """
     now = tx.now()
-    if not version.state.may_become(_S.REVOKED):
+    if not version.state.may_become(_S.REVOKED) or version.kid is None:
         raise _refused(version, _S.REVOKED)
     was_active = version.state is _S.ACTIVE
     gone = replace(

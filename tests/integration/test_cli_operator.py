@@ -6,11 +6,10 @@ import json
 import re
 from datetime import datetime
 
-from tests.integration.conftest import PREFIX, Server, fresh, wait_until
-from tests.integration.test_cli_api import Run, run  # noqa: F401
+from tests.integration.conftest import PREFIX, Run, Server, fresh, wait_until
 
 
-def test_a_rehearsed_and_a_real_revocation(run: Run, server: Server) -> None:  # noqa: F811
+def test_a_rehearsed_and_a_real_revocation(run: Run, server: Server) -> None:
     name = server.key_set(None, "ES256", standby=True)
     before = server.must("GET", f"/v1/key-sets/{name}")
     said = run("version", "revoke", name, "k1", "1", "--reason", "a drill", "--dry-run")
@@ -30,7 +29,7 @@ def test_a_rehearsed_and_a_real_revocation(run: Run, server: Server) -> None:  #
     assert "was revoked before" in run("version", "revoke", name, "k1", "1", "--yes").stdout
 
 
-def test_a_whole_key_set_in_one_command(run: Run, server: Server) -> None:  # noqa: F811
+def test_a_whole_key_set_in_one_command(run: Run, server: Server) -> None:
     name = server.key_set(None, "ES256", "EdDSA", standby=True)
     words = ("revoke", "--key-set", name, "--reason", "stolen")
     assert "4 versions would be revoked" in run(*words, "--dry-run").stdout
@@ -47,7 +46,7 @@ def test_a_whole_key_set_in_one_command(run: Run, server: Server) -> None:  # no
     assert server.must("GET", f"/v1/key-sets/{name}")["keys"][0]["active_kid"] not in old
 
 
-def test_breaking_the_glass(run: Run, server: Server) -> None:  # noqa: F811
+def test_breaking_the_glass(run: Run, server: Server) -> None:
     name = server.key_set(None, "ES256", standby=True)
     client, token = server.client_with("operator", key_set=name)
     glass = ("--break-glass", "--reason", "the old one is on a tape", "--yes")
@@ -68,7 +67,7 @@ def test_breaking_the_glass(run: Run, server: Server) -> None:  # noqa: F811
     assert len(server.must("GET", f"/{name}/.well-known/jwks.json", token=None)["keys"]) <= 2
 
 
-def test_time_as_a_table_and_as_a_bar(run: Run, server: Server) -> None:  # noqa: F811
+def test_time_as_a_table_and_as_a_bar(run: Run, server: Server) -> None:
     name = server.key_set(None, "ES256", standby=True)
     bars = run("key", "timeline", name, "k1", COLUMNS="80").stdout
     assert max(map(len, bars.splitlines())) <= 80
@@ -84,7 +83,7 @@ def test_time_as_a_table_and_as_a_bar(run: Run, server: Server) -> None:  # noqa
     assert re.search(r"^I1  .*╌", safety, re.MULTILINE)
 
 
-def test_nodes_and_the_custodian(run: Run, server: Server) -> None:  # noqa: F811
+def test_nodes_and_the_custodian(run: Run, server: Server) -> None:
     server.must("POST", "/v1/key-sets/default/keys/default/jwt", {"claims": {}}, token=server.signer)
 
     def seen() -> bool:

@@ -200,6 +200,19 @@ def test_a_pair_that_waits_for_its_publication_can_be_revoked(world: World) -> N
     world.until(lambda: world.kids() == [world.version(2).kid])
 
 
+def test_without_a_pair_there_is_nothing_to_revoke(world: World) -> None:
+    world.create()
+    settled(world)
+    world.backend.fail = errors.BackendUnavailable("away")
+    revoke(world, "2")
+    assert world.version(3).state is S.CREATING
+    with pytest.raises(errors.TransitionRefused):
+        revoke(world, "3")
+    done = everything(world, key_set="main")
+    assert {v.version.number for v in done.versions} == {1, 2}, "what is made later is not compromised"
+    world.backend.fail = None
+
+
 # --- everything of a key set or a module
 
 
