@@ -347,7 +347,7 @@ class Histories(RuleBasedStateMachine):
         hold(surplus == {ref["id"] for ref in listed}, "a surplus pair is not listed", surplus=len(surplus))
 
 
-def test_every_promise_holds_in_every_history(say: Callable[[str], None]) -> None:
+def test_every_promise_holds_in_every_history(figure: Callable[[str], None]) -> None:
     played.clear()
     run_state_machine_as_test(
         Histories,
@@ -360,7 +360,7 @@ def test_every_promise_holds_in_every_history(say: Callable[[str], None]) -> Non
             suppress_health_check=list(HealthCheck),
         ),
     )
-    say(
+    figure(
         f"model: {played['histories']} histories of up to {STEPS} steps, {played['rotations']} versions deactivated, "
         f"{played['documents']} documents and {played['signers']} possible signers judged, every promise held"
     )
