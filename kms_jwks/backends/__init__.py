@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kms_jwks import errors
 from kms_jwks.backends.base import Backend
 from kms_jwks.backends.third_party import make_third_party
 

@@ -30,9 +30,10 @@ from kms_jwks.service.external_keys import ExternalKeys
 from kms_jwks.service.guard import Guard, Presented
 from kms_jwks.service.key_sets import KeySets
 from kms_jwks.service.keys import Keys
-from kms_jwks.service.modules import Modules
+from kms_jwks.service.modules import Limits, Modules
 from kms_jwks.service.office import Fenced, Office
 from kms_jwks.service.operation import Operation
+from kms_jwks.service.recycling import Recycling
 from kms_jwks.service.signing import Signing
 from kms_jwks.service.snapshot import Snapshot
 from kms_jwks.service.versions import Versions
@@ -173,6 +174,8 @@ class SimWorker:
             state_dir=NOWHERE,
             used=guard.drain_used,
             bind=lambda _: None,
+            reap=lambda: None,
+            backends=dict,
             clock=DatabaseClock(node.boot),
         )
         self.watcher._shelf = SimpleNamespace(store=lambda _: None, snapshot=lambda: None)  # type: ignore[assignment]
@@ -181,7 +184,7 @@ class SimWorker:
         self.signing = Signing(self.watcher, guard, modules)
         self.key_sets, self.keys, self.versions = KeySets(control), Keys(control), Versions(control)
         self.external_keys = ExternalKeys(control)
-        self.operation = Operation(control, self.watcher)
+        self.operation = Operation(control, self.watcher, Recycling(NOWHERE, 1))
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -239,7 +242,7 @@ class Plant:
         self.round()
 
     def modules(self) -> Modules:
-        return Modules({"memory": self.backend}, default="memory", sign_timeouts={"memory": 5.0})
+        return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=5.0)})
 
     # --- what there is
 

@@ -139,7 +139,13 @@ class _Read(ReadTx):
             clients=viewed(Client),
             tokens=viewed(ApiToken),
             grants=viewed(Grant),
+            ever_published=self.ever_published(),
         )
+
+    def ever_published(self, key_set_id: Id | None = None) -> frozenset[tuple[Id, str]]:
+        published = [v for v in self._all(KeyVersion) if v.published_at is not None]
+        shown = [(thing.key_set_id, thing.alg) for thing in (*published, *self._all(ExternalKey))]
+        return frozenset(pair for pair in shown if key_set_id in (None, pair[0]))
 
     # --- finders
 
