@@ -23,6 +23,7 @@ from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
 from kms_jwks.config import AwsKmsBackend as Settings
 from tests.fake_kms.operations import Place
 from tests.fake_kms.server import ACCOUNT, OTHER_ACCOUNT, REGION, FakeKms, Fault
+from tests.fake_kms.signing import Refused
 from tests.moto_server import moto
 
 ES256 = ALGORITHMS["ES256"]
@@ -227,7 +228,7 @@ def test_a_key_of_another_region(fake: FakeKms, make: MakeBackend) -> None:
     assert "region" in error.next_step
     ref = make(region="us-east-1").adopt(elsewhere.arn).ref
     for call in (make().public_key, make().attributes, lambda ref: make().sign(ref, ES256, Message(b"x"), soon())):
-        assert "us-east-1" in refusal(lambda: call(ref)).detail  # type: ignore[operator]  # noqa: B023
+        assert "us-east-1" in refusal(lambda: call(ref)).detail  # noqa: B023
     assert fake.calls["Sign"] == 0
 
 
@@ -405,12 +406,12 @@ def test_a_role_that_cannot_be_assumed(fake: FakeKms, make: MakeBackend, monkeyp
 def test_one_failure_of_kms_is_not_noticed(fake: FakeKms, make: MakeBackend) -> None:
     backend = make()
     key = backend.generate("kj-a-1", ES256)
-    for arrange in (
-        lambda: fake.fail("Sign", "KMSInternalException", status=500),
-        lambda: fake.fault("Sign", Fault(cut=True)),
-        lambda: fake.fail("Sign", "NotFoundException"),
+    for fault in (
+        Fault(error=Refused("KMSInternalException", status=500)),
+        Fault(error=Refused("NotFoundException")),
+        Fault(cut=True),
     ):
-        arrange()
+        fake.fault("Sign", fault)
         with fake.counted() as calls:
             sign(backend, key)
         assert calls["Sign"] == 2
