@@ -146,7 +146,7 @@ def test_a_digest_of_what_has_none() -> None:
 def test_options_that_cannot_be() -> None:
     for wrong in ({"connect_timeout": 0.0}, {"read_timeout": -1.0}, {"connections": 0}):
         with pytest.raises(ValueError, match="must be"):
-            AwsKmsOptions(region="eu-central-1", **wrong)  # type: ignore[arg-type]
+            AwsKmsOptions(region="eu-central-1", **wrong)
 
 
 def _ed25519_spki() -> bytes:
