@@ -214,11 +214,22 @@ def version_rows(
     versions: Sequence[tuple[str, wire.Version]], *, named: bool
 ) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Columns and rows of a table of versions, each with its key's name where they are of several keys."""
-    columns = ("NUMBER", "STATE", "ALG", "SINCE", "KID")
-    rows = [(v.number, v.state, v.alg, when(_since(v)), v.kid or "-") for _, v in versions]
+    columns = ("NUMBER", "STATE", "ALG", "SINCE", "KID", "NOTES")
+    rows = [(v.number, v.state, v.alg, when(_since(v)), v.kid or "-", _notes(v)) for _, v in versions]
     if not named:
         return columns, list(rows)
     return ("KEY", *columns), [(name, *row) for (name, _), row in zip(versions, rows, strict=True)]
+
+
+def _notes(found: wire.Version) -> str:
+    """What every listing shows of a version: overridden invariants, accepted weaknesses, why its pair is not there."""
+    notes = [f"{breach.invariant} overridden" for breach in found.breaches]
+    notes += found.weaknesses
+    if found.emergency:
+        notes.append("emergency")
+    if found.trouble is not None:
+        notes.append(found.trouble)
+    return "; ".join(notes)
 
 
 def _since(found: wire.Version) -> datetime | None:
