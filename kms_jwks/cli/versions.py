@@ -222,9 +222,8 @@ def version_rows(
 
 
 def _notes(found: wire.Version) -> str:
-    """What every listing shows of a version: overridden invariants, accepted weaknesses, why its pair is not there."""
+    """What every listing shows of a version: overridden invariants, an emergency, why its pair is not there."""
     notes = [f"{breach.invariant} overridden" for breach in found.breaches]
-    notes += found.weaknesses
     if found.emergency:
         notes.append("emergency")
     if found.trouble is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.integration.conftest import Server, fresh, prepared, running, settled, wait_until
 
@@ -18,7 +19,7 @@ def test_a_module_that_is_away_is_revoked_with_all_its_keys(tmp_path: Path) -> N
     port = prepared(tmp_path)
     with running(tmp_path, port) as server:
         other = server.key_set(fresh("other"), "EdDSA", standby=True)
-        sign = ("POST", "/v1/key-sets/default/keys/default/jwt", {"claims": {}})
+        sign: tuple[str, str, Any] = ("POST", "/v1/key-sets/default/keys/default/jwt", {"claims": {}})
         assert server.call(*sign, token=server.signer).status == 200
         (tmp_path / "tokens").rename(tmp_path / "away")
         request = {"backend": "softhsm", "reason": "its PIN was on a slide"}
