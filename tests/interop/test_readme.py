@@ -27,7 +27,7 @@ ADDRESS = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 FILE = re.compile(r"(?:#|//) (?P<name>[\w.-]+\.(?:py|mjs))\n")
-TOOLS = ("curl", "openssl")
+TOOLS = ("curl", "openssl", "pkcs11-tool")
 """What a machine may lack that runs the tests; blocks that need a missing one are left out."""
 
 
@@ -123,10 +123,15 @@ def test_the_api_page_works_when_it_is_pasted(folder: Path, server: Server) -> N
     assert jwt.decode(token, key, algorithms=["ES256"], issuer=issuer, audience="shop")["sub"] == "alice"
 
 
+def test_the_page_on_adoption_works_when_it_is_pasted(folder: Path, server: Server) -> None:
+    ran = run(ROOT / "docs" / "adopt.md", folder, server)
+    assert "adopted: it may do more than sign" in "".join(output for _, output in ran)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_is_left_out(page: Path) -> None:
     """Pages whose examples have a test above, and pages without any."""
-    assert page.name in ("README.md", "api.md") or not any(block.runs for block in blocks(page))
+    assert page.name in ("README.md", "adopt.md", "api.md") or not any(block.runs for block in blocks(page))
 
 
 def test_a_block_that_fails_fails_the_test(tmp_path: Path, folder: Path, server: Server) -> None:
