@@ -301,7 +301,7 @@ def test_a_revoked_version_does_not_come_back(world: World) -> None:
 def test_two_who_adopt_one_pair_at_once_do_not_both_get_it(world: World) -> None:
     foreign(world)
     world.create()
-    looked = threading.Barrier(2, timeout=10)
+    looked = threading.Barrier(2, timeout=60)
     world.backend.before = lambda call: looked.wait() if call == "sign" else None  # type: ignore[assignment]
 
     def adopted(number: int) -> str | None:
