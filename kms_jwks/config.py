@@ -170,6 +170,12 @@ class Pkcs11Backend(BackendSettings):
     token_label: str | None = Field(default=None, min_length=1, max_length=32)
     token_serial: str | None = Field(default=None, min_length=1, max_length=16)
     slot: int | None = Field(default=None, ge=0, description="The slot's number, for modules that keep them stable.")
+    uri: str | None = Field(
+        default=None,
+        max_length=1024,
+        pattern=r"^(?i:pkcs11):",
+        description="A PKCS#11 URI (RFC 7512) of the token, instead of the above or beside them.",
+    )
     expected_serial: str | None = Field(
         default=None,
         min_length=1,
@@ -202,8 +208,8 @@ class Pkcs11Backend(BackendSettings):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.token_label is None and self.token_serial is None and self.slot is None:
-            raise ValueError("one of token_label, token_serial, slot must say which token to use")
+        if self.token_label is None and self.token_serial is None and self.slot is None and self.uri is None:
+            raise ValueError("one of token_label, token_serial, slot, uri must say which token to use")
         if (self.pin_file is not None) + (self.pin_env is not None) + self.pin_stdin != 1:
             raise ValueError("exactly one of pin_file, pin_env, pin_stdin must say where the PIN comes from")
         if self.token_serial and self.expected_serial and self.token_serial != self.expected_serial:
@@ -242,6 +248,10 @@ class ThirdPartyBackend(BackendSettings):
 
     type: Name
     management: dict[str, Any] | None = Field(default=None, repr=False)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Without the further settings: one of them may be a secret."""
+        return [pair for pair in super().__repr_args__() if pair[0] not in (self.model_extra or {})]
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -283,6 +293,8 @@ class Settings(BaseSettings):
     default_key_set: Name = "default"
     node_name: Name = Field(default_factory=_default_node_name)
     database_url: str = Field(default="sqlite:///var/registry.sqlite3", min_length=1, repr=False)
+    database_pool_size: int = Field(default=5, ge=2, le=64)
+    database_timeout_ms: int = Field(default=5000, ge=500, le=60_000)
     state_dir: Path = Path("var/state")
 
     bind: Annotated[tuple[Address, ...], BeforeValidator(_split), AfterValidator(_not_empty)] = ("127.0.0.1:8080",)

@@ -15,10 +15,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, mldsa, rsa
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, mldsa, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, decode_dss_signature, encode_dss_signature
 from joserfc.jwa import JWS_ALGORITHMS
 from joserfc.jwk import ECKey, OKPKey, RSAKey
 from joserfc.jwk import thumbprint as _rfc7638
@@ -118,7 +118,8 @@ _ML_DSA: Final[Mapping[str, tuple[type[MlDsaPublicKey], int]]] = MappingProxyTyp
     }
 )
 """The `alg` of an AKP key (RFC 9964 §3) and the octets of its `pub`."""
-_PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
+PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
+"""Members of a JWK that make it private or secret (RFC 7518 §6, RFC 9964)."""
 
 RSA_MODULUS_BITS: Final = (2048, 8192)
 """The smallest and largest modulus `check_public_jwk` accepts, in bits."""
@@ -227,7 +228,7 @@ def check_public_jwk(jwk: Mapping[str, object], alg: Algorithm) -> dict[str, str
     small order, and weak RSA keys: modulus outside 2048 to 8192 bits, even or with small factors, exponent below
     3, even or beyond 64 bits, or with the ROCA fingerprint (CVE-2017-15361).
     """
-    for name in _PRIVATE_MEMBERS:
+    for name in PRIVATE_MEMBERS:
         if name in jwk:
             raise InvalidJwk(
                 f"The JWK holds the private member {name!r}.",
@@ -411,6 +412,9 @@ def jwks_document(jwks: Sequence[Mapping[str, object]]) -> bytes:
 # --- signatures -------------------------------------------------------------------------------------------------------
 
 _VERIFIERS: Final = MappingProxyType({model.name: model for model in JWS_ALGORITHMS})
+_HASHES: Final[Mapping[str, hashes.HashAlgorithm]] = MappingProxyType(
+    {"sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashes.SHA512()}
+)
 
 
 def der_to_raw(alg: Algorithm, signature: bytes) -> bytes:
@@ -430,33 +434,75 @@ def raw_to_der(alg: Algorithm, signature: bytes) -> bytes:
     return encode_dss_signature(int.from_bytes(signature[:size], "big"), int.from_bytes(signature[size:], "big"))
 
 
-def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: bytes, signature: bytes) -> None:
-    """Return when `signature` (JOSE form) is the key's over `signing_input`; raise TokenSignatureInvalid otherwise.
+class Verifier:
+    """One public key as the verifier of one algorithm, ready to be used again and again. Immutable, thread-safe.
 
-    `alg` is the key's own, never the token's word. RSA signatures are exactly as long as the modulus, ECDSA ones
-    exactly r‖s, PSS salts exactly as long as the hash (RFC 7518 §3.5). Raises InvalidJwk where the JWK is no key of
-    this algorithm.
+    Raises InvalidJwk where the JWK is no key of `alg`.
     """
-    key = public_key(jwk)
-    if jwk["kty"] != alg.kty or (alg.crv is not None and jwk["crv"] != alg.crv):
-        raise InvalidJwk(f"The JWK is no key of {alg.name}.")
-    if isinstance(key, MlDsaPublicKey):
-        if jwk["alg"] != alg.name:
+
+    __slots__ = ("_alg", "_key", "_wrapped")
+
+    def __init__(self, alg: Algorithm, jwk: Mapping[str, object]) -> None:
+        key = public_key(jwk)
+        if jwk["kty"] != alg.kty or (alg.crv is not None and jwk["crv"] != alg.crv):
             raise InvalidJwk(f"The JWK is no key of {alg.name}.")
+        if alg.is_post_quantum and jwk["alg"] != alg.name:
+            raise InvalidJwk(f"The JWK is no key of {alg.name}.")
+        self._alg = alg
+        self._key = key
+        self._wrapped: RSAKey | ECKey | OKPKey | None = None
+        if isinstance(key, rsa.RSAPublicKey):
+            self._wrapped = RSAKey.import_key(key)
+        elif isinstance(key, ec.EllipticCurvePublicKey):
+            self._wrapped = ECKey.import_key(key)
+        elif isinstance(key, Ed25519PublicKey):
+            self._wrapped = OKPKey.import_key(key)
+
+    def verify(self, signing_input: bytes, signature: bytes) -> None:
+        """Return when `signature` (JOSE form) is the key's over `signing_input`; raise TokenSignatureInvalid otherwise.
+
+        RSA signatures are exactly as long as the modulus, ECDSA ones exactly r‖s, PSS salts exactly as long as the hash
+        (RFC 7518 §3.5).
+        """
+        if isinstance(self._key, MlDsaPublicKey):
+            try:
+                self._key.verify(signature, signing_input)
+            except InvalidSignature:
+                raise TokenSignatureInvalid from None
+        elif not _VERIFIERS[self._alg.name].verify(signing_input, signature, self._wrapped):
+            raise TokenSignatureInvalid
+
+    def verify_digest(self, digest: bytes, signature: bytes) -> None:
+        """The same where the caller has hashed.
+
+        Raises TokenSignatureInvalid also for a digest of another length and for an algorithm that signs none.
+        """
+        alg, key = self._alg, self._key
+        if alg.hash is None:
+            raise TokenSignatureInvalid
+        hash_ = _HASHES[alg.hash]
         try:
-            key.verify(signature, signing_input)
-        except InvalidSignature:
+            if isinstance(key, ec.EllipticCurvePublicKey):
+                key.verify(raw_to_der(alg, signature), digest, ec.ECDSA(Prehashed(hash_)))
+            elif isinstance(key, rsa.RSAPublicKey):
+                scheme = (
+                    padding.PSS(padding.MGF1(hash_), hash_.digest_size)
+                    if alg.family is Family.RSA_PSS
+                    else padding.PKCS1v15()
+                )
+                key.verify(signature, digest, scheme, Prehashed(hash_))
+            else:
+                raise TokenSignatureInvalid
+        except (InvalidSignature, ValueError):
             raise TokenSignatureInvalid from None
-        return
-    wrapped: RSAKey | ECKey | OKPKey
-    if isinstance(key, rsa.RSAPublicKey):
-        wrapped = RSAKey.import_key(key)
-    elif isinstance(key, ec.EllipticCurvePublicKey):
-        wrapped = ECKey.import_key(key)
-    else:
-        wrapped = OKPKey.import_key(key)
-    if not _VERIFIERS[alg.name].verify(signing_input, signature, wrapped):
-        raise TokenSignatureInvalid
+
+
+def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: bytes, signature: bytes) -> None:
+    """`Verifier(alg, jwk).verify(…)`, for a key that is used once. `alg` is the key's own, never the token's word.
+
+    Raises TokenSignatureInvalid, and InvalidJwk where the JWK is no key of this algorithm.
+    """
+    Verifier(alg, jwk).verify(signing_input, signature)
 
 
 def _shown(value: object) -> str:

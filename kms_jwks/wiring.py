@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,9 @@ from kms_jwks.config import Settings, load_settings
 from kms_jwks.service import Service
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.custodian import Custodian
-from kms_jwks.service.modules import Modules
+from kms_jwks.service.modules import Limits, Modules
 from kms_jwks.service.office import Office
-from kms_jwks.store import Store
+from kms_jwks.store import Connecting, Store
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -20,7 +22,12 @@ if TYPE_CHECKING:
 
 def make_store(settings: Settings) -> Store:
     """The registry's store; opens nothing."""
-    return Store(settings.database_url)
+    connecting = Connecting(
+        pool_size=settings.database_pool_size,
+        timeout=settings.database_timeout_ms / 1000,
+        application_name=f"kms-jwks {settings.node_name}",
+    )
+    return Store(settings.database_url, connecting=connecting)
 
 
 def make_modules(settings: Settings, *, management: bool = False) -> Modules:
@@ -29,14 +36,24 @@ def make_modules(settings: Settings, *, management: bool = False) -> Modules:
     With `management` they are the custodian's, by credentials of its own where the configuration has them.
     """
     if settings.routes == "public":
-        return Modules({}, default=None, sign_timeouts={})
+        return Modules({}, default=None)
     return Modules(
         {
             name: make_backend(name, options, settings.state_dir, management=management)
             for name, options in settings.backends.items()
         },
         default=settings.default_backend,
-        sign_timeouts={name: options.sign_timeout_ms / 1000 for name, options in settings.backends.items()},
+        limits={
+            name: Limits(
+                timeout=options.sign_timeout_ms / 1000,
+                waiting=options.waiting,
+                stuck_limit=options.stuck_limit,
+                check_signatures=options.check_signatures,
+                parallel=getattr(options, "sessions", None),
+                callers=settings.threads,
+            )
+            for name, options in settings.backends.items()
+        },
     )
 
 
@@ -57,9 +74,14 @@ def custodian(settings: Settings) -> Custodian:
         lease=settings.signing_lease,
         kick=lambda: None,
     )
-    return Custodian(
-        store, make_modules(settings, management=True), confirmation, Office(store, node=settings.node_name)
-    )
+    office = Office(store, node=settings.node_name, given_up=_end_at_once)
+    return Custodian(store, make_modules(settings, management=True), confirmation, office)
+
+
+def _end_at_once() -> None:
+    """A custodian hangs in a module: nothing but its end gets it out, and whoever started it starts another."""
+    logging.shutdown()
+    os._exit(1)
 
 
 def wsgi(config: Path | None = None) -> WSGIApplication:

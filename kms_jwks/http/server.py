@@ -84,10 +84,22 @@ def tls_context(config: Any, make: Callable[[], ssl.SSLContext]) -> ssl.SSLConte
 
 
 def stop_service(server: Any, worker: Any) -> None:
-    """gunicorn's `worker_exit` hook: the worker leaves the register, so nobody waits for it."""
-    service = getattr(getattr(worker, "wsgi", None), "service", None)
-    if service is not None:
-        service.stop()
+    """gunicorn's `worker_exit` hook: the worker leaves the register, so nobody waits for it.
+
+    A thread that a module holds would be waited for at the interpreter's end, and that for ever: then the process ends
+    here. gunicorn's arbiter calls this too, for workers that are gone; there they have no service.
+    """
+    service = _service_of(worker)
+    if service is None:
+        return
+    service.stop()
+    if service.modules.stuck():
+        logging.shutdown()
+        os._exit(0)
+
+
+def _service_of(worker: Any) -> Service | None:
+    return getattr(getattr(worker, "wsgi", None), "service", None)
 
 
 def connect_app(worker: Any, req: Any) -> None:
@@ -153,9 +165,11 @@ def refusal(error: Exception) -> bytes | None:
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker, with three changes: its refusals are problem documents, its log repeats nothing that
-    was sent, and a caller who sends a request drop by drop has `request_timeout` for it and not for ever."""
+    """gunicorn's threaded worker, with four changes: its refusals are problem documents, its log repeats nothing that
+    was sent, a caller who sends a request drop by drop has `request_timeout` for it and not for ever, and it ends by
+    itself, gracefully, when it has lost too many threads to a module; gunicorn then starts another one."""
 
+    alive: bool
     request_timeout = 30.0
     """Seconds from a request's first byte to its last."""
 
@@ -163,14 +177,21 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._reading: dict[int, tuple[float, Any]] = {}
         """By thread: until when the request must have been read, and from which connection."""
+        self._handling: set[int] = set()
+        """Threads that are at a request, or wait for a new connection's first one."""
+        self._lost: frozenset[int] = frozenset()
+        """Threads that a module holds."""
+        self._ended = False
 
     def handle(self, conn: Any) -> Any:
         """One request on a connection, in a thread."""
         thread = threading.get_ident()
         self._reading[thread] = (time.monotonic() + self.request_timeout, conn)
+        self._handling.add(thread)
         try:
             return super().handle(conn)
         finally:
+            self._handling.discard(thread)
             self._reading.pop(thread, None)
 
     def received(self) -> bool:
@@ -180,6 +201,29 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def notify(self) -> None:
         """Called by the main thread every second at least."""
         super().notify()
+        self._end_slow_requests()
+        service = _service_of(self)
+        if service is None or self._ended:
+            return
+        self._lost = service.modules.lost_threads()
+        if self._lost and self.alive:
+            self.set_accept_enabled(True)
+        if self.alive:
+            if service.worn_out() is not None:
+                self.alive = False  # as max_requests does it: no new connections, what is under way is finished
+        elif self._lost and self._handling <= self._lost and not (self.keepalived_conns and self._has_threads()):
+            # Nobody is left who could still be answered.
+            self._ended = True
+            raise SystemExit(0)
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Leave new connections to other workers while no thread is left to answer them."""
+        super().set_accept_enabled(enabled and self._has_threads())
+
+    def _has_threads(self) -> bool:
+        return len(self._lost) < int(self.cfg.threads)
+
+    def _end_slow_requests(self) -> None:
         now = time.monotonic()
         for thread, (end, conn) in list(self._reading.items()):
             if end <= now and self._reading.pop(thread, None) is not None:

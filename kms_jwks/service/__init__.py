@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
+
+import structlog
 
 from kms_jwks.config import Settings
 from kms_jwks.service.clients import Clients
@@ -16,6 +20,8 @@ from kms_jwks.service.key_sets import KeySets
 from kms_jwks.service.keys import Keys
 from kms_jwks.service.modules import Modules
 from kms_jwks.service.operation import Operation
+from kms_jwks.service.recycling import Recycling
+from kms_jwks.service.revoking import Revoking
 from kms_jwks.service.signing import Signing
 from kms_jwks.service.verifying import Verifying
 from kms_jwks.service.versions import Versions
@@ -24,6 +30,8 @@ from kms_jwks.store import Store
 
 __all__ = ["Presented", "Service"]
 
+log = structlog.get_logger(__name__)
+
 
 class Service:
     """One worker's service. Made after the fork; opens nothing until `start`."""
@@ -31,6 +39,7 @@ class Service:
     def __init__(
         self, settings: Settings, store: Store, modules: Modules, *, boot: Callable[[], int] = boot_clock
     ) -> None:
+        self._complain_at = 0.0
         self.settings = settings
         self.store = store
         self.modules = modules
@@ -43,6 +52,8 @@ class Service:
             state_dir=settings.state_dir,
             used=guard.drain_used,
             bind=modules.bind,
+            reap=lambda: self.confirmation.reap(),  # noqa: PLW0108 - it is made below
+            backends=lambda: modules.seen,
             clock=DatabaseClock(boot),
         )
         self.confirmation = Confirmation(
@@ -61,9 +72,11 @@ class Service:
         self.key_sets = KeySets(control)
         self.keys = Keys(control)
         self.versions = Versions(control)
+        self.revoking = Revoking(control)
         self.external_keys = ExternalKeys(control)
         self.clients = Clients(control)
-        self.operation = Operation(control, self.watcher)
+        self.recycling = Recycling(settings.state_dir, settings.workers)
+        self.operation = Operation(control, self.watcher, self.recycling)
 
     def start(self) -> None:
         """Register, start watching the registry, wait shortly for the first look. Never raises for its absence."""
@@ -75,6 +88,22 @@ class Service:
         self.watcher.stop()
         self.modules.close()
         self.store.dispose()
+
+    def worn_out(self) -> str | None:
+        """Why this worker should end now so that a fresh one takes its place; None while it need not or may not.
+
+        To be asked about once a second. A reason is given once: the caller acts on it.
+        """
+        reason = self.modules.worn_out()
+        if reason is None:
+            return None
+        if wait := self.recycling.permit():
+            if time.monotonic() >= self._complain_at:
+                self._complain_at = time.monotonic() + 60
+                log.error("worker_is_worn_out", reason=reason, replaced_in=round(wait))
+            return None
+        log.error("worker_recycled", reason=reason, pid=os.getpid())
+        return reason
 
     def pin(self) -> Callable[[], None]:
         """Take part in the confirmation of epochs; call what is returned once the answer has been written."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from kms_jwks import errors
 from kms_jwks.model import SECOND, Epoch, Instant, Worker
 from kms_jwks.service import liveness
 from kms_jwks.store import ReadTx, Store
@@ -14,6 +16,9 @@ from kms_jwks.store import ReadTx, Store
 CHANGE_WAIT = 2.0
 """Seconds an ordinary change waits for live workers."""
 _PACE = 0.015
+_PACE_WITHOUT_DATABASE = 0.2
+_CERTAINLY_UNKNOWN = 60.0
+"""Seconds after which a dead worker that the register does not know will not appear there any more."""
 
 
 class Confirmation:
@@ -33,12 +38,15 @@ class Confirmation:
     def changed(self, epoch: Epoch | None) -> None:
         """Wait (at most 2 s) until every live worker has confirmed; a worker that is silent is not waited for."""
         if epoch is not None:
-            self._wait(epoch, CHANGE_WAIT, only_live=True)
+            # It is committed: an answer that says otherwise would have it made again.
+            with contextlib.suppress(errors.StoreUnavailable):
+                self._wait(epoch, CHANGE_WAIT, only_live=True)
 
     def revoked(self, epoch: Epoch | None, lease: int) -> list[Worker]:
         """Wait until every registered worker has confirmed, or `lease` + 1 s; then nobody signs under an older epoch.
 
-        Returns the workers that have not confirmed and may still publish the older JWKS.
+        Returns the workers that have not confirmed and may still publish the older JWKS. Raises StoreUnavailable when
+        nobody could be asked.
         """
         if epoch is None:
             return []
@@ -53,28 +61,43 @@ class Confirmation:
         return now - worker.heartbeat_at > (worker.lease + 1) * SECOND
 
     def reap(self) -> list[Worker]:
-        """Strike off this node's workers that have certainly ended. Returns them."""
-        with self._store.read() as tx:
-            suspects = [w for w in tx.workers() if w.node == self._node and liveness.is_dead(self._folder, w.id)]
-        if not suspects:
+        """Strike off this node's workers that have certainly ended. Returns them. Asks the database only if need be."""
+        ended = liveness.dead(self._folder)
+        if not ended:
             return []
+        with self._store.read() as tx:
+            suspects = [w.id for w in tx.workers() if w.node == self._node and w.id in ended]
         struck = []
-        with self._store.write() as tx:
-            for worker in suspects:
-                known = tx.worker(worker.id)
-                if known is not None and known.stopped_at is None:
-                    tx.save(replace(known, stopped_at=tx.now(), stop_reason="died"))
-                    struck.append(known)
-        for worker in suspects:
-            liveness.clear(self._folder, worker.id)
+        if suspects:
+            with self._store.write() as tx:
+                for worker in suspects:
+                    known = tx.worker(worker)
+                    if known is not None and known.stopped_at is None:
+                        tx.save(replace(known, stopped_at=tx.now(), stop_reason="died"))
+                        struck.append(known)
+        for worker in ended:
+            # Who is not registered may have been about to be: the database can be slower to know than we to look.
+            if worker in suspects or liveness.age(self._folder, worker) > _CERTAINLY_UNKNOWN:
+                liveness.clear(self._folder, worker)
         return struck
 
     def _wait(self, epoch: Epoch, seconds: float, *, only_live: bool) -> list[Worker]:
+        """Raises StoreUnavailable when the database was away all the time."""
         self._kick()
         end = time.monotonic() + seconds
+        waiting: list[Worker] | None = None
         while True:
-            with self._store.read() as tx:
-                waiting, now = self.unconfirmed(tx, epoch), tx.now()
+            try:
+                with self._store.read() as tx:
+                    waiting, now = self.unconfirmed(tx, epoch), tx.now()
+            except errors.StoreUnavailable:
+                # The change is committed, and leases run out without the database too.
+                if time.monotonic() < end:
+                    time.sleep(_PACE_WITHOUT_DATABASE)
+                    continue
+                if waiting is None:
+                    raise
+                return waiting
             if only_live:
                 waiting = [w for w in waiting if not self.silent(w, now)]
             if not waiting or time.monotonic() >= end:

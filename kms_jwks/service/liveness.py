@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from kms_jwks.model import Id
@@ -23,13 +24,31 @@ class LifeLine:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def release(self) -> None:
-        """Let go in an orderly way; idempotent."""
+    def release(self, *, keep_proof: bool = False) -> None:
+        """Let go in an orderly way; idempotent. With `keep_proof` as a death does: the file stays, held by nobody."""
         if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+            if not keep_proof:
+                with contextlib.suppress(OSError):
+                    self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
+
+
+def dead(folder: Path) -> list[Id]:
+    """The workers of this node that have certainly ended and were not cleared yet."""
+    try:
+        found = [Id(path.stem) for path in folder.glob("*.lock")]
+    except OSError:
+        return []
+    return [worker for worker in found if is_dead(folder, worker)]
+
+
+def age(folder: Path, worker: Id) -> float:
+    """Seconds since the worker's file was made; 0 where there is none."""
+    try:
+        return max(time.time() - (folder / f"{worker}.lock").stat().st_mtime, 0.0)
+    except OSError:
+        return 0.0
 
 
 def is_dead(folder: Path, worker: Id) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from kms_jwks import errors, timeline
+from kms_jwks import errors
 from kms_jwks.model import SECOND, CustodianLease, Instant, new_id
 from kms_jwks.service.clocks import boot_clock
 from kms_jwks.store import Store, WriteTx
@@ -21,6 +21,8 @@ LEASE = 10
 """Seconds a custodian acts without renewing."""
 LONGEST_STEP = 300.0
 """Seconds for which a module step keeps the office; a step that hangs longer loses it."""
+LONG_STEP = 30.0
+"""Seconds after which a step that is still in the module is logged, and again after each such while."""
 CLOCK_DRIFT = 60
 """Seconds that database time may depart from the boot clock between two looks."""
 
@@ -30,14 +32,26 @@ class Fenced(Exception):
 
 
 class Office:
-    """One candidate for the one office of an installation. `lease` in seconds."""
+    """One candidate for the one office of an installation. `lease` in seconds, or parts of one.
 
-    def __init__(self, store: Store, *, node: str, lease: int = LEASE, boot: Callable[[], int] = boot_clock) -> None:
+    `given_up` is called, from another thread, when a step has kept the office for as long as it may and still hangs.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        node: str,
+        lease: float = LEASE,
+        boot: Callable[[], int] = boot_clock,
+        given_up: Callable[[], None] = lambda: None,
+    ) -> None:
         self.term = 0
         """The term in office, 0 out of it."""
         self._store = store
         self._node = node
         self._lease = lease
+        self._given_up = given_up
         self._boot = boot
         self._holder = new_id()
         self._last_clocks: tuple[int, Instant] | None = None
@@ -57,7 +71,7 @@ class Office:
                     self.term = 0
                     return False
                 sound = lease.halted is None and self._clock_trouble(tx.now()) is None
-                if mine and sound and left > self._lease * SECOND // 2:
+                if mine and sound and left > self._lease * SECOND / 2:
                     return True
         return self._write(take_over)
 
@@ -85,18 +99,28 @@ class Office:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep the office while a module works, for 5 minutes at most, from a thread of its own."""
+        """Keep the office while a module works, for 5 minutes at most, from a thread of its own.
+
+        A module that takes long is in the log, and one that hangs is more than that: nothing else would show it.
+        """
         done = threading.Event()
 
         def renew() -> None:
-            end = time.monotonic() + LONGEST_STEP
-            while not done.wait(self._lease / 3) and time.monotonic() < end:
+            started, said = time.monotonic(), 0
+            while not done.wait(self._lease / 3):
+                seconds = time.monotonic() - started
+                if seconds >= LONGEST_STEP:
+                    log.error("module_step_given_up", seconds=round(seconds), term=self.term)
+                    self._given_up()
+                    return
+                if seconds // LONG_STEP > said:
+                    said = int(seconds // LONG_STEP)
+                    log.warning("module_step_takes_long", seconds=round(seconds), term=self.term)
                 try:
                     with self.mutation() as tx:
                         lease, now = tx.custodian_lease(), tx.now()
                         if lease is not None:
-                            expires = timeline.later(now, self._lease)
-                            tx.set_custodian_lease(replace(lease, renewed_at=now, expires_at=expires))
+                            tx.set_custodian_lease(replace(lease, renewed_at=now, expires_at=self._expiry(now)))
                 except Fenced:
                     return
                 except errors.Error:
@@ -119,8 +143,9 @@ class Office:
                 self.term = 0
                 return False
             term = (lease.term if lease is not None else 0) + (0 if mine else 1)
+            since = lease.since if lease is not None and mine else now
             tx.set_custodian_lease(
-                CustodianLease(term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted)
+                CustodianLease(term, self._holder, self._node, now, self._expiry(now), since=since, halted=halted)
             )
             if not mine:
                 take_over(tx)
@@ -131,6 +156,9 @@ class Office:
             log.error("custodian_halted", reason=halted)
         self._halted = halted
         return halted is None
+
+    def _expiry(self, now: Instant) -> Instant:
+        return Instant(now + int(self._lease * SECOND))
 
     def _clock_trouble(self, now: Instant) -> str | None:
         """Why database time cannot be trusted, or None. It stays in doubt until it agrees with the boot clock again."""

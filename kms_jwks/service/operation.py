@@ -7,23 +7,27 @@ from dataclasses import replace
 
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission
-from kms_jwks.model import Epoch, Id, Instant, Worker
+from kms_jwks.model import SECOND, Epoch, Id, Instant, Worker
 from kms_jwks.service import present
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import to_datetime
+from kms_jwks.service.instants import optional, to_datetime
+from kms_jwks.service.recycling import Recycling
 from kms_jwks.service.watcher import Watcher
 
 _PROBE_EVERY = 1.0
 """Seconds for which a backend's state is remembered: anybody may ask for readiness, and not wear the module out."""
+_PROBE_SECONDS = 5.0
+"""How long a backend may take to answer a probe; opening a module is part of it."""
 
 
 class Operation:
     """For operators, and for the probes of an orchestrator."""
 
-    def __init__(self, control: Control, watcher: Watcher) -> None:
+    def __init__(self, control: Control, watcher: Watcher, recycling: Recycling) -> None:
         self._control = control
         self._watcher = watcher
+        self._recycling = recycling
         self._probed: dict[str, tuple[float, wire.Backend]] = {}
 
     def nodes(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
@@ -46,6 +50,26 @@ class Operation:
             if not self._control.confirmation.silent(worker, tx.now()):
                 raise errors.Conflict("The worker is alive.", next_step="Stop it instead of forgetting it.")
             tx.save(replace(worker, stopped_at=tx.now(), stop_reason="forgotten"))
+
+    def custodian(self, who: Presented) -> wire.Custodian:
+        """Who acts, since when, and why not."""
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.NODE_READ)
+            lease, now = tx.custodian_lease(), tx.now()
+        if lease is None:
+            return wire.Custodian(
+                acting=False, holder=None, node=None, term=0, since=None, renewed_at=None, expires_at=None, halted=None
+            )
+        return wire.Custodian(
+            acting=lease.expires_at > now and lease.halted is None,
+            holder=lease.holder,
+            node=lease.node,
+            term=lease.term,
+            since=optional(lease.since),
+            renewed_at=to_datetime(lease.renewed_at),
+            expires_at=to_datetime(lease.expires_at),
+            halted=lease.halted,
+        )
 
     def backends(self, who: Presented) -> wire.Page:
         """Every configured backend and how this worker finds it."""
@@ -101,12 +125,15 @@ class Operation:
     def _probe(self, name: str) -> wire.Backend:
         modules = self._control.modules
         backend = modules.get(name)
-        state, detail, algorithms = "ok", "", []
+        state, detail = "ok", ""
+        algorithms: list[str] = []
         try:
-            detail = backend.ping().description
-            algorithms = sorted(backend.capabilities())
+            detail, algorithms = modules.ask(
+                name, "ping", lambda b: (b.ping().description, sorted(b.capabilities())), _PROBE_SECONDS
+            )
         except errors.BackendError as error:
             state, detail = error.code, error.detail
+        modules.seen[name] = state
         return wire.Backend(
             name=name,
             type=backend.kind,
@@ -115,6 +142,8 @@ class Operation:
             state=state,
             detail=detail,
             algorithms=algorithms,
+            counters=modules.counters(name),
+            recycled=self._recycling.count(),
         )
 
     def _node(self, worker: Worker, epoch: Epoch, now: Instant) -> wire.Node:
@@ -129,5 +158,7 @@ class Operation:
             epoch=confirmed.counter if confirmed is not None and counts else None,
             lag=epoch.counter - confirmed.counter if confirmed is not None and counts else None,
             lease=worker.lease,
+            lease_left=max(0, -(-(worker.heartbeat_at + worker.lease * SECOND - now) // SECOND)),
+            backends=dict(worker.backends or {}),
             live=not self._control.confirmation.silent(worker, now),
         )

@@ -100,7 +100,7 @@ class Signing:
         for last in (False, False, True):
             found = _found(snapshot, call)
             job = prepare(*found, item, self._watcher.clock.now())
-            signature = self._modules.sign(job.signer.backend, job.signer.ref, job.signer.alg, job.what)
+            signature = self._modules.sign(job.signer, job.what)
             try:
                 self._check(call, snapshot, job.signer)
             except errors.KidNotActive:

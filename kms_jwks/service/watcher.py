@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from kms_jwks.store import Store
 log = structlog.get_logger(__name__)
 
 _LAST_USED_EVERY = 60 * SECOND
+_REAP_EVERY = SECOND
 _OVERDUE = 15 * 60 * SECOND
 
 
@@ -43,7 +44,8 @@ class Watcher:
     """One per serving process; made before its threads, started after the fork.
 
     `lease` and `poll_interval` are seconds; `bind` tells the backends where the keys are,
-    `used` drains the last uses of API tokens.
+    `used` drains the last uses of API tokens, `reap` strikes off this node's dead workers: nobody else can see that
+    they are dead, and everybody waits for them; `backends` tells what signing and health last saw of each backend.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Watcher:
         state_dir: Path,
         used: Callable[[], dict[Id, Instant]],
         bind: Callable[[Sequence[KeyVersion]], None],
+        reap: Callable[[], object],
+        backends: Callable[[], Mapping[str, str]],
         clock: DatabaseClock,
     ) -> None:
         self.clock = clock
@@ -66,6 +70,8 @@ class Watcher:
         self._state_dir = state_dir
         self._used = used
         self._bind = bind
+        self._reap = reap
+        self._backends = backends
         self._shelf = Shelf(state_dir)
         self._lock = threading.Lock()
         self._current = _Pins(None)
@@ -73,10 +79,11 @@ class Watcher:
         self._lease_until = 0
         self._worker: Worker | None = None
         self._life: LifeLine | None = None
+        self._registering: tuple[Id, LifeLine] | None = None
         self._kick = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._used_flushed = self.clock.boot()
+        self._used_flushed = self._reaped = self.clock.boot()
         self._confirmed_at = self._beat_at = self.clock.boot()
         self._trouble: str | None = None
         self.first_poll = threading.Event()
@@ -154,17 +161,29 @@ class Watcher:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
         self._lease_until = 0
-        if self._worker is not None:
-            worker, self._worker = self._worker, None
-            try:
-                with self._store.write() as tx:
-                    known = tx.worker(worker.id)
+        known = [self._worker.id] if self._worker is not None else []
+        # A registration without an answer may have been written all the same.
+        known += [self._registering[0]] if self._registering is not None else []
+        self._worker = None
+        left = self._leave(known)
+        for life in (self._life, self._registering[1] if self._registering is not None else None):
+            if life is not None:
+                life.release(keep_proof=not left)
+
+    def _leave(self, workers: list[Id]) -> bool:
+        """Whether the register knows that we have stopped. Otherwise somebody of this node has to see it."""
+        if not workers:
+            return True
+        try:
+            with self._store.write() as tx:
+                for worker in workers:
+                    known = tx.worker(worker)
                     if known is not None and known.stopped_at is None:
                         tx.save(replace(known, stopped_at=tx.now(), stop_reason="stopped"))
-            except errors.Error as error:
-                log.warning("worker_not_deregistered", worker=worker.id, error=error.detail)
-        if self._life is not None:
-            self._life.release()
+        except errors.Error as error:
+            log.warning("worker_not_deregistered", workers=workers, error=error.detail)
+            return False
+        return True
 
     def kick(self) -> None:
         """Poll now: something has changed."""
@@ -174,6 +193,7 @@ class Watcher:
         while not self._stop.is_set():
             try:
                 self.poll()
+                self._look_after_the_others()
             except Exception:
                 # A defect must not end the thread: the lease runs out, signing stops, and the log says why.
                 self._trouble = "defect"
@@ -193,6 +213,7 @@ class Watcher:
             epoch, now = self._store.poll()
             self.clock.observe(before, now)
             if self._current.snapshot is None or self._current.snapshot.epoch != epoch:
+                self._refuse_the_past(epoch)
                 epoch = self._rebuild()
             try:
                 self._confirm(epoch)
@@ -211,26 +232,46 @@ class Watcher:
                 log.info("registry_reached")
             self._trouble = None
 
+    def _look_after_the_others(self) -> None:
+        if self._trouble is not None or self.clock.boot() - self._reaped < _REAP_EVERY:
+            return
+        self._reaped = self.clock.boot()
+        try:
+            self._reap()
+        except errors.Error as error:
+            log.warning("dead_workers_not_struck_off", error=error.detail)
+
     def _register(self) -> None:
-        worker_id = new_id()
-        try:
-            life = LifeLine(self._state_dir / "workers", worker_id)
-        except OSError as error:
-            raise errors.StoreUnavailable(
-                f"This worker cannot prove that it lives: {self._state_dir}/workers: {error.strerror}."
-            ) from error
+        if self._registering is None:
+            worker_id = new_id()
+            try:
+                self._registering = worker_id, LifeLine(self._state_dir / "workers", worker_id)
+            except OSError as error:
+                raise errors.StoreUnavailable(
+                    f"This worker cannot prove that it lives: {self._state_dir}/workers: {error.strerror}."
+                ) from error
+        worker_id, life = self._registering
         self._beat_at = self.clock.boot()
-        try:
-            with self._store.write() as tx:
-                worker = Worker(worker_id, self._node, os.getpid(), self._lease, tx.now(), tx.now())
+        with self._store.write() as tx:
+            worker = Worker(worker_id, self._node, os.getpid(), self._lease, tx.now(), tx.now())
+            # An attempt whose answer was lost may have been written; under another id nobody would hear of it again.
+            if tx.worker(worker_id) is None:
                 tx.add(worker)
-        except BaseException:
-            life.release()
-            raise
+            else:
+                tx.save(worker)
+        self._registering = None
         if self._life is not None:
             self._life.release()
         self._worker, self._life = worker, life
         self._lease_until = 0
+
+    def _refuse_the_past(self, epoch: Epoch) -> None:
+        """A registry that went back (a standby that had not caught up, an old file) may have forgotten a revocation."""
+        known = self._current.snapshot.epoch if self._current.snapshot is not None else None
+        if known is not None and known.incarnation == epoch.incarnation and known.counter > epoch.counter:
+            raise errors.StoreUnavailable(
+                f"The registry went back from epoch {known.counter} to {epoch.counter}: it has lost changes."
+            )
 
     def _rebuild(self) -> Epoch:
         with self._store.read() as tx:
@@ -263,7 +304,10 @@ class Watcher:
             self._confirmed_at = self.clock.boot()
         news = drained and worker.confirmed != epoch
         flush = self.clock.boot() - self._used_flushed >= _LAST_USED_EVERY
-        if not news and not flush and now - worker.heartbeat_at < beat:
+        backends = dict(self._backends())
+        # A module that comes and goes must not have the registry written at each poll.
+        told = backends == (worker.backends or {}) or now - worker.heartbeat_at < SECOND
+        if not news and not flush and told and now - worker.heartbeat_at < beat:
             return
         beat_at = self.clock.boot()
         with self._store.write() as tx:
@@ -275,7 +319,9 @@ class Watcher:
                 self._lease_until = 0
                 self._kick.set()
                 return
-            known = replace(known, heartbeat_at=tx.now(), confirmed=epoch if drained else known.confirmed)
+            known = replace(
+                known, heartbeat_at=tx.now(), confirmed=epoch if drained else known.confirmed, backends=backends
+            )
             tx.save(known)
             if flush:
                 self._used_flushed = self.clock.boot()

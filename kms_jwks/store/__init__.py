@@ -10,24 +10,27 @@ from sqlalchemy import select
 from kms_jwks import errors
 from kms_jwks.model import Epoch, Instant
 from kms_jwks.store import schema, tables
-from kms_jwks.store.engine import Database
+from kms_jwks.store.engine import Connecting, Database
 from kms_jwks.store.failures import HOW_TO_MAKE_ONE
 from kms_jwks.store.mapping import snapshot_view
 from kms_jwks.store.reading import ReadTx, RegistryContents
 from kms_jwks.store.writing import WriteTx
 
-__all__ = ["ReadTx", "RegistryContents", "Store", "WriteTx", "snapshot_view"]
+__all__ = ["Connecting", "ReadTx", "RegistryContents", "Store", "WriteTx", "snapshot_view"]
 
 
 class Store:
     """A registry. Made before the fork if need be: it opens nothing until it is used.
 
-    `wall` (microseconds) stands for the database's clock on SQLite, where both are this machine's. Everything raises
-    StoreUnavailable while the database is away.
+    `wall` (microseconds) stands for the database's clock on SQLite, where both are this machine's; `connecting` is for
+    PostgreSQL. Everything raises StoreUnavailable while the database is away; a URL that cannot be used is a
+    ConfigurationError.
     """
 
-    def __init__(self, url: str, *, wall: Callable[[], int] | None = None) -> None:
-        self._database = Database(url, wall)
+    def __init__(
+        self, url: str, *, wall: Callable[[], int] | None = None, connecting: Connecting | None = None
+    ) -> None:
+        self._database = Database(url, wall, connecting)
 
     @property
     def url(self) -> str:

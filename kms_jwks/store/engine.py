@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, Select, create_engine, event, literal_column, text
+from sqlalchemy import URL, Connection, Engine, Row, Select, create_engine, event, literal_column, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from kms_jwks import errors
 from kms_jwks.model import Instant
@@ -21,22 +24,42 @@ from kms_jwks.store.forks import GATE, tell
 BUSY_TIMEOUT = 5.0
 """Seconds a writer waits for another one, and anybody for a connection."""
 
+_PATIENCE_WITH_A_TRY = 0.25
+"""Seconds that a caller waits for another one's attempt to reach a server that went away just now."""
+_JUST_NOW = 1.0
+"""Seconds for which an absence is likely to be one lost connection and nothing more."""
+
 _MIGRATION_LOCK = 0x6B6D736A776B73
 """PostgreSQL's advisory lock under which one program at a time changes the schema."""
 
 _POSTGRESQL_NOW = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
 
+@dataclass(frozen=True, slots=True)
+class Connecting:
+    """How a server is connected to. `timeout` in seconds: for one statement, for a lock, for a new connection.
+
+    `pool_size` bounds the connections of one process.
+    """
+
+    pool_size: int = 5
+    timeout: float = 5.0
+    application_name: str = "kms-jwks"
+
+
 class Database:
     """One database. Opens nothing until it is used, and nothing of a parent's in a child."""
 
-    def __init__(self, url: str, wall: Callable[[], int] | None) -> None:
-        self._url = make_url(url)
+    def __init__(self, url: str, wall: Callable[[], int] | None, connecting: Connecting | None = None) -> None:
+        self._url = _understood(url)
+        self._connecting = connecting or Connecting()
         self._wall = wall or (lambda: time.time_ns() // 1000)
         self._engine: Engine | None = None
         self._opened: tuple[int, int] | None = None
         self._in_use = 0
         self._parents: Engine | None = None
+        self._away_since: float | None = None
+        self._trying = threading.Lock()
         tell(self)
 
     @property
@@ -73,10 +96,11 @@ class Database:
     @contextmanager
     def begin(self, *, write: bool) -> Iterator[Connection]:
         """A transaction. On SQLite a writer takes the lock at once, so that it never has to be repeated."""
-        with translated(), self._connection("BEGIN IMMEDIATE" if write else "BEGIN") as connection, connection.begin():
+        with translated(), self._connection("BEGIN IMMEDIATE" if write else "BEGIN") as connection:
             if not self.is_sqlite and not write:
-                connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
-            yield connection
+                connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            with connection.begin():
+                yield connection
 
     def ask(self, query: Select[*tuple[Any, ...]]) -> tuple[Row[*tuple[Any, ...]], Instant] | None:
         """The first row of an answer, and the database's time, in one statement and no transaction."""
@@ -99,8 +123,13 @@ class Database:
             connection.detach()
             if self.is_sqlite:
                 _run(connection.connection.dbapi_connection, "PRAGMA foreign_keys=OFF")
+            else:
+                # Rewriting a table takes as long as it takes.
+                connection.connection.dbapi_connection.patience = None  # type: ignore[union-attr]
             with connection.begin():
                 if not self.is_sqlite:
+                    for bound in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"):
+                        connection.execute(text(f"SET LOCAL {bound} = 0"))
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
                 yield connection
                 if self.is_sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all()):
@@ -122,6 +151,7 @@ class Database:
 
     def in_child(self) -> None:
         """Leave alone, neither closed nor collected, what another thread of the parent was using."""
+        self._trying = threading.Lock()
         if self._in_use:
             self._parents, self._engine, self._in_use = self._engine, None, 0
 
@@ -131,12 +161,40 @@ class Database:
             engine = self._ready()
             self._in_use += 1
         try:
-            with engine.connect() as connection:
+            with self._connect(engine) as connection:
                 connection.info["begin"] = begin
                 yield connection
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                self._note_away()
+            raise
         finally:
             with GATE:
                 self._in_use -= 1
+
+    def _connect(self, engine: Engine) -> Connection:
+        """A connection. While a server is away one thread at a time tries, and the others are told so: whoever serves
+        the JWKS must not be held up by those who ask for the registry."""
+        since = self._away_since
+        if since is None or self.is_sqlite:
+            try:
+                return engine.connect()
+            except DBAPIError:
+                self._note_away()
+                raise
+        patience = _PATIENCE_WITH_A_TRY if time.monotonic() - since < _JUST_NOW else 0.0
+        if not self._trying.acquire(timeout=patience):
+            raise errors.StoreUnavailable("The registry's database is away.", retry_after=1)
+        try:
+            connection = engine.connect()
+            self._away_since = None
+            return connection
+        finally:
+            self._trying.release()
+
+    def _note_away(self) -> None:
+        if self._away_since is None:
+            self._away_since = time.monotonic()
 
     def _ready(self) -> Engine:
         """The engine, for the file that has the name now. None is made unasked."""
@@ -162,15 +220,14 @@ class Database:
 
     def _make(self) -> Engine:
         if not self.is_sqlite:
-            patience = {} if "connect_timeout" in self._url.query else {"connect_timeout": int(BUSY_TIMEOUT)}
-            return create_engine(
-                self._url,
-                pool_pre_ping=True,
-                pool_size=8,
-                max_overflow=8,
-                pool_timeout=BUSY_TIMEOUT,
-                connect_args=patience,
-            )
+            try:
+                from kms_jwks.store.postgresql import make_engine
+            except ImportError as error:
+                raise errors.ConfigurationError(
+                    f"database_url: PostgreSQL needs a package that is not usable here: {error}.",
+                    next_step="Install kms-jwks with its extra: pip install 'kms-jwks[postgres]'.",
+                ) from error
+            return make_engine(self._url, self._connecting)
         engine = create_engine(
             self._url,
             connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False, "isolation_level": None},
@@ -181,6 +238,17 @@ class Database:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
+
+
+def _understood(url: str) -> URL:
+    """Raises ConfigurationError, which repeats nothing of the URL."""
+    try:
+        made = make_url(url)
+    except ArgumentError:
+        raise errors.ConfigurationError("database_url: not a URL of the form postgresql://… or sqlite:///….") from None
+    if made.get_backend_name() not in ("sqlite", "postgresql", "postgres"):
+        raise errors.ConfigurationError("database_url: the registry is kept in PostgreSQL or SQLite, nowhere else.")
+    return made
 
 
 def _run(connection: Any, statement: str) -> Any:

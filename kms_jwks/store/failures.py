@@ -25,6 +25,23 @@ _CONFLICTS: tuple[tuple[tuple[str, ...], type[errors.Conflict]], ...] = (
 _OTHER_SCHEMA_STATES = frozenset({"42P01", "42703"})
 _OTHER_SCHEMA_WORDS = ("no such table", "no such column", "has no column named")
 
+# What a server's refusal means, by SQLSTATE (PostgreSQL, appendix A) or, where none comes with it, by what was said:
+# nothing that names a user, a host or a database, for anybody who calls may read it.
+_CAUSES: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (("25006",), ("read-only",), "is read-only: is it a standby?"),
+    (("53300",), ("too many clients", "connection slots"), "has no connection left for this program"),
+    (("55P03", "57014"), (), "was held up by another transaction for too long"),
+    (("25P03",), ("idle-in-transaction",), "ended a transaction that rested for too long"),
+    (("40001", "40P01"), (), "could not make two changes at once"),
+    (("57P01", "57P02", "57P03"), ("starting up", "shutting down"), "is starting or stopping"),
+    (("28P01", "28000"), ("authentication failed", "no pg_hba.conf entry"), "refuses this user or its password"),
+    (("3D000",), ("FATAL:  database",), "does not exist on that server"),
+    ((), ("Connection refused", "No such file"), "is not there: nothing listens"),
+    ((), ("server closed", "connection is lost", "connection is closed", "reset by peer"), "closed the connection"),
+    ((), ("timeout",), "did not answer in time"),
+    ((), ("resolve host", "could not translate"), "is on a host whose name is not known"),
+)
+
 HOW_TO_MAKE_ONE = "Run `kms-jwks db upgrade`, or `kms-jwks init` for a new installation."
 
 
@@ -45,8 +62,14 @@ def translated() -> Iterator[None]:
             raise errors.SchemaMismatch(
                 "The database does not hold the tables this program needs.", next_step=HOW_TO_MAKE_ONE
             ) from error
-        raise errors.StoreUnavailable("The registry's database did not answer as it should.", retry_after=1) from error
+        raise errors.StoreUnavailable(f"The registry's database {_cause(error.orig)}.", retry_after=1) from error
     except sqlite3.Error as error:
         raise errors.StoreUnavailable("The registry's database did not answer as it should.", retry_after=1) from error
     except SQLAlchemyError as error:
         raise errors.StoreUnavailable("The registry's database cannot be used.", retry_after=1) from error
+
+
+def _cause(error: object) -> str:
+    state, said = getattr(error, "sqlstate", None), str(error)
+    found = (cause for states, words, cause in _CAUSES if state in states or any(word in said for word in words))
+    return next(found, "did not answer as it should")

@@ -8,37 +8,19 @@ import shutil
 import sqlite3
 import stat
 from contextlib import closing
-from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, event
 
 from kms_jwks import errors
-from kms_jwks.model import Client, Grant, Id
-from kms_jwks.store import Store, engine, schema
+from kms_jwks.model import Client, Id
+from kms_jwks.store import Store, engine
 from kms_jwks.store.tables import metadata
+from tests.contract.schema_suite import MIGRATIONS, SchemaContract
 from tests.contract.store_suite import StoreContract
-from tests.unit.builders import T0, key_set
-
-MIGRATIONS = Path(schema.__file__).parent / "migrations"
-NEXT = """
-import sqlalchemy as sa
-from alembic import op
-
-revision = "0003"
-down_revision = "0002"
-
-
-def upgrade() -> None:
-    with op.batch_alter_table("clients", recreate="always") as batch:
-        batch.add_column(sa.Column("note", sa.Text()))
-"""
+from tests.unit.builders import T0
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +37,15 @@ class TestSqlite(StoreContract):
     @pytest.fixture
     def url(self, template: Path, tmp_path: Path) -> str:
         shutil.copy(template, tmp_path / "registry.sqlite3")
+        return f"sqlite:///{tmp_path}/registry.sqlite3"
+
+
+class TestSchema(SchemaContract):
+    recreate = "always"
+
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        (tmp_path / "registry.sqlite3").touch()
         return f"sqlite:///{tmp_path}/registry.sqlite3"
 
 
@@ -134,54 +125,6 @@ def test_a_file_that_is_no_database(file: Path) -> None:
     store.dispose()
 
 
-def test_an_empty_database_is_no_outage(file: Path) -> None:
-    """Waiting does not help, so it is not StoreUnavailable."""
-    file.touch()
-    store = Store(f"sqlite:///{file}")
-
-    def read() -> None:
-        with store.read() as tx:
-            tx.key_set("main")
-
-    def write() -> None:
-        with store.write():
-            pass
-
-    for use in (store.poll, read, write):
-        with pytest.raises(errors.SchemaMismatch) as refusal:
-            use()
-        assert "kms-jwks db upgrade" in refusal.value.next_step
-    store.dispose()
-
-
-def test_an_empty_or_newer_schema_is_refused_by_name(file: Path) -> None:
-    file.touch()
-    store = Store(f"sqlite:///{file}")
-    with pytest.raises(errors.SchemaMismatch) as refusal:
-        store.check_schema()
-    assert "db upgrade" in refusal.value.next_step
-    store.upgrade()
-    store.check_schema()
-    with closing(sqlite3.connect(file)) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-        connection.commit()
-    for use in (store.check_schema, store.upgrade):
-        with pytest.raises(errors.SchemaMismatch) as refusal:
-            use()
-        assert "newer program" in refusal.value.next_step
-    store.dispose()
-
-
-def test_the_migrations_make_the_tables_of_the_code(file: Path) -> None:
-    store = Store(f"sqlite:///{file}")
-    store.upgrade()
-    store.dispose()
-    database = create_engine(f"sqlite:///{file}")
-    with database.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    database.dispose()
-
-
 def test_the_migrations_make_the_checks_of_the_code(file: Path) -> None:
     """Alembic compares no CHECK constraints and no partial indexes, so the statements are held against each other."""
 
@@ -209,79 +152,10 @@ def test_the_migrations_make_the_checks_of_the_code(file: Path) -> None:
     assert statements(file) == statements(made)
 
 
-def test_a_state_that_nobody_knows_is_not_stored(file: Path) -> None:
-    store = Store(f"sqlite:///{file}")
-    store.upgrade()
-    with pytest.raises(errors.Conflict), store.write() as tx:
-        tx.add(replace(key_set(), access=_Unknown.ODD))  # type: ignore[arg-type]
-    store.dispose()
-
-
 def test_there_is_no_way_down() -> None:
     for script in MIGRATIONS.rglob("*.*"):
         if script.suffix in {".py", ".mako"}:
             assert "def downgrade" not in script.read_text()
-
-
-def test_an_older_schema_is_refused_and_brought_up_to_date(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next migration rebuilds a table that others refer to: batch mode drops it, and no row may go with it."""
-    store = Store(f"sqlite:///{file}")
-    store.upgrade()
-    with store.write() as tx:
-        tx.add(Client(Id("client-1"), "issuer", T0))
-        tx.add(Grant(Id("grant-1"), Id("client-1"), "signer", T0))
-    shutil.copytree(MIGRATIONS, tmp_path / "migrations")
-    (tmp_path / "migrations" / "versions" / "0003_next.py").write_text(NEXT)
-    config = Config()
-    config.set_main_option("script_location", str(tmp_path / "migrations"))
-    monkeypatch.setattr(schema, "_config", lambda: config)
-
-    with pytest.raises(errors.SchemaMismatch) as refusal:
-        store.check_schema()
-    assert refusal.value.fields == {"found": "0002", "needed": "0003"}
-    assert "kms-jwks db upgrade" in refusal.value.next_step
-
-    store.upgrade()
-    store.check_schema()
-    with store.read() as reading:
-        assert [g.client_id for g in reading.grants()] == [Id("client-1")]
-        assert reading.client("issuer") is not None
-    with pytest.raises(errors.Conflict), store.write() as tx:
-        tx.add(Grant(Id("grant-2"), Id("nobody"), "signer", T0))
-    store.dispose()
-
-
-def test_a_migration_that_fails_changes_nothing(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(f"sqlite:///{file}")
-    store.upgrade()
-    shutil.copytree(MIGRATIONS, tmp_path / "migrations")
-    (tmp_path / "migrations" / "versions" / "0003_next.py").write_text(f"{NEXT}    raise ZeroDivisionError\n")
-    config = Config()
-    config.set_main_option("script_location", str(tmp_path / "migrations"))
-    with monkeypatch.context() as patched:
-        patched.setattr(schema, "_config", lambda: config)
-        with pytest.raises(ZeroDivisionError):
-            store.upgrade()
-    store.check_schema()
-    with closing(sqlite3.connect(file)) as connection:
-        columns = {row[1] for row in connection.execute("PRAGMA table_info(clients)")}
-    assert "note" not in columns
-    store.dispose()
-
-
-def test_one_of_many_first_starts_makes_the_registry(file: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    store = Store(f"sqlite:///{file}")
-    processes = [context.Process(target=store.upgrade) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert store.poll()[0].counter == 1
-    store.dispose()
 
 
 # --- waiting, failing, forking
@@ -378,10 +252,6 @@ def _write_when_told(store: Store, started: Any, go: Any) -> None:
 def _expect_refusal(store: Store) -> None:
     with pytest.raises(errors.InternalError):
         store.poll()
-
-
-class _Unknown(StrEnum):
-    ODD = "odd"
 
 
 def test_no_password_is_shown() -> None:

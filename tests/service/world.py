@@ -20,7 +20,7 @@ from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.clocks import boot_clock
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.custodian import Custodian
-from kms_jwks.service.modules import Modules
+from kms_jwks.service.modules import Limits, Modules
 from kms_jwks.service.office import Office
 from kms_jwks.service.preparing import Operation
 from kms_jwks.service.signing import Batch
@@ -36,14 +36,20 @@ class World:
     """`service` is the first worker. The custodian and every worker's watcher run in threads of this process."""
 
     def __init__(
-        self, folder: Path, *, workers: int = 1, backend: MemoryBackend | None = None, lease: int = 10
+        self,
+        folder: Path,
+        *,
+        workers: int = 1,
+        backend: MemoryBackend | None = None,
+        lease: int = 10,
+        url: str | None = None,
     ) -> None:
         self.offset = 0
         self.folder = folder
         self.backend = backend or MemoryBackend()
         self.settings = Settings(
             public_url="https://keys.example",
-            database_url=f"sqlite:///{folder}/registry.sqlite3",
+            database_url=url or f"sqlite:///{folder}/registry.sqlite3",
             state_dir=folder / "state",
             node_name="node-1",
             signing_lease=lease,
@@ -53,10 +59,10 @@ class World:
             },
         )
         self.settings.state_dir.mkdir()
-        self.store().upgrade()
+        self.registry = self.store()
+        self.registry.upgrade()
         self.workers = [self.worker() for _ in range(workers)]
         self.service = self.workers[0]
-        self.registry = self.store()
         self.admin = self.client("admin", Role.ADMIN)
         self.signer = self.client("signer", Role.SIGNER)
         self.raw_signer = self.client("raw", Role.RAW_SIGNER)
@@ -75,7 +81,7 @@ class World:
         return Store(self.settings.database_url, wall=self.wall)
 
     def modules(self) -> Modules:
-        return Modules({"memory": self.backend}, default="memory", sign_timeouts={"memory": 0.5})
+        return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=0.5)})
 
     def worker(self) -> Service:
         return Service(self.settings, self.store(), self.modules(), boot=self.boot)
@@ -94,7 +100,7 @@ class World:
 
     def client(self, name: str, role: Role, key_set: Id | None = None, key: Id | None = None) -> Presented:
         """A client with one grant and a token, straight from the registry."""
-        with self.store().write() as tx:
+        with self.registry.write() as tx:
             owner = add_client(tx, name)
             add_grant(tx, owner, role, key_set, key)
             made, _ = add_token(tx, owner, 400 * 86_400)

@@ -1,5 +1,6 @@
 """base64url, JWS assembly, public JWKs in and out, thumbprints, and signatures of every algorithm."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -544,8 +545,49 @@ def test_edd_sa_and_ed25519_are_the_same_signature() -> None:
     jose.verify_signature(ALGORITHMS["Ed25519"], public("EdDSA"), MESSAGE, signature)
 
 
+@pytest.mark.parametrize("alg", ALL, ids=lambda alg: alg.name)
+def test_a_signature_verifies_over_the_digest_of_its_message_and_nothing_near_it(alg: Algorithm) -> None:
+    verifier, signature = jose.Verifier(alg, public(alg.name)), sign(alg, MESSAGE)
+    verifier.verify(MESSAGE, signature)
+    digest = hashlib.new(alg.hash or "sha256", MESSAGE).digest()
+    wrong = [
+        (digest[:-1], signature),
+        (digest + b"\0", signature),
+        (b"", signature),
+        (MESSAGE, signature),
+        (bytes(len(digest)), signature),
+        (digest, b""),
+        (digest, signature[:-1]),
+        (digest, signature + b"\0"),
+        (digest, bytes(len(signature))),
+        (digest, signature[:-1] + bytes([signature[-1] ^ 1])),
+    ]
+    if alg.hash is None:
+        wrong.append((digest, signature))
+    else:
+        verifier.verify_digest(digest, signature)
+    for other, made in wrong:
+        with pytest.raises(TokenSignatureInvalid):
+            verifier.verify_digest(other, made)
+
+
+@pytest.mark.parametrize("alg", [row for row in ALL if row.is_rsa], ids=lambda alg: alg.name)
+@pytest.mark.parametrize("other", [row for row in ALL if row.is_rsa], ids=lambda alg: alg.name)
+def test_rsa_algorithms_do_not_stand_in_for_each_other_over_a_digest_either(alg: Algorithm, other: Algorithm) -> None:
+    verifier, signature = jose.Verifier(alg, public(alg.name)), sign(other, MESSAGE)
+    digest = hashlib.new(alg.hash or "", MESSAGE).digest()
+    if alg is other:
+        verifier.verify_digest(digest, signature)
+    else:
+        with pytest.raises(TokenSignatureInvalid):
+            verifier.verify_digest(digest, signature)
+
+
 @settings(deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(ALL))
 def test_no_random_bytes_are_a_signature(signature: bytes, alg: Algorithm) -> None:
+    verifier = jose.Verifier(alg, public(alg.name))
     with pytest.raises(TokenSignatureInvalid):
-        jose.verify_signature(alg, public(alg.name), MESSAGE, signature)
+        verifier.verify(MESSAGE, signature)
+    with pytest.raises(TokenSignatureInvalid):
+        verifier.verify_digest(hashlib.new(alg.hash or "sha256", MESSAGE).digest(), signature)

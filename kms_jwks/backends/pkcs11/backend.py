@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -12,14 +12,14 @@ from pkcs11 import Attribute, ObjectClass
 
 from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
 from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
-from kms_jwks.backends.pkcs11 import keys, making, objects
+from kms_jwks.backends.pkcs11 import adopting, keys, making, objects
 from kms_jwks.backends.pkcs11.access import Access
 from kms_jwks.backends.pkcs11.errands import Errands
 from kms_jwks.backends.pkcs11.locks import locked
 from kms_jwks.backends.pkcs11.meanings import Lost
 from kms_jwks.backends.pkcs11.mechanisms import offered
-from kms_jwks.backends.pkcs11.module import module_at
-from kms_jwks.backends.pkcs11.opening import lock_path, serial_of
+from kms_jwks.backends.pkcs11.module import module_at, serial_of
+from kms_jwks.backends.pkcs11.opening import lock_path
 from kms_jwks.errors import BackendRefused, BackendTimeout, UnsupportedAlgorithm
 
 if TYPE_CHECKING:
@@ -97,15 +97,10 @@ class Pkcs11Backend:
 
         return self._read("listing keys", work)
 
-    def adopt(self, locator: str) -> GeneratedKey:
-        """Find the one private key with a label, or with ``id=<hexadecimal CKA_ID>``."""
-        template = _adoption(locator)
-
-        def work(seat: Seat) -> GeneratedKey:
-            ref = objects.the_one(seat, template, locator)
-            return GeneratedKey(ref, objects.jwk_of(seat, ref, objects.private_key(seat, ref)))
-
-        return self._read("adopting a key", work)
+    def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
+        """Find the one private key with a label, with ``id=<hexadecimal CKA_ID>``, or by a PKCS#11 URI (RFC 7512)."""
+        wanted = adopting.wanted(locator, self._options.module)
+        return self._read("adopting a key", lambda seat: adopting.adopted(seat, wanted, public_jwk))
 
     def ping(self) -> Health:
         """See `Backend.ping`. The counts of sessions are the module's, where it tells, and this process's own."""
@@ -138,8 +133,13 @@ class Pkcs11Backend:
 
     # --- making and destroying ------------------------------------------------------------------------------------
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
-        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns."""
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
+        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns.
+
+        `purpose` is not written anywhere: tokens keep no tags, and their labels are random.
+        """
         if not label.isascii() or not label.isprintable() or not 0 < len(label) <= _LABEL_BYTES:
             raise BackendRefused(f"A key's label is 1 to {_LABEL_BYTES} printable ASCII characters.")
         if alg.is_rsa:
@@ -207,15 +207,6 @@ class Pkcs11Backend:
         serial = access.run(lambda seat: seat.connection.serial, deadline, doing=doing)
         with locked(lock_path(self._options.lock_dir, "mutate", serial), deadline):
             return access.run(work, deadline, doing=doing, pool=lambda connection: connection.mutating)
-
-
-def _adoption(locator: str) -> keys.Template:
-    if not locator.startswith("id="):
-        return {Attribute.LABEL: locator}
-    try:
-        return {Attribute.ID: bytes.fromhex(locator[3:])}
-    except ValueError:
-        raise BackendRefused(f"The locator {locator!r} is no label and no id=<hexadecimal CKA_ID>.") from None
 
 
 def _known(count: int | None) -> str:

@@ -17,6 +17,8 @@ from kms_jwks.backends.pkcs11.meanings import Lost
 from kms_jwks.errors import BackendTimeout
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from kms_jwks.backends.base import KeyRef
     from kms_jwks.backends.pkcs11.cryptoki import TokenFacts
     from kms_jwks.backends.pkcs11.module import Module
@@ -36,8 +38,11 @@ class Handle:
     key: Any
     kty: str
     crv: str | None
+    """Of an ML-DSA key: its parameter set, which is the JWK's `alg`."""
     rsa_bits: int
     """Of the modulus; 0 where the key is no RSA key."""
+    mechanisms: Collection[object]
+    """Those of the token that the key is allowed."""
 
 
 class Seat:

@@ -14,7 +14,7 @@ from kms_jwks import jose
 from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
 from kms_jwks.backends.pkcs11 import keys
 from kms_jwks.backends.pkcs11.meanings import Garbled, Lost, meaning_of, said, unavailable
-from kms_jwks.backends.pkcs11.mechanisms import ROWS
+from kms_jwks.backends.pkcs11.mechanisms import ROWS, Row
 from kms_jwks.backends.pkcs11.objects import find, jwk_of, locator, look, private_key, signed
 from kms_jwks.errors import (
     BackendError,
@@ -81,7 +81,7 @@ def _generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
         raise UnsupportedAlgorithm(f"The module makes no keys for {request.alg.name}.")
     id_ = os.urandom(_ID_BYTES)
     made.append(id_)
-    _make(session, request, id_, row.generate)
+    _make(session, request, id_, row)
     ref = KeyRef.of(label=request.label, id=id_.hex(), serial=connection.serial)
     try:
         private = private_key(seat, ref)
@@ -107,18 +107,25 @@ def _generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
     return GeneratedKey(ref, jwk)
 
 
-def _make(session: Session, request: Request, id_: bytes, mechanism: pkcs11.Mechanism) -> None:
+def _make(session: Session, request: Request, id_: bytes, row: Row) -> None:
     """C_GenerateKeyPair with the strictest template the module takes."""
     if request.alg.is_rsa:
         key_type = KeyType.RSA
         domains: list[keys.Template] = [{}]
+    elif request.alg.is_post_quantum:
+        key_type = KeyType.ML_DSA
+        domains = [
+            {Attribute.PARAMETER_SET: number}
+            for number, name in keys.PARAMETER_SETS.items()
+            if name == request.alg.name
+        ]
     else:
         curve = keys.CURVES[request.alg.crv or ""]
         key_type = curve.key_type
         domains = [{Attribute.EC_PARAMS: parameters} for parameters in curve.parameters]
     refusal: PKCS11Error | None = None
     for domain in domains:
-        for frozen in (keys.FROZEN, {}):
+        for private, public in keys.strict(row.signing):
             try:
                 session.generate_keypair(
                     key_type,
@@ -127,9 +134,9 @@ def _make(session: Session, request: Request, id_: bytes, mechanism: pkcs11.Mech
                     label=request.label,
                     store=True,
                     capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
-                    mechanism=mechanism,
-                    public_template={**keys.PUBLIC, **frozen, **domain},
-                    private_template={**keys.PRIVATE, **frozen},
+                    mechanism=row.generate,
+                    public_template={**keys.PUBLIC, **public, **domain},
+                    private_template={**keys.PRIVATE, **private},
                 )
                 return
             except PKCS11Error as error:

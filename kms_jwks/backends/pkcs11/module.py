@@ -127,6 +127,22 @@ class Module:
             raise failure
         return found
 
+    def shows(self, token: Token) -> dict[str, str]:
+        """What a PKCS#11 URI can say of a token, its slot and this library, by RFC 7512's names."""
+        slot = token.slot
+        return {
+            "token": token.label,
+            "manufacturer": token.manufacturer_id,
+            "serial": serial_of(token),
+            "model": token.model,
+            "slot-id": str(slot.slot_id),
+            "slot-description": slot.slot_description,
+            "slot-manufacturer": slot.manufacturer_id,
+            "library-manufacturer": self._library.manufacturer_id if self._library else "",
+            "library-description": self._library.library_description if self._library else "",
+            "library-version": self.version,
+        }
+
     def close_session(self, session: Session) -> None:
         """Close one, inside; what the module does not want to close now is tried again before another is opened."""
         try:
@@ -189,6 +205,11 @@ class Module:
             code = self.cryptoki.initialize(os_locking=os_locking)
         self._inherited = False
         return code
+
+
+def serial_of(token: Token) -> str:
+    """The token's serial without the padding."""
+    return token.serial.decode("utf-8", "replace").rstrip(" \0")
 
 
 _modules: dict[tuple[int, Path], Module] = {}

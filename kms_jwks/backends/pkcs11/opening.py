@@ -17,12 +17,15 @@ from kms_jwks.backends.pkcs11.cryptoki import (
 )
 from kms_jwks.backends.pkcs11.locks import locked
 from kms_jwks.backends.pkcs11.meanings import CODES, Meaning, meaning_of, named, said, translated, unavailable
+from kms_jwks.backends.pkcs11.module import serial_of
 from kms_jwks.backends.pkcs11.pin import RefusedPins
 from kms_jwks.errors import BackendError, BackendRefused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from pkcs11 import Token
 
     from kms_jwks.backends.pkcs11.module import Module
     from kms_jwks.backends.pkcs11.options import Pkcs11Options
@@ -87,16 +90,11 @@ def lock_path(folder: Path, purpose: str, what: str) -> Path:
     return folder / f"{purpose}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
 
 
-def serial_of(token: Token) -> str:
-    """The token's serial without the padding."""
-    return token.serial.decode("utf-8", "replace").rstrip(" \0")
-
-
 def _attempt(module: Module, options: Pkcs11Options, bound_to: str | None, logins: Iterator[int]) -> Connection:
     doing = "choosing the token"
     connection: Connection | None = None
     try:
-        token = _chosen(module.tokens(), options)
+        token = _chosen(module, options)
         serial = serial_of(token)
         _check_binding(serial, options, bound_to)
         doing = "opening a session"
@@ -118,13 +116,15 @@ def _attempt(module: Module, options: Pkcs11Options, bound_to: str | None, login
         raise _Transient(f"The module answered {said(error)} to {doing}.") from error
 
 
-def _chosen(tokens: list[Token], options: Pkcs11Options) -> Token:
+def _chosen(module: Module, options: Pkcs11Options) -> Token:
+    tokens = module.tokens()
     fitting = [
         token
         for token in tokens
         if options.token_label in (None, token.label)
         and options.token_serial in (None, serial_of(token))
         and options.slot in (None, token.slot.slot_id)
+        and (options.uri is None or not options.uri.contradictions(module.shows(token)))
     ]
     if not fitting:
         raise _Transient(f"The module shows no token with {options.selection}.", _shown(tokens))

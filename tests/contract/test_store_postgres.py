@@ -1,0 +1,424 @@
+"""PostgreSQL adopts the store's contract, and keeps what only a server can break: restarts, silence, other writers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, event
+
+from kms_jwks import errors
+from kms_jwks.model import SECOND, Client, CustodianLease, new_id
+from kms_jwks.store import Connecting, Store
+from kms_jwks.store.tables import metadata
+from tests import postgres as servers
+from tests.contract.schema_suite import SchemaContract
+from tests.contract.store_suite import StoreContract
+from tests.postgres import Postgres
+from tests.proxy import Proxy
+from tests.unit.builders import T0
+
+QUICK = Connecting(timeout=1.0)
+
+
+@pytest.fixture(scope="module")
+def template(postgres: Postgres) -> str:
+    """A registry without contents: running every migration for every test takes longer than the tests."""
+    name = postgres.create()
+    store = Store(postgres.url(name))
+    store.upgrade()
+    store.dispose()
+    return name
+
+
+class TestPostgres(StoreContract):
+    @pytest.fixture
+    def url(self, postgres: Postgres, template: str) -> str:
+        return postgres.url(postgres.copy(template))
+
+
+class TestSchema(SchemaContract):
+    @pytest.fixture
+    def url(self, postgres: Postgres) -> str:
+        return postgres.url(postgres.create())
+
+    def test_the_migrations_make_the_checks_of_the_code(self, store: Store, url: str, postgres: Postgres) -> None:
+        """Alembic compares no CHECK constraints, no collations and no partial indexes."""
+
+        def made(database: str) -> set[tuple[Any, ...]]:
+            with postgres.connect(database) as connection:
+                constraints = connection.execute(
+                    "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint"
+                    " WHERE connamespace = 'public'::regnamespace"
+                ).fetchall()
+                indexes = connection.execute("SELECT tablename, indexname, indexdef FROM pg_indexes").fetchall()
+                columns = connection.execute(
+                    "SELECT table_name, column_name, data_type, is_nullable, collation_name, character_maximum_length"
+                    " FROM information_schema.columns WHERE table_schema = 'public'"
+                ).fetchall()
+            return {row for row in [*constraints, *indexes, *columns] if "alembic_version" not in row}
+
+        store.upgrade()
+        other = postgres.create()
+        engine = create_engine(postgres.url(other).replace("postgresql://", "postgresql+psycopg://"))
+        metadata.create_all(engine)
+        engine.dispose()
+        assert made(url.rpartition("/")[2]) == made(other)
+
+
+@pytest.fixture
+def database(postgres: Postgres, template: str) -> str:
+    return postgres.copy(template)
+
+
+@pytest.fixture
+def store(postgres: Postgres, database: str) -> Iterator[Store]:
+    made = Store(postgres.url(database), connecting=QUICK)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def proxy(postgres: Postgres) -> Iterator[Proxy]:
+    with Proxy(postgres.port) as made:
+        yield made
+
+
+def add(store: Store, name: str) -> None:
+    with store.write() as tx:
+        tx.add(Client(new_id(), name, T0))
+
+
+def names(store: Store) -> set[str]:
+    with store.read() as tx:
+        return {client.name for client in tx.clients()}
+
+
+# --- who writes beside whom
+
+
+def test_what_a_writer_reads_is_what_the_writer_before_it_wrote(store: Store) -> None:
+    """A read-modify-write of two nodes at once: no update is lost, whatever isolation the database has by default."""
+    with store.write() as tx:
+        tx.set_custodian_lease(CustodianLease(0, "nobody", "node", T0, T0))
+
+    def raise_term(_: int) -> None:
+        with store.write() as tx:
+            lease = tx.custodian_lease()
+            assert lease is not None
+            tx.set_custodian_lease(replace(lease, term=lease.term + 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(raise_term, range(64)))
+    with store.read() as reading:
+        lease = reading.custodian_lease()
+    assert lease is not None
+    assert lease.term == 64
+
+
+@pytest.mark.parametrize("default", ["serializable", "repeatable read"])
+def test_another_default_isolation_changes_nothing(
+    postgres: Postgres, database: str, store: Store, default: str
+) -> None:
+    with postgres.connect() as connection:
+        connection.execute(f"ALTER DATABASE \"{database}\" SET default_transaction_isolation = '{default}'")
+    test_what_a_writer_reads_is_what_the_writer_before_it_wrote(store)
+
+
+def test_a_reader_writes_nothing(store: Store) -> None:
+    with pytest.raises(errors.StoreUnavailable), store.read() as tx:
+        tx._connection.exec_driver_sql("UPDATE epoch SET counter = 7")
+    assert store.poll()[0].counter == 1
+
+
+def test_a_writer_that_waits_too_long_may_try_again(store: Store, postgres: Postgres, database: str) -> None:
+    with postgres.connect(database) as other, other.transaction():
+        other.execute("SELECT counter FROM epoch FOR UPDATE")
+        began = time.monotonic()
+        with pytest.raises(errors.StoreUnavailable) as refusal, store.write():
+            pass
+        assert time.monotonic() - began > 0.9
+        assert "held up" in refusal.value.detail
+        assert refusal.value.retry_after == 1
+        store.poll()
+    add(store, "after")
+
+
+def test_who_rests_in_the_midst_of_a_change_does_not_hold_up_the_others(postgres: Postgres, database: str) -> None:
+    """A process that was stopped, or whose packets vanish, holds the lock that every writer of every node waits for."""
+    resting, other = (Store(postgres.url(database), connecting=Connecting(timeout=t)) for t in (1.0, 10.0))
+
+    def rest() -> None:
+        with resting.write() as tx:
+            tx.add(Client(new_id(), "of-the-stopped", T0))
+            add(other, "of-the-other")
+
+    with pytest.raises(errors.StoreUnavailable):
+        rest()
+    assert names(resting) == {"of-the-other"}
+    for store in (resting, other):
+        store.dispose()
+
+
+def test_deciding_times_are_the_server_s(postgres: Postgres, database: str) -> None:
+    """A node whose clock is half a minute off, either way, sees and writes the same time as the others."""
+    seen = []
+    for wrong in (-30, 30):
+
+        def wall(wrong: int = wrong) -> int:
+            return (int(time.time()) + wrong) * SECOND
+
+        store = Store(postgres.url(database), wall=wall)
+        with store.write() as tx:
+            seen.append(tx.now())
+        seen.append(store.poll()[1])
+        store.dispose()
+    assert seen == sorted(seen)
+    assert seen[-1] - seen[0] < 20 * SECOND
+    assert abs(seen[0] - time.time() * SECOND) < 20 * SECOND
+
+
+def test_the_moment_of_a_transaction_is_read_once(store: Store) -> None:
+    with store.read() as tx:
+        now = tx.now()
+        time.sleep(0.01)
+        assert tx.now() == now == tx.contents().now
+    assert store.poll()[1] > now
+
+
+# --- durability
+
+
+def test_what_was_answered_is_durable_even_where_the_server_was_told_otherwise(
+    postgres: Postgres, database: str
+) -> None:
+    for setting, expected in (("off", "on"), ("remote_apply", "remote_apply")):
+        with postgres.connect() as connection:
+            connection.execute(f'ALTER DATABASE "{database}" SET synchronous_commit = {setting}')
+        store = Store(postgres.url(database))
+        with store.read() as tx:
+            assert tx._connection.exec_driver_sql("SHOW synchronous_commit").scalar() == expected
+        store.dispose()
+
+
+def test_a_commit_that_fails_has_no_epoch(store: Store, postgres: Postgres, database: str) -> None:
+    store.poll()
+    opened = store._database._engine
+    assert opened is not None
+
+    def end(connection: Any) -> None:
+        kill_sessions(postgres, database)
+
+    event.listen(opened, "commit", end)
+    with pytest.raises(errors.StoreUnavailable), store.write() as tx:
+        tx.add(Client(new_id(), "never", T0))
+    event.remove(opened, "commit", end)
+    assert tx.committed_epoch is None
+    assert names(store) == set()
+
+
+# --- a server that goes and comes back
+
+
+def kill_sessions(postgres: Postgres, database: str) -> None:
+    with postgres.connect() as connection:
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
+
+
+def rest_of_all_connections(store: Store) -> None:
+    """Several connections in the pool."""
+    with store.read(), store.read(), store.read():
+        pass
+
+
+def test_sessions_that_the_server_ends_are_replaced_unnoticed(store: Store, postgres: Postgres, database: str) -> None:
+    rest_of_all_connections(store)
+    kill_sessions(postgres, database)
+    add(store, "after")
+    rest_of_all_connections(store)
+    assert store.poll()[0].counter == 2
+
+
+@pytest.fixture
+def own() -> Iterator[Postgres]:
+    with servers.running() as server:
+        yield server
+
+
+def test_a_server_that_is_restarted_or_killed_is_used_again(own: Postgres) -> None:
+    name = own.create()
+    store = Store(own.url(name), connecting=QUICK)
+    store.upgrade()
+    for number, end in enumerate((own.stop, own.kill)):
+        rest_of_all_connections(store)
+        add(store, f"before-{number}")
+        end()
+        for use in (store.poll, lambda: names(store), lambda: add(store, "never")):
+            began = time.monotonic()
+            with pytest.raises(errors.StoreUnavailable) as refusal:
+                use()
+            assert refusal.value.retry_after == 1
+            assert time.monotonic() - began < 5
+        own.start()
+        add(store, f"after-{number}")
+    assert names(store) == {"before-0", "after-0", "before-1", "after-1"}
+    store.dispose()
+
+
+def test_packets_that_vanish_are_an_error_within_seconds_and_no_hang(
+    postgres: Postgres, database: str, proxy: Proxy
+) -> None:
+    store = Store(postgres.url(database, port=proxy.port), connecting=QUICK)
+    rest_of_all_connections(store)
+    proxy.freeze()
+    for use in (store.poll, lambda: names(store), lambda: add(store, "never")):
+        began = time.monotonic()
+        with pytest.raises(errors.StoreUnavailable):
+            use()
+        assert time.monotonic() - began < 10
+    proxy.thaw()
+    add(store, "after")
+    assert names(store) - {"never"} == {"after"}
+    store.dispose()
+
+
+def test_a_connection_that_died_while_it_rested_is_not_handed_out(
+    postgres: Postgres, database: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peer vanished without a goodbye, and is back under the same address: the first call works all the same."""
+    monkeypatch.setattr("kms_jwks.store.postgresql._PING_AFTER", 0.0)
+    monkeypatch.setattr("kms_jwks.store.postgresql._PING_PATIENCE", 0.2)
+    store = Store(postgres.url(database, port=proxy.port), connecting=QUICK)
+    rest_of_all_connections(store)
+    proxy.freeze()
+    proxy.thaw(old_ones=False)
+    add(store, "after")
+    store.dispose()
+
+
+def test_while_the_server_is_away_one_tries_and_the_others_are_told_at_once(
+    postgres: Postgres, database: str, proxy: Proxy
+) -> None:
+    """Threads that all wait for a connection could not serve the JWKS meanwhile."""
+    store = Store(postgres.url(database, port=proxy.port), connecting=Connecting(timeout=2.0))
+    store.poll()
+    proxy.freeze()
+    with pytest.raises(errors.StoreUnavailable):
+        store.poll()
+    took = []
+
+    def poll(_: int) -> None:
+        began = time.monotonic()
+        with pytest.raises(errors.StoreUnavailable):
+            store.poll()
+        took.append(time.monotonic() - began)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(poll, range(8)))
+    took.sort()
+    assert took[-1] > 1.8, "one of them tried"
+    assert took[-2] < 1.5, "seven did not"
+    proxy.thaw()
+    store.poll()
+    store.dispose()
+
+
+def test_a_poll_is_one_exchange(postgres: Postgres, database: str, proxy: Proxy) -> None:
+    """Four times a second for every worker: it asks neither whether the connection lives nor for a transaction."""
+    store = Store(postgres.url(database, port=proxy.port))
+    for _ in range(10):
+        store.poll()
+    before = proxy.requests
+    for _ in range(10):
+        store.poll()
+    assert proxy.requests - before == 10
+    store.dispose()
+
+
+# --- what an operator gets to see
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda url: url.replace("kms-jwks:", "kms-jwks:x"), "refuses this user or its password"),
+        (lambda url: url + "-not", "does not exist"),
+        (lambda url: url.replace("127.0.0.1", "nowhere.invalid"), "whose name is not known"),
+        (
+            lambda url: url.replace(url.rpartition(":")[2].partition("/")[0], str(servers.free_port())),
+            "nothing listens",
+        ),
+    ],
+)
+def test_why_there_is_no_connection_is_said_without_a_name(
+    postgres: Postgres, database: str, change: Any, said: str
+) -> None:
+    store = Store(change(postgres.url(database)))
+    with pytest.raises(errors.StoreUnavailable) as refusal:
+        store.poll()
+    assert said in refusal.value.detail
+    for secret in (database, "127.0.0.1", "nowhere", "kms-jwks"):
+        assert secret not in refusal.value.detail
+    store.dispose()
+
+
+def test_sessions_carry_the_program_s_name_and_bounds_and_the_url_wins(postgres: Postgres, database: str) -> None:
+    shown = ("application_name", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+    asked = "?application_name=mine&options=-c%20statement_timeout%3D7s"
+    for query, expected in (("", ["kms-jwks n1", "3s", "3s", "1500ms"]), (asked, ["mine", "7s", "3s", "1500ms"])):
+        store = Store(
+            postgres.url(database) + query, connecting=Connecting(timeout=3.0, application_name="kms-jwks n1")
+        )
+        with store.read() as tx:
+            found = [tx._connection.exec_driver_sql(f"SHOW {name}").scalar() for name in shown]
+        assert found == expected
+        store.dispose()
+
+
+def test_a_process_keeps_to_its_connections(postgres: Postgres, database: str) -> None:
+    store = Store(postgres.url(database), connecting=Connecting(pool_size=3))
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda _: names(store), range(60)))
+    with postgres.connect() as connection:
+        row = connection.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = %s", [database]).fetchone()
+    assert row is not None
+    assert 1 <= row[0] <= 3
+    store.dispose()
+
+
+@pytest.mark.parametrize("url", ["mysql://u:hunter2@h/d", "hunter2", "://hunter2"])
+def test_another_kind_of_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(errors.ConfigurationError) as refusal:
+        Store(url)
+    assert "hunter2" not in str(refusal.value) + refusal.value.detail
+
+
+# --- forking
+
+
+def test_a_child_works_on_connections_of_its_own(store: Store, postgres: Postgres) -> None:
+    """Also while another thread of the parent is in the midst of a transaction."""
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.read() as tx:
+            held.set()
+            assert go.wait(30)
+            tx.clients()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(30)
+    child = multiprocessing.get_context("fork").Process(target=add, args=(store, "of-the-child"))
+    child.start()
+    child.join(30)
+    go.set()
+    thread.join()
+    assert child.exitcode == 0
+    assert names(store) == {"of-the-child"}

@@ -1,0 +1,222 @@
+"""A PostgreSQL server of the tests' own: real, on a free loopback port, with its data in a temporary folder.
+
+It writes without fsync: a killed server keeps what it committed, only a machine that crashes would lose it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+_USER = "kms-jwks"
+_SECONDS = 60.0
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "fsync": "off",
+    "full_page_writes": "off",
+    "max_connections": "200",
+    "max_wal_size": "256MB",
+    "autovacuum_naptime": "5s",
+    "log_min_messages": "warning",
+}
+
+
+def program(name: str) -> str:
+    """Where a program of PostgreSQL's is: Debian keeps them out of PATH."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: -float(folder.parent.name))
+    found = shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+    assert found is not None, "apt-get install postgresql"
+    return found
+
+
+def owner() -> pwd.struct_passwd | None:
+    """As whom the server runs: it refuses to be root. None: as who runs the tests."""
+    if os.getuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise AssertionError("no unprivileged user is there to run PostgreSQL")
+
+
+class Postgres:
+    """One server. `start` after `stop` or `kill` brings back the same databases on the same port."""
+
+    def __init__(self) -> None:
+        self._owner = owner()
+        self.folder = Path(tempfile.mkdtemp(prefix="kms-jwks-postgres-"))
+        self._password = secrets.token_urlsafe(12)
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        secret = self.folder / "password"
+        secret.write_text(self._password)
+        if self._owner is not None:
+            for path in (self.folder, secret):
+                os.chown(path, self._owner.pw_uid, self._owner.pw_gid)
+        made = self._run(
+            program("initdb"),
+            f"--pgdata={self.folder}/data",
+            f"--username={_USER}",
+            f"--pwfile={secret}",
+            "--auth=scram-sha-256",
+            "--encoding=UTF8",
+            "--locale=C.UTF-8",
+            "--no-sync",
+        )
+        assert made.returncode == 0, made.stdout
+
+    # --- databases
+
+    def url(self, database: str = "postgres", *, port: int | None = None) -> str:
+        """The URL of a database, or of what stands before it on another port."""
+        return f"postgresql://{_USER}:{self._password}@127.0.0.1:{port or self.port}/{database}"
+
+    def create(self) -> str:
+        """The name of a new database, empty."""
+        name = f"registry_{uuid.uuid4().hex[:12]}"
+        with self.connect() as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')
+        return name
+
+    def copy(self, template: str) -> str:
+        """The name of a new database that holds what another one holds; nobody may be connected to that one."""
+        name = f"registry_{uuid.uuid4().hex[:12]}"
+        with self.connect() as connection:
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        return name
+
+    @contextlib.contextmanager
+    def connect(self, database: str = "postgres") -> Iterator[psycopg.Connection]:
+        """A connection to look and to meddle, each statement committed at once."""
+        with psycopg.connect(self.url(database), autocommit=True, connect_timeout=10) as connection:
+            yield connection
+
+    # --- the server
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        assert self._process is None
+        options = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [program("postgres"), "-D", f"{self.folder}/data", "-p", str(self.port), *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                process_group=0,
+                preexec_fn=_end_with(os.getpid()),  # noqa: PLW1509 - it calls prepared functions alone
+                **self._as_owner(),
+            )
+        end = time.monotonic() + _SECONDS
+        while True:
+            assert self._process.poll() is None, self.log
+            assert time.monotonic() < end, self.log
+            with contextlib.suppress(psycopg.OperationalError), self.connect():
+                return
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End every session and stop, as an operator's restart does."""
+        self._end(signal.SIGINT)
+
+    def kill(self) -> None:
+        """kill -9, of the server and of every process that serves a connection."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """Stop and remove everything."""
+        if self._process is not None:
+            self._end(signal.SIGQUIT)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # --- inside
+
+    def _end(self, number: signal.Signals) -> None:
+        process, self._process = self._process, None
+        assert process is not None
+        if number is signal.SIGKILL:
+            # Frozen first: a server that lives on for a moment would say goodbye for its killed children.
+            process.send_signal(signal.SIGSTOP)
+            for child in _children(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+        process.send_signal(number)
+        process.wait(_SECONDS)
+        if number is signal.SIGKILL:
+            (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
+
+    def _as_owner(self) -> dict[str, Any]:
+        if self._owner is None:
+            return {}
+        return {"user": self._owner.pw_uid, "group": self._owner.pw_gid, "extra_groups": []}
+
+    def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            timeout=_SECONDS,
+            check=False,
+            **self._as_owner(),
+        )
+        return done
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """What a child calls before its program begins, so that a killed test run leaves no server behind."""
+    prctl = ctypes.CDLL(None).prctl
+
+    def prepare() -> None:
+        prctl(1, int(signal.SIGQUIT), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Postgres]:
+    """A server until the end of the block."""
+    server = Postgres()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()

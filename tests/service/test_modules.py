@@ -1,0 +1,223 @@
+"""How a process's backends are used: in place or in the pool, with a deadline, and what is lost when calls hang."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kms_jwks import errors, jose
+from kms_jwks.algorithms import ALGORITHMS
+from kms_jwks.backends.base import Message
+from kms_jwks.service import Service
+from kms_jwks.service.modules import PATIENCE_IN_PLACE, Limits, Modules
+from kms_jwks.service.snapshot import Signer
+from tests.memory_backend import MemoryBackend
+from tests.service.world import World
+
+MESSAGE = Message(b"a.b")
+
+
+class Held:
+    """Hangs every call of a kind, or signatures of some references alone, until it is released."""
+
+    def __init__(self, backend: MemoryBackend, call: str = "sign") -> None:
+        self.released = threading.Event()
+        self.hung = 0
+        self._call = call
+        backend.before = self
+
+    def __call__(self, call: str) -> None:
+        if call == self._call and not self.released.is_set():
+            self.hung += 1
+            assert self.released.wait(60)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.perf_counter() + 20
+    while not condition():
+        assert time.perf_counter() < end
+        time.sleep(0.005)
+
+
+def make(*, in_place: bool, **limits: Any) -> tuple[Modules, MemoryBackend, Signer]:
+    backend = MemoryBackend(sign_in_place=in_place)
+    alg = ALGORITHMS["ES256"]
+    made = backend.generate("key", alg)
+    signer = Signer(jose.thumbprint(made.public_jwk), alg, "memory", made.ref, dict(made.public_jwk), "")
+    return (
+        Modules({"memory": backend}, default="memory", limits={"memory": Limits(**{"timeout": 0.1} | limits)}),
+        backend,
+        signer,
+    )
+
+
+def lose(modules: Modules, signer: Signer, count: int = 1) -> None:
+    """Have so many calls hang; on a busy machine some may not even get so far."""
+    while modules.stuck() < count:
+        with pytest.raises(errors.BackendTimeout):
+            modules.sign(signer, MESSAGE)
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    """Let time pass for those who look at the monotonic clock now and then; waiting for locks takes what it takes."""
+    offset, real = [0.0], time.monotonic
+    monkeypatch.setattr("kms_jwks.service.modules.time.monotonic", lambda: real() + offset[0])
+
+    def pass_(seconds: float) -> None:
+        offset[0] += seconds
+
+    return pass_  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_signature_is_made_by_the_thread_that_the_backend_wants(in_place: bool) -> None:
+    modules, backend, signer = make(in_place=in_place, timeout=20)
+    threads: list[int] = []
+    backend.before = lambda _: threads.append(threading.get_ident())
+    jose.verify_signature(signer.alg, signer.public_jwk, MESSAGE.data, modules.sign(signer, MESSAGE))
+    assert (threads == [threading.get_ident()]) is in_place
+    assert modules.counters("memory") == {"checked": 1, "bad": 0, "timeouts": 0, "refused": 0, "stuck": 0}
+
+
+def test_names_that_are_not_configured() -> None:
+    modules, _, signer = make(in_place=True)
+    for use in (lambda: modules.get("x"), lambda: modules.counters("x"), lambda: modules.ask("x", "ping", bool)):
+        with pytest.raises(errors.BackendUnknown):
+            use()
+    with pytest.raises(errors.BackendUnknown):
+        modules.sign(Signer("k", signer.alg, "x", signer.ref, signer.public_jwk, ""), MESSAGE)
+
+
+def test_a_timeout_in_the_pool_makes_the_next_signatures_checked() -> None:
+    modules, backend, signer = make(in_place=False, check_signatures=0)
+    held = Held(backend)
+    assert modules._entries["memory"].checker._wary_until == 0.0
+    lose(modules, signer)
+    assert modules._entries["memory"].checker._wary_until > 0.0
+    assert modules.counters("memory")["timeouts"] >= 1
+    held.released.set()
+
+
+def test_a_process_is_worn_out_once_enough_calls_never_came_back(later: Callable[[float], None]) -> None:
+    modules, backend, signer = make(in_place=False, stuck_limit=2)
+    held = Held(backend)
+    for lost in (1, 2):
+        lose(modules, signer, lost)
+        later(5.0)
+        first, second = modules.worn_out(), modules.worn_out()
+        assert first is None, "what was not late at the look before is looked at again"
+        assert (second is not None) is (lost == 2)
+    assert second is not None
+    assert "memory" in second
+    held.released.set()
+    until(lambda: modules.stuck() == 0)
+    assert modules.worn_out() is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        ({}, 8),
+        ({"stuck_limit": 20}, 16),
+        ({"parallel": 8}, 4),
+        ({"parallel": 1}, 1),
+        ({"waiting": 4, "parallel": 64}, 2),
+        ({"stuck_limit": 1}, 1),
+    ],
+)
+def test_a_process_is_replaced_before_half_of_the_modules_room_is_lost(limits: dict[str, Any], most: int) -> None:
+    assert Limits(**limits).most_stuck == most
+
+
+def test_one_thread_lost_in_place_is_enough(later: Callable[[float], None]) -> None:
+    modules, backend, signer = make(in_place=True)
+    held = Held(backend)
+    thread = threading.Thread(target=modules.sign, args=(signer, MESSAGE))
+    thread.start()
+    until(lambda: held.hung)
+    assert [modules.worn_out(), modules.worn_out(), modules.stuck()] == [None, None, 0], "there is patience"
+    later(PATIENCE_IN_PLACE + 1)
+    assert modules.lost_threads() == {thread.ident}
+    assert modules.worn_out() is None
+    assert modules.worn_out() is not None
+    assert modules.counters("memory")["stuck"] == 1
+    held.released.set()
+    thread.join(20)
+    assert [modules.lost_threads(), modules.worn_out(), modules.stuck()] == [frozenset(), None, 0]
+
+
+def test_a_question_is_asked_in_a_thread_that_can_be_lost(later: Callable[[float], None]) -> None:
+    modules, backend, signer = make(in_place=True)
+    held = Held(backend, "ping")
+    while modules.stuck() < 2:
+        with pytest.raises(errors.BackendTimeout):
+            modules.ask("memory", "ping", lambda b: b.ping(), 0.05)
+    with pytest.raises(errors.BackendUnavailable):
+        modules.ask("memory", "ping", lambda b: b.ping(), 30)
+    assert modules.ask("memory", "capabilities", lambda b: b.capabilities()) == backend.offered
+    assert modules.sign(signer, MESSAGE)
+    later(30)
+    assert modules.worn_out() is None
+    assert "questions" in (modules.worn_out() or "")
+    held.released.set()
+    until(lambda: modules.stuck() == 0)
+    assert modules.ask("memory", "ping", lambda b: b.ping()).description
+
+
+def test_what_is_stuck_is_left_open_at_the_end() -> None:
+    closed: list[str] = []
+
+    class Closing(MemoryBackend):
+        def close(self) -> None:
+            closed.append(self.name)
+
+    stuck, well = Closing("stuck", sign_in_place=False), Closing("well", sign_in_place=False)
+    made = stuck.generate("key", ALGORITHMS["ES256"])
+    signer = Signer("kid", ALGORITHMS["ES256"], "stuck", made.ref, dict(made.public_jwk), "")
+    modules = Modules({"stuck": stuck, "well": well}, default=None, limits={"stuck": Limits(0.05)})
+    held = Held(stuck)
+    lose(modules, signer)
+    modules.close()
+    assert closed == ["well"]
+    held.released.set()
+
+
+# --- through the service
+
+
+def test_wrong_signatures_are_seen_where_backends_are_listed(world: World) -> None:
+    world.create(keys=[{"name": "default", "alg": "RS256", "rsa_bits": 2048}])
+    left = [2]
+
+    def spoil(signature: bytes) -> bytes:
+        left[0] -= 1
+        return signature if left[0] < 0 else signature[:-1] + bytes([signature[-1] ^ 1])
+
+    world.backend.spoil = spoil
+    with pytest.raises(errors.BackendUnavailable):
+        world.sign()
+    assert world.sign().token
+    (listed,) = world.service.operation.backends(world.admin).items
+    assert listed.counters == {"checked": 3, "bad": 2, "timeouts": 0, "refused": 0, "stuck": 0}
+    assert listed.recycled == 0
+    assert len(world.backend.distrusted) == 2
+
+
+def test_a_service_asks_to_be_replaced_once_and_not_again_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service: Service = world.service
+    assert service.worn_out() is None
+    monkeypatch.setattr(service.modules, "worn_out", lambda: "a reason")
+    assert service.worn_out() == "a reason"
+    for _ in range(world.settings.workers - 1):
+        world.until(lambda: service.worn_out() == "a reason")
+    assert service.worn_out() is None
+    assert service.recycling.count() == world.settings.workers
+    (listed,) = service.operation.backends(world.admin).items
+    assert listed.recycled == world.settings.workers
