@@ -102,7 +102,15 @@ def test_the_readme_works_on_aws_kms_by_moto(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_moto_s_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "aws-kms").mkdir()
     (tmp_path / "aws-kms" / "precious").touch()
-    command: list[str | Path] = [ROOT / "dev", "run", "--backend", "aws-kms", "--moto", "--bind", f"127.0.0.1:{free_port()}"]
+    command: list[str | Path] = [
+        ROOT / "dev",
+        "run",
+        "--backend",
+        "aws-kms",
+        "--moto",
+        "--bind",
+        f"127.0.0.1:{free_port()}",
+    ]
     done = subprocess.run([*command, "--var", tmp_path], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "none of an earlier run on moto" in done.stderr
