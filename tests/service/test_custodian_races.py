@@ -28,7 +28,7 @@ from kms_jwks.service import custodian as custodians
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.custodian import Custodian
 from kms_jwks.service.key_sets import add_key_set
-from kms_jwks.service.modules import Modules
+from kms_jwks.service.modules import Limits, Modules
 from kms_jwks.service.office import Office
 from kms_jwks.store import Connecting, Store
 from tests.memory_backend import MemoryBackend, PrivateKey
@@ -92,10 +92,10 @@ def act(url: str, state: Path, keys: Path, name: str, seed: int) -> None:
     signal.signal(signal.SIGTERM, end)
     custodians.PACE = 0.02
     backend = module(keys)
-    backend.before = lambda call: time.sleep(chance.random() * 0.05 if call in ("generate", "generated") else 0.0)
+    backend.before = lambda call: time.sleep(chance.random() * 0.2 if call in ("generate", "generated") else 0.0)
     store = Store(url, connecting=Connecting(timeout=5.0))
     confirmation = Confirmation(store, node=name, state_dir=state, lease=10, kick=lambda: None)
-    modules = Modules({"memory": backend}, default="memory", sign_timeouts={"memory": 0.5})
+    modules = Modules({"memory": backend}, default="memory", limits={"memory": Limits(timeout=0.5)})
     Custodian(store, modules, confirmation, Office(store, node=name, lease=LEASE)).run(stop)
     store.dispose()
 
