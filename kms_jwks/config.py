@@ -249,6 +249,10 @@ class ThirdPartyBackend(BackendSettings):
     type: Name
     management: dict[str, Any] | None = Field(default=None, repr=False)
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Without the further settings: one of them may be a secret."""
+        return [pair for pair in super().__repr_args__() if pair[0] not in (self.model_extra or {})]
+
     @property
     def options(self) -> Mapping[str, Any]:
         """What the configuration says beyond the settings that every backend has."""

@@ -1,4 +1,5 @@
-"""What every test shares: unit tests have no network, and tests are marked by the folder they are in."""
+"""What every test shares: unit tests have no network, tests are marked by their folder; figures, and the algorithms of
+the backends under the contract suite, come at the end."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,13 +35,13 @@ def figure(record_property: Callable[[str, object], None]) -> Callable[[str], No
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    lines = [
-        f"{report.nodeid.partition('::')[2]}: {value}"
-        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-        for name, value in report.user_properties
-        if name == "figure" and report.when == "call"
-    ]
-    if lines:
-        terminalreporter.section("figures")
-        for line in lines:
-            terminalreporter.write_line(line)
+    """What tests measured, and the algorithms of the backends under the contract suite."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    said = [(r, name, value) for r in reports if r.when == "call" for name, value in r.user_properties]
+    figures = [f"{r.nodeid.partition('::')[2]}: {value}" for r, name, value in said if name == "figure"]
+    algorithms = sorted({str(value) for _, name, value in said if name == "algorithms"})
+    for title, lines in (("figures", figures), ("algorithms of the backends under the contract suite", algorithms)):
+        if lines:
+            terminalreporter.section(title)
+            for line in lines:
+                terminalreporter.write_line(line)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa, utils
@@ -38,18 +39,25 @@ class MemoryBackend:
     """`fail` is raised by the next calls while it is set; `before` is called with the name of each call; `spoil` makes
     of each signature what is given out.
 
-    Of the keys whose ids are in `imported`, `extractable`, `versatile` or `halved` (no public half) the evidence is weak.
+    Of the keys whose ids are in `imported`, `extractable`, `versatile` or `halved` (no public half) the evidence is
+    weak.
     With `puts_off` (seconds) it keeps a calendar of destructions as some modules do, and destroys nothing yet.
     """
 
     kind = "memory"
 
-    def __init__(self, name: str = "memory", *, sign_in_place: bool = True) -> None:
+    def __init__(
+        self,
+        name: str = "memory",
+        *,
+        sign_in_place: bool = True,
+        keys: dict[str, tuple[str, PrivateKey]] | None = None,
+    ) -> None:
         self.name = name
         self.sign_in_place = sign_in_place
         self.recovered_at = 0.0
         self.distrusted: list[KeyRef] = []
-        self.keys: dict[str, tuple[str, PrivateKey]] = {}
+        self.keys: dict[str, tuple[str, PrivateKey]] = {} if keys is None else keys
         self.fail: errors.BackendError | None = None
         self.imported: set[str] = set()
         self.extractable: set[str] = set()
@@ -64,11 +72,14 @@ class MemoryBackend:
         self._lock = threading.Lock()
 
     def _enter(self, call: str) -> None:
+        self.recovered_at = self.recovered_at or time.monotonic()
         self.before(call)
         if self.fail is not None:
             raise self.fail
 
     def _key(self, ref: KeyRef) -> PrivateKey:
+        if not {"id", "label"} <= ref.as_dict().keys():
+            raise errors.BackendRefused("The reference is none of a key in memory.")
         try:
             return self.keys[ref["id"]][1]
         except KeyError:
@@ -81,8 +92,14 @@ class MemoryBackend:
         self._enter("capabilities")
         return self.offered
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
         self._enter("generate")
+        if not label.isascii() or not label.isprintable() or not 0 < len(label) <= 40:
+            raise errors.BackendRefused("A key's label is 1 to 40 printable ASCII characters.")
+        if alg.name not in self.offered or (rsa_bits or 2048) not in (alg.rsa_bits or (2048,)):
+            raise errors.UnsupportedAlgorithm
         if any(held == label for held, _ in self.keys.values()):
             raise errors.KeyExists
         key: PrivateKey
@@ -135,10 +152,13 @@ class MemoryBackend:
 
     def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
         self._enter("sign")
+        if time.monotonic() >= deadline:
+            raise errors.BackendTimeout
         return self.spoil(self._signature(ref, alg, what))
 
     def _signature(self, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> bytes:
         key = self._key(ref)
+        _check_fits(key, alg, what)
         if isinstance(key, ed25519.Ed25519PrivateKey | MlDsaKey):
             assert isinstance(what, Message)
             return key.sign(what.data)
@@ -189,3 +209,11 @@ class MemoryBackend:
 
     def close(self) -> None:
         return None
+
+
+def _check_fits(key: PrivateKey, alg: Algorithm, what: Message | Digest) -> None:
+    jwk = jose.public_jwk(key.public_key())
+    if (jwk["kty"], jwk.get("crv"), jwk.get("alg", alg.name)) != (alg.kty, alg.crv, alg.name):
+        raise errors.BackendRefused(f"The key does not sign with {alg.name}.")
+    if isinstance(what, Digest) and (alg.hash is None or len(what.value) != len(Message(b"").digest(alg))):
+        raise errors.BackendRefused(f"That is no digest for {alg.name}.")

@@ -1,4 +1,4 @@
-"""The explicit table of backends: one row per kind of module that comes with the package."""
+"""The explicit table of backends: one row per kind of module that comes with the package. Others are third parties'."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from kms_jwks import errors
 from kms_jwks.backends.base import Backend
+from kms_jwks.backends.third_party import make_third_party
 
 
 def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
@@ -43,6 +44,26 @@ def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backe
     return Pkcs11Backend(name, checked)
 
 
+def _aws_kms(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
+    from kms_jwks.backends.aws_kms import AwsKmsBackend, AwsKmsOptions
+
+    source = options.management if management and options.management is not None else options
+    return AwsKmsBackend(
+        name,
+        AwsKmsOptions(
+            region=options.region,
+            account=options.account,
+            endpoint_url=options.endpoint_url,
+            profile=source.profile,
+            role_arn=source.role_arn,
+            connect_timeout=options.connect_timeout_ms / 1000,
+            read_timeout=options.read_timeout_ms / 1000,
+            connections=options.waiting,
+            key_policy_file=options.key_policy_file,
+        ),
+    )
+
+
 @cache
 def _pin_of_standard_input() -> Any:
     """Read once per process tree: a child of a fork finds it here."""
@@ -51,16 +72,16 @@ def _pin_of_standard_input() -> Any:
     return PinSource.from_stdin()
 
 
-BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {"pkcs11": _pkcs11}
+BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {
+    "pkcs11": _pkcs11,
+    "aws-kms": _aws_kms,
+}
 """The configuration's `type` → how its backend is made of (name, options, state_dir, management). Opens nothing."""
 
 
 def make_backend(name: str, options: Any, state_dir: Path, *, management: bool = False) -> Backend:
     """The backend that a configuration section describes; with `management`, for the custodian: by its own credentials.
 
-    Raises ConfigurationError for an unknown type.
+    Raises ConfigurationError for a type that nobody offers and for a third party's that cannot be used.
     """
-    make = BACKENDS.get(options.type)
-    if make is None:
-        raise errors.ConfigurationError(f"backends.{name}.type: {options.type!r} is none of {', '.join(BACKENDS)}")
-    return make(name, options, state_dir, management)
+    return BACKENDS.get(options.type, make_third_party)(name, options, state_dir, management)

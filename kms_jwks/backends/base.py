@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from kms_jwks.algorithms import Algorithm
 
@@ -113,6 +114,20 @@ class Health:
     facts: Mapping[str, str]
 
 
+class BackendFactory(Protocol):
+    """What a third party's entry point in the group `kms_jwks.backends` names: it makes a backend and opens nothing.
+
+    `options` are the settings of the section that are not every backend's (TOML values; strings where they come from
+    the environment). `management` is the section's table of that name for the custodian, whose credentials are to be
+    used instead of the others', and None in workers and where there is none. `state_dir` is this node's own folder.
+    Raises `kms_jwks.errors.ConfigurationError` where the options are of no use.
+    """
+
+    def __call__(  # noqa: D102
+        self, name: str, options: Mapping[str, Any], state_dir: Path, management: Mapping[str, Any] | None
+    ) -> Backend: ...
+
+
 class Backend(Protocol):
     """One module. `deadline` is an instant of `time.monotonic()`."""
 
@@ -136,9 +151,12 @@ class Backend(Protocol):
         """The `alg` names the module offers. Raises BackendUnavailable, BackendRefused."""
         ...
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
         """Make a key pair in the module: non-extractable, sign-only, read back. `label` is ASCII, at most 40 bytes.
 
+        `purpose` says what it is for (key-set, key, version), for modules that keep tags; others ignore it.
         Raises KeyExists when the label is in use, UnsupportedAlgorithm, BackendRefused, BackendUnavailable.
         """
         ...
@@ -179,7 +197,7 @@ class Backend(Protocol):
 
         Said again it changes the date where the module lets it. `destroy` is called when the date has come, either way.
         """
-        ...
+        return False
 
     def cancel_destroy(self, ref: KeyRef) -> None:
         """Take `schedule_destroy` back; nothing where there is nothing scheduled."""

@@ -9,13 +9,14 @@ import msgspec
 
 from kms_jwks import wire
 from kms_jwks.cli.adopting import adopt_options, adoption
-from kms_jwks.cli.api import api_command, key_arguments, key_set_argument
+from kms_jwks.cli.api import api_command, break_glass_options, glass, key_arguments, key_set_argument
+from kms_jwks.cli.bars import key_bars, width
 from kms_jwks.cli.text import details, duration, note, table, when, yes
 from kms_jwks.cli.values import DURATION, INSTANT, given
 from kms_jwks.cli.versions import version_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from kms_jwks.cli.api import Api
 
@@ -102,6 +103,43 @@ def show_key(api: Api, key_set: str, key: str) -> None:
     api.show(lambda: _show(found))
 
 
+@api_command(key, "timeline")
+@key_arguments
+def key_timeline(api: Api, key_set: str, key: str) -> None:
+    """Show a key's life as a bar of time: what was, what is, what happens next and when."""
+    found = api.client.timeline(key_set, key)
+
+    def render() -> None:
+        click.echo("\n".join(key_bars(found, width())))
+        click.echo()
+        table(
+            ("VERSION", "STATE", "INVARIANTS", "NEXT", "AT"),
+            (
+                (v.number, v.state, _invariants(v.checks), v.next, when(v.next_at))
+                for v in found.versions
+                if v.state != "destroyed"
+            ),
+        )
+        click.echo()
+        table(
+            ("DUE", "STEP", "VERSION", "REASON"),
+            ((when(s.due), s.kind, s.number or "new", _why(s)) for s in found.steps),
+        )
+        if not found.enabled:
+            note("The key is disabled: its versions are only withdrawn and destroyed.")
+
+    api.show(render)
+
+
+def _why(step: wire.TimelineStep) -> str:
+    overrides = f" (overrides {step.breach})" if step.breach else ""
+    return step.reason + overrides + (f"; waits: {step.waits_for}" if step.waits_for else "")
+
+
+def _invariants(checks: Iterable[wire.SafetyCheck]) -> str:
+    return ", ".join(f"{c.invariant} {'holds' if c.holds else f'not before {when(c.right)}'}" for c in checks) or "-"
+
+
 @api_command(key, "create")
 @key_set_argument
 @click.argument("name")
@@ -142,12 +180,16 @@ def update_key(api: Api, key_set: str, key: str, revision: int | None, **fields:
 @api_command(key, "rotate")
 @key_arguments
 @click.option("--expected-kid", metavar="KID", help="Rotate only while this kid is active: safe to repeat.")
-def rotate_key(api: Api, key_set: str, key: str, expected_kid: str | None) -> None:
+@break_glass_options
+def rotate_key(
+    api: Api, key_set: str, key: str, expected_kid: str | None, break_glass: bool, reason: str | None, sure: bool
+) -> None:
     """Let the standby version take over now.
 
     Refused, with the earliest time, while verifiers could not have fetched it for long enough.
     """
-    changed = api.client.rotate(key_set, key, expected_kid=expected_kid)
+    why = glass(break_glass, reason, sure=sure)
+    changed = api.client.rotate(key_set, key, expected_kid=expected_kid, break_glass=why)
     api.show(lambda: _show(changed))
 
 

@@ -178,7 +178,8 @@ def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: boo
     from kms_jwks.service import doctor as examination
 
     settings = _settings(config)
-    modules = wiring.make_modules(settings)
+    # Looking needs the rights that signing has; what destroys needs the custodian's.
+    modules = wiring.make_modules(settings, management=remove_orphans)
     checks: list[Check] = []
     with _registry(settings) as store:
         try:
@@ -223,8 +224,7 @@ def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool
         note(f"orphan in {orphan.backend}: {orphan.label}")
     confirm(f"Destroy {len(found)} key pair(s)? They cannot be brought back.", sure=sure)
     for orphan in found:
-        done = examination.remove(orphan, store, backends)
-        note(f"{'destroyed' if done else 'needed after all, and left alone'}: {orphan.label}")
+        note(f"{examination.remove(orphan, store, backends)}: {orphan.label}")
 
 
 # --- db ---------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -121,9 +121,10 @@ def add_adopted(tx: WriteTx, key: Key, candidate: Candidate) -> KeyVersion:
     return version
 
 
-def publish(tx: WriteTx, key_set: KeySet) -> None:
+def publish(tx: WriteTx, key_set: KeySet, candidates: Iterable[Candidate]) -> None:
     """Publish what was adopted, as any version whose pair is there. Raises LimitReached."""
-    lifecycle.require_room(tx, key_set)
+    for candidate in candidates:
+        lifecycle.require_room(tx, key_set, candidate.alg.name)
     lifecycle.publish_ready(tx, key_set)
     lifecycle.require_small_document(tx, key_set)
 

@@ -105,9 +105,12 @@ class Attempts:
     # --- a pair is made
 
     def _generate(self, intent: Intent) -> None:
-        version = self._version(intent)
-        backend = self._modules.get(intent.backend)
-        made = backend.generate(intent.label, ALGORITHMS[version.alg], rsa_bits=version.rsa_bits)
+        with self._store.read() as tx:
+            version = tx.version(intent.version_id)
+            assert version is not None
+            purpose = _purpose(tx, version)
+        backend, alg = self._modules.get(intent.backend), ALGORITHMS[version.alg]
+        made = backend.generate(intent.label, alg, rsa_bits=version.rsa_bits, purpose=purpose)
         try:
             evidence = backend.attributes(made.ref)
             if not evidence.holds:
@@ -201,6 +204,13 @@ class Attempts:
             version = tx.version(intent.version_id)
         assert version is not None
         return version
+
+
+def _purpose(tx: ReadTx, version: KeyVersion) -> dict[str, str]:
+    """What a key pair is for, by names, for modules that keep tags."""
+    key_set, key = tx.key_set_by_id(version.key_set_id), tx.key_by_id(version.key_id)
+    assert key_set is not None and key is not None
+    return {"key-set": key_set.name, "key": key.name, "version": str(version.number)}
 
 
 def _patience(intent: Intent, error: errors.Error) -> int:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from kms_jwks import errors
-from kms_jwks.model import Epoch, Id, KeyVersion, VersionState
+from kms_jwks.model import Epoch, Id, Key, KeyVersion, VersionState
 from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.guard import Guard
 from kms_jwks.service.modules import Modules
@@ -87,3 +87,16 @@ def check_revision(found: int, if_match: int | None) -> None:
         raise errors.RevisionMismatch(
             f"The object is at revision {found}, the request names {if_match}.", fields={"revision": found}
         )
+
+
+def find_version(tx: ReadTx, key: Key, version: str) -> KeyVersion:
+    """A version of `key` by number or kid; a kid that looks like a number is found by kid when no number fits."""
+    value = None
+    if version.isascii() and version.isdigit() and len(version) < 10:
+        value = tx.version_by_number(key.id, int(version))
+    if value is None:
+        by_kid = tx.version_by_kid(version)
+        value = by_kid if by_kid is not None and by_kid.key_id == key.id else None
+    if value is None:
+        raise errors.VersionNotFound(f"Key {key.name!r} has no such version.")
+    return value

@@ -128,7 +128,7 @@ def add_key_set(
         for wanted, candidate in zip(request.keys, found, strict=True)
     ]
     if any(found):
-        adoption.publish(tx, key_set)
+        adoption.publish(tx, key_set, [candidate for candidate in found if candidate is not None])
     return key_set, versions
 
 

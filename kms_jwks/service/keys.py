@@ -22,10 +22,10 @@ from kms_jwks.model import (
     name_error,
     new_id,
 )
-from kms_jwks.service import adoption, lifecycle, present
+from kms_jwks.service import adoption, lifecycle, present, timetable
 from kms_jwks.service.adoption import Candidate
 from kms_jwks.service.control import Control, check_revision
-from kms_jwks.service.guard import Presented
+from kms_jwks.service.guard import Entered, Presented
 from kms_jwks.service.instants import to_instant
 from kms_jwks.service.present import Created
 from kms_jwks.store import ReadTx, WriteTx
@@ -61,6 +61,12 @@ class Keys:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
             return present.key(tx, found.key_set, found.key)
 
+    def timeline(self, who: Presented, key_set: str, key: str) -> wire.Timeline:
+        """What was, what is, and what is planned for the key's versions."""
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            return timetable.of_key(tx, found.key_set, found.key)
+
     def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
         """Create a key. In a set that has published before, its first version signs after the publish lead."""
         control = self._control
@@ -72,7 +78,7 @@ class Keys:
             found = control.guard.enter_set(tx, who, permission, key_set)
             key, version = add_key(tx, control, found.key_set, request, candidate)
             if candidate is not None:
-                adoption.publish(tx, found.key_set)
+                adoption.publish(tx, found.key_set, [candidate])
         complete = control.wait_for_custodian([version.id])
         with control.store.read() as tx:
             answer = present.key(tx, found.key_set, tx.key_by_id(key.id) or key)
@@ -101,7 +107,10 @@ class Keys:
         return answer
 
     def rotate(self, who: Presented, key_set: str, key: str, request: wire.RotateRequest) -> wire.Key:
-        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress."""
+        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress.
+
+        `break_glass` with a reason overrides I1 alone.
+        """
         control = self._control
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
@@ -113,7 +122,16 @@ class Keys:
                     "The active version is not the expected one.", fields={"active_kid": active.kid if active else None}
                 )
             standby = _standby(found.key, versions)
-            lifecycle.activate(tx, found.key_set, found.key, standby, lease=control.confirmation.lease(tx))
+            broken = breach(control, tx, found, request)
+            lifecycle.activate(
+                tx,
+                found.key_set,
+                found.key,
+                standby,
+                lease=control.confirmation.lease(tx),
+                breach=broken if lifecycle.is_early(tx, found.key, standby) else None,
+                who=found.caller.client,
+            )
             answer = present.key(tx, found.key_set, found.key)
         control.changed(tx.committed_epoch)
         return answer
@@ -171,7 +189,7 @@ def add_key(
     check_policy(key.policy, key_set, control.confirmation.lease(tx))
     check_profile(key)
     check_company(tx, key_set, key.alg)
-    lifecycle.require_room(tx, key_set, more_keys=1)
+    lifecycle.require_room(tx, key_set, key.alg, more_keys=1)
     tx.add(key)
     if candidate is None:
         return key, lifecycle.add_version(tx, key)
@@ -216,6 +234,19 @@ def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType
     except ValueError as error:
         raise errors.InvalidField(f"hold_until: {error}", fields={"field": "policy.hold_until"}) from None
     return replace(merge(current, changes), hold_until=until)
+
+
+def breach(control: Control, tx: ReadTx, found: Entered, request: wire.BreakGlassRequest) -> str | None:
+    """The reason for which this call may override an invariant, None where it does not ask for that.
+
+    Raises InvalidField without a reason, Forbidden without the permission, be there something to override or not.
+    """
+    if not request.break_glass:
+        return None
+    control.guard.require(found.caller, Permission.BREAK_GLASS, Scope(found.key_set.id, found.key.id))
+    if not request.reason.strip():
+        raise errors.InvalidField("reason: breaking the glass needs one", fields={"field": "reason"})
+    return request.reason
 
 
 def check_policy(policy: Policy, key_set: KeySet, lease: int) -> None:
@@ -284,6 +315,7 @@ def check_company(tx: ReadTx, key_set: KeySet, alg: str) -> None:
     row = ALGORITHMS[alg]
     others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id)]
     others += [ALGORITHMS[e.alg] for e in tx.external_keys(key_set.id)]
+    others = [other for other in others if other.is_post_quantum is row.is_post_quantum]  # the others' document
     if any(row.exclusive != other.exclusive for other in others):
         raise errors.LimitReached(
             f"{alg} and {next(o.name for o in others if o.exclusive != row.exclusive)} cannot share a key set: "

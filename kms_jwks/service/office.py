@@ -143,8 +143,9 @@ class Office:
                 self.term = 0
                 return False
             term = (lease.term if lease is not None else 0) + (0 if mine else 1)
+            since = lease.since if lease is not None and mine else now
             tx.set_custodian_lease(
-                CustodianLease(term, self._holder, self._node, now, self._expiry(now), halted=halted)
+                CustodianLease(term, self._holder, self._node, now, self._expiry(now), since=since, halted=halted)
             )
             if not mine:
                 take_over(tx)

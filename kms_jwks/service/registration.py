@@ -7,6 +7,7 @@ proof of it where the other workers of its node look.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,11 +65,18 @@ class Registration:
         self.worker, self._life, self._entering, self.beat_at = worker, life, None, began
 
     def due(self) -> bool:
-        """Whether it is time for a heartbeat. By the boot clock: the database's may be set back."""
-        return self._boot() - self.beat_at >= min(self._lease / 2, LONGEST_BEAT) * SECOND
+        """Whether it is time for a heartbeat."""
+        return self.rested(int(min(self._lease / 2, LONGEST_BEAT) * SECOND))
 
-    def beat(self, confirmed: Epoch | None) -> None:
-        """Be seen to live, and to work under the epoch `confirmed`. `worker` is None afterwards if it is struck off."""
+    def rested(self, microseconds: int) -> bool:
+        """Whether the last heartbeat is that long ago, by the boot clock: the database's may be set back."""
+        return self._boot() - self.beat_at >= microseconds
+
+    def beat(self, confirmed: Epoch | None, backends: Mapping[str, str]) -> None:
+        """Be seen to live, to work under the epoch `confirmed`, and to see `backends` in these states.
+
+        `worker` is None afterwards if it was struck off.
+        """
         worker = self.worker
         assert worker is not None
         began = self._boot()
@@ -79,7 +87,9 @@ class Registration:
                 log.warning("worker_was_struck_off", worker=worker.id)
                 self.worker = None
                 return
-            known = replace(known, heartbeat_at=tx.now(), confirmed=confirmed or known.confirmed)
+            known = replace(
+                known, heartbeat_at=tx.now(), confirmed=confirmed or known.confirmed, backends=dict(backends)
+            )
             tx.save(known)
         self.worker, self.beat_at = known, began
 

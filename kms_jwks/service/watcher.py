@@ -8,7 +8,7 @@ older snapshots have left; without a lease nothing is signed, while the last JWK
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,7 @@ class Watcher:
 
     `lease` and `poll_interval` are seconds; `bind` tells the backends where the keys are,
     `used` drains the last uses of API tokens, `reap` strikes off this node's dead workers: nobody else can see that
-    they are dead, and everybody waits for them.
+    they are dead, and everybody waits for them; `backends` tells what signing and health last saw of each backend.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Watcher:
         used: Callable[[], dict[Id, Instant]],
         bind: Callable[[Sequence[KeyVersion]], None],
         reap: Callable[[], object],
+        backends: Callable[[], Mapping[str, str]],
         clock: DatabaseClock,
     ) -> None:
         self.clock = clock
@@ -70,6 +71,7 @@ class Watcher:
         self._used = used
         self._bind = bind
         self._reap = reap
+        self._backends = backends
         self._shelf = Shelf(state_dir)
         self._lock = threading.Lock()
         self._current = _Pins(None)
@@ -253,8 +255,11 @@ class Watcher:
             drained = not self._older
         if drained:
             self._confirmed_at = self.clock.boot()
-        if (drained and worker.confirmed != epoch) or self._registration.due():
-            self._registration.beat(epoch if drained else None)
+        backends = dict(self._backends())
+        # A module that comes and goes must not have the registry written at each poll.
+        news = backends != (worker.backends or {}) and self._registration.rested(SECOND)
+        if news or (drained and worker.confirmed != epoch) or self._registration.due():
+            self._registration.beat(epoch if drained else None, backends)
             if self._registration.worker is None:
                 self._lease_until = 0
                 self._kick.set()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
-from kms_jwks.model import ExternalKey, Id, Instant, KeyVersion, Policy, VersionState
+from kms_jwks.algorithms import ALGORITHMS
+from kms_jwks.model import ExternalKey, Id, Instant, Key, KeyVersion, Policy, VersionState
 from kms_jwks.timeline.calendar import later
 from kms_jwks.timeline.policies import MAX_KIDS
 
 _S = VersionState
+T = TypeVar("T", Key, KeyVersion, ExternalKey)
 
 
 def usable_at(version: KeyVersion, policy: Policy) -> Instant | None:
@@ -86,14 +89,20 @@ def room_problem(keys: int, externals: int) -> str | None:
     )
 
 
+def of_document(alg: str, things: Iterable[T]) -> list[T]:
+    """Those that stand in the same document as the keys of `alg`: post-quantum keys have one of their own."""
+    apart = ALGORITHMS[alg].is_post_quantum
+    return [thing for thing in things if ALGORITHMS[thing.alg].is_post_quantum is apart]
+
+
 def rotation_blocker(key_id: Id, versions: Iterable[KeyVersion]) -> KeyVersion | None:
-    """The retiring version of *another* key of the set that must leave the document first, or None (I5)."""
+    """The retiring version of *another* key of the document that must leave it first, or None (I5)."""
     blocking = [v for v in versions if v.state is _S.RETIRING and v.key_id != key_id]
     return max(blocking, key=lambda v: retirable_at(v) or 0, default=None)
 
 
 def kids_after_rotation(key_id: Id, versions: Sequence[KeyVersion], externals: Iterable[ExternalKey]) -> int:
-    """How many kids the set's document comes to once a key has rotated and its next standby is published."""
+    """How many kids the document comes to once a key has rotated and its next standby is published."""
     shown = sum(1 for v in versions if v.state.in_jwks or v.state is _S.CREATING)
     own = [v.state for v in versions if v.key_id == key_id]
     has_standby = _S.CREATING in own or own.count(_S.PUBLISHED) > 1

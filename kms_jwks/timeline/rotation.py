@@ -9,7 +9,7 @@ from kms_jwks.model import ExternalKey, Id, Instant, Key, KeySet, KeyVersion, Po
 from kms_jwks.timeline.calendar import jitter, later, shown
 from kms_jwks.timeline.decay import withdrawal_at
 from kms_jwks.timeline.growth import held, successor, visibility
-from kms_jwks.timeline.invariants import kids_after_rotation, rotation_blocker
+from kms_jwks.timeline.invariants import kids_after_rotation, of_document, rotation_blocker
 from kms_jwks.timeline.policies import MAX_KIDS, bounds
 from kms_jwks.timeline.steps import Obstacle, Step, StepKind, due_after, waiting_words
 
@@ -104,6 +104,7 @@ def _blocked(
 ) -> _Turn:
     """With what the set's document puts in its way (I5)."""
     found = list(turn.obstacles)
+    document, externals = of_document(turn.key.alg, document), of_document(turn.key.alg, externals)
     blocker = rotation_blocker(turn.key.id, document)
     if blocker is not None:
         owner = next(k for k in keys if k.id == blocker.key_id)

@@ -6,37 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from kms_jwks.cli.app import cli
 from kms_jwks.client import administration
-from tests.integration.conftest import Server, fresh, wait_until
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """One command as the administrator; its exit code is checked."""
-    for name in [name for name in os.environ if name.startswith("KMS_JWKS_") or name == "COLUMNS"]:
-        monkeypatch.delenv(name)
-
-    def invoke(*words: str, code: int = 0, token: str | None = None, input: str | None = None, **env: str) -> Result:  # noqa: A002
-        variables = {"KMS_JWKS_ADDR": server.url, "KMS_JWKS_TOKEN": token or server.admin, **env}
-        answer = CliRunner().invoke(cli, list(words), input=input, env=variables)
-        if answer.exception is not None and not isinstance(answer.exception, SystemExit):
-            raise answer.exception
-        assert answer.exit_code == code, (words, answer.output)
-        assert server.admin not in answer.output
-        return answer
-
-    return invoke
+from tests.integration.conftest import Run, Server, fresh, wait_until
 
 
 @pytest.fixture(scope="module")

@@ -12,35 +12,22 @@ from typing import Any
 import pkcs11
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from pkcs11 import Attribute, Mechanism, MechanismFlag, ObjectClass
-from pkcs11.util.ec import encode_named_curve_parameters
+from pkcs11 import Attribute, Mechanism, ObjectClass
 
 from kms_jwks import jose
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
-from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, keys, making
+from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, making
 from kms_jwks.backends.pkcs11.uri import parse
 from kms_jwks.errors import BackendRefused, BackendUnavailable, KeyNotFound, UnsupportedAlgorithm
 from tests.contract.suite import verify
+from tests.foreign_keys import BRAINPOOL, EC, P256, P384, RSA, SIGN_ONLY, Pair, make_pairs, theirs
 from tests.softhsm import SoftHsm, in_child, make_token
 
 pytestmark = pytest.mark.softhsm
 
 
-SIGN_ONLY = {
-    Attribute.SENSITIVE: True,
-    Attribute.EXTRACTABLE: False,
-    Attribute.SIGN: True,
-    Attribute.DECRYPT: False,
-    Attribute.UNWRAP: False,
-    Attribute.DERIVE: False,
-    Attribute.SIGN_RECOVER: False,
-}
-EC, RSA = pkcs11.KeyType.EC, pkcs11.KeyType.RSA
-P256, P384, BRAINPOOL = (
-    encode_named_curve_parameters(name) for name in ("secp256r1", "secp384r1", "1.3.36.3.3.2.8.1.1.7")
-)
-PAIRS: list[tuple[str, bytes, Any, Any, dict[Attribute, Any]]] = [
+PAIRS: list[Pair] = [
     ("good", b"\x0a", EC, P256, {}),
     ("good rsa", b"\x0b", RSA, 2048, {}),
     ("decrypts", b"\x0c", RSA, 2048, {Attribute.DECRYPT: True}),
@@ -56,33 +43,10 @@ PAIRS: list[tuple[str, bytes, Any, Any, dict[Attribute, Any]]] = [
 ]
 
 
-def theirs(hsm: SoftHsm) -> Any:
-    """A session as any other program of the PIN's holder has it."""
-    os.environ.update(hsm.environment)
-    token: Any = pkcs11.lib(str(hsm.module)).get_token(token_label=hsm.label)
-    return token.open(rw=True, user_pin=hsm.pin, attribute_mapper=keys.Mapper())
-
-
-def make_pairs(hsm: SoftHsm) -> None:
-    session = theirs(hsm)
-    for label, id_, kind, parameter, changes in PAIRS:
-        session.generate_keypair(
-            kind,
-            parameter if kind is RSA else None,
-            id=id_,
-            label=label,
-            store=True,
-            capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
-            mechanism=Mechanism.RSA_PKCS_KEY_PAIR_GEN if kind is RSA else Mechanism.EC_KEY_PAIR_GEN,
-            public_template={Attribute.PRIVATE: False} | ({} if kind is RSA else {Attribute.EC_PARAMS: parameter}),
-            private_template={**SIGN_ONLY, **changes},
-        )
-
-
 @pytest.fixture(scope="module")
 def hsm(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
     hsm = make_token(tmp_path_factory.mktemp("softhsm"))
-    in_child(make_pairs, hsm)
+    in_child(make_pairs, hsm, PAIRS)
     made = hsm.pkcs11_tool("--keypairgen", "--key-type", "EC:prime256v1", "--label", "of a tool", "--usage-sign")
     assert "Key pair generated" in made, made
     return hsm
@@ -290,7 +254,7 @@ def restricted(hsm: SoftHsm) -> None:
     access = backend._access()
     assert access._connection is not None
     session = access._connection.token.open()
-    private = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="only RS256")
+    private: Any = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="only RS256")
     with pytest.raises(pkcs11.MechanismInvalid):
         private.sign(b"x", mechanism=Mechanism.SHA512_RSA_PKCS)
     assert private.sign(b"x", mechanism=Mechanism.SHA256_RSA_PKCS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -14,6 +14,7 @@ from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
 from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
 from kms_jwks.backends.pkcs11 import adopting, keys, making, objects
 from kms_jwks.backends.pkcs11.access import Access
+from kms_jwks.backends.pkcs11.errands import Errands
 from kms_jwks.backends.pkcs11.locks import locked
 from kms_jwks.backends.pkcs11.meanings import Lost
 from kms_jwks.backends.pkcs11.mechanisms import offered
@@ -47,6 +48,7 @@ class Pkcs11Backend:
         self.sign_in_place = options.sign_in_place
         self._options = options
         self.recovered_at = 0.0
+        self._errands = Errands()
         self._bound_to: str | None = None
         # By process: a child of a fork sees the parent's entry, keeps it alive (its locks and handles are not the
         # child's to touch) and makes its own.
@@ -131,8 +133,13 @@ class Pkcs11Backend:
 
     # --- making and destroying ------------------------------------------------------------------------------------
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
-        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns."""
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
+        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns.
+
+        `purpose` is not written anywhere: tokens keep no tags, and their labels are random.
+        """
         if not label.isascii() or not label.isprintable() or not 0 < len(label) <= _LABEL_BYTES:
             raise BackendRefused(f"A key's label is 1 to {_LABEL_BYTES} printable ASCII characters.")
         if alg.is_rsa:
@@ -143,14 +150,19 @@ class Pkcs11Backend:
             raise BackendRefused(f"{alg.name} keys have no RSA modulus.")
         request = making.Request(label, alg, rsa_bits)
         made: list[bytes] = []
-        return self._mutate("generating a key", lambda seat: making.generated(seat, request, made))
+        return self._mutate(
+            "generating a key",
+            lambda seat: making.generated(seat, request, made),
+            undo=lambda late: self.destroy(late.ref),
+        )
 
     def destroy(self, ref: KeyRef) -> None:
         """See `Backend.destroy`. Both halves are gone, and were looked for again, when this returns."""
         self._mutate("destroying a key", lambda seat: making.destroyed(seat, ref))
 
     def distrust(self, ref: KeyRef) -> None:
-        """See `Backend.distrust`."""
+        """See `Backend.distrust`: the session is replaced before its next use."""
+        self._access().distrust()
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
         """Tokens have no waiting period: False."""
@@ -172,16 +184,25 @@ class Pkcs11Backend:
         pid = os.getpid()
         access = self._accesses.get(pid)
         if access is None:
-            access = Access(module_at(self._options.module), self._options, bound_to=self._bound_to)
+            access = Access(
+                module_at(self._options.module), self._options, bound_to=self._bound_to, opened=self._note_opening
+            )
             access = self._accesses.setdefault(pid, access)
         return access
 
-    def _read(self, doing: str, work: Callable[[Seat], T]) -> T:
-        return self._access().run(work, time.monotonic() + _READING, doing=doing)
+    def _note_opening(self, at: float) -> None:
+        self.recovered_at = at
 
-    def _mutate(self, doing: str, work: Callable[[Seat], T]) -> T:
-        """One at a time per token, whatever the thread or process: SoftHSM fails beside readers otherwise."""
+    def _read(self, doing: str, work: Callable[[Seat], T]) -> T:
+        access, deadline = self._access(), time.monotonic() + _READING
+        return self._errands.run(lambda: access.run(work, deadline, doing=doing), deadline, doing=doing)
+
+    def _mutate(self, doing: str, work: Callable[[Seat], T], undo: Callable[[T], None] | None = None) -> T:
         deadline = time.monotonic() + _MUTATING
+        return self._errands.run(lambda: self._alone(doing, work, deadline), deadline, doing=doing, undo=undo)
+
+    def _alone(self, doing: str, work: Callable[[Seat], T], deadline: float) -> T:
+        """One at a time per token, whatever the thread or process: SoftHSM fails beside readers otherwise."""
         access = self._access()
         serial = access.run(lambda seat: seat.connection.serial, deadline, doing=doing)
         with locked(lock_path(self._options.lock_dir, "mutate", serial), deadline):

@@ -228,7 +228,7 @@ def optional(key: Object, attribute: Attribute) -> Any:
     try:
         return key[attribute]
     except PKCS11Error as error:
-        if meaning_of(error) in (Meaning.REFUSED, Meaning.UNSUPPORTED):
+        if meaning_of(error) is Meaning.ABSENT:
             return None
         raise
 

@@ -13,7 +13,7 @@ from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, PKCS11Error, 
 from kms_jwks import jose
 from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
 from kms_jwks.backends.pkcs11 import keys
-from kms_jwks.backends.pkcs11.meanings import Lost, Meaning, meaning_of, said, unavailable
+from kms_jwks.backends.pkcs11.meanings import Lost, meaning_of, said, unavailable
 from kms_jwks.backends.pkcs11.mechanisms import ROWS, Row
 from kms_jwks.backends.pkcs11.objects import find, jwk_of, locator, look, private_key, signed
 from kms_jwks.errors import (
@@ -138,7 +138,7 @@ def _make(session: Session, request: Request, id_: bytes, row: Row) -> None:
                 )
                 return
             except PKCS11Error as error:
-                if meaning_of(error) not in (Meaning.REFUSED, Meaning.UNSUPPORTED):
+                if not meaning_of(error).is_final:
                     raise
                 refusal = error
     assert refusal is not None

@@ -12,8 +12,9 @@ from kms_jwks import strictjson
 from kms_jwks.backends.base import Digest, KeyRef, Message, PublicJwk
 from kms_jwks.backends.pkcs11 import keys
 from kms_jwks.backends.pkcs11.connection import Handle
-from kms_jwks.backends.pkcs11.meanings import Lost
+from kms_jwks.backends.pkcs11.meanings import Garbled, Lost
 from kms_jwks.backends.pkcs11.mechanisms import ROWS, prepared
+from kms_jwks.backends.pkcs11.searching import searched
 from kms_jwks.errors import (
     BackendRefused,
     KeyNotFound,
@@ -40,7 +41,7 @@ def find(connection: Connection, session: Session, template: keys.Template) -> l
     connection.check()
     if not connection.is_healthy():
         raise Lost
-    return list(session.get_objects(template))
+    return searched(session, template)
 
 
 def look(connection: Connection, session: Session, template: keys.Template) -> list[Object]:
@@ -209,7 +210,7 @@ def signed(seat: Seat, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> b
     room = max(_SIGNATURE_ROOM, alg.signature_bytes)
     signature: bytes = handle.key.sign(data, mechanism=mechanism, mechanism_param=pss, buffer_size=room)
     if len(signature) != alg.signature_length(handle.rsa_bits or None):
-        raise BackendRefused(f"The module made a signature of {len(signature)} bytes, which {alg.name} never has.")
+        raise Garbled(f"a signature of {len(signature)} bytes, which {alg.name} never has")
     return signature
 
 
