@@ -205,7 +205,7 @@ class SimWorker:
 
     def die(self) -> None:
         self.alive = False
-        life = self.watcher._life
+        life = self.watcher._registration._life
         if life is not None:
             life.release()
 
@@ -221,6 +221,7 @@ class Plant:
         self.registry_down = False
         self.backend = MemoryBackend("memory")
         self.living: set[Id] = set()
+        self.ended: list[Id] = []
         """Workers whose life line holds."""
         self.watch: list[Callable[[], None]] = []
         """Called before time passes: what was possible until now is over then."""
@@ -355,8 +356,9 @@ class _Life:
         self._worker = worker
         self.plant.living.add(worker)
 
-    def release(self) -> None:
+    def release(self, *, keep_proof: bool = False) -> None:
         self.plant.living.discard(self._worker)
+        self.plant.ended.append(self._worker)
 
 
 @contextlib.contextmanager
@@ -370,11 +372,16 @@ def simulated(seed: int = 0, **options: Any) -> Iterator[Plant]:
         logger_factory=structlog.ReturnLoggerFactory(), processors=[lambda *_: ""], cache_logger_on_first_use=False
     )
     known: list[Plant] = []
-    liveness = SimpleNamespace(is_dead=lambda _, worker: worker not in known[0].living, clear=lambda *_: None)
+    liveness = SimpleNamespace(
+        is_dead=lambda _, worker: worker not in known[0].living,
+        dead=lambda _: list(known[0].ended),
+        age=lambda *_: 0.0,
+        clear=lambda _, worker: known[0].ended.remove(worker),
+    )
     with (
         patch.object(model, "os", SimpleNamespace(urandom=rng.randbytes)),
         patch.object(model, "time", clock),
-        patch("kms_jwks.service.watcher.LifeLine", life),
+        patch("kms_jwks.service.registration.LifeLine", life),
         patch("kms_jwks.service.confirmation.liveness", liveness),
     ):
         plant = Plant.__new__(Plant)
