@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Role
@@ -29,8 +29,12 @@ WEAK = {
 
 
 def foreign(world: World, alg: str = "ES256", label: str = "theirs", rsa_bits: int | None = None) -> GeneratedKey:
-    """A pair that somebody else made."""
-    return world.backend.generate(label, ALGORITHMS[alg], rsa_bits=rsa_bits)
+    """A pair that somebody else made, of any size."""
+    if rsa_bits is not None:
+        ref = KeyRef.of(id=f"{label}-{rsa_bits}", label=label)
+        world.backend.keys[ref["id"]] = (label, rsa.generate_private_key(65537, rsa_bits))
+        return GeneratedKey(ref, world.backend.public_key(ref))
+    return world.backend.generate(label, ALGORITHMS[alg])
 
 
 def adopt(world: World, locator: str = "theirs", **more: Any) -> dict[str, Any]:
