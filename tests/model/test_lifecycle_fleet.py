@@ -61,14 +61,14 @@ def a_fleet(plant: Plant, **policy: Any) -> Fleet:
     return Fleet(plant)
 
 
-def test_no_token_is_rejected_at_the_defaults(say: Callable[[str], None]) -> None:
+def test_no_token_is_rejected_at_the_defaults(figure: Callable[[str], None]) -> None:
     with simulated(nodes=3) as plant:
         oracle = Oracle(plant)
         fleet = a_fleet(plant)
         rotate_for_long(fleet, ROTATIONS)
         rotated = sum(1 for v in plant.versions() if v.deactivated_at is not None)
         tally = fleet.tally
-        say(
+        figure(
             f"fleet at the defaults: {rotated} rotations, {tally.tokens} tokens, {tally.verified} verifications by "
             f"{len(HABITS)} kinds of client, {tally.rejections} rejected"
         )
@@ -78,12 +78,12 @@ def test_no_token_is_rejected_at_the_defaults(say: Callable[[str], None]) -> Non
         assert {b for v in plant.versions() for b in v.breaches} == set()
 
 
-def test_without_a_publish_lead_tokens_are_rejected(say: Callable[[str], None]) -> None:
+def test_without_a_publish_lead_tokens_are_rejected(figure: Callable[[str], None]) -> None:
     with simulated(nodes=3) as plant:
         fleet = a_fleet(plant, publish_lead=0, allow_unsafe_publish_lead=True, rotate_every=3910)
         rotate_for_long(fleet, 20)
         tally = fleet.tally
-        say(
+        figure(
             f"fleet with publish_lead 0: 20 rotations, {tally.tokens} tokens, {tally.rejections} rejected by "
             f"{', '.join(sorted(tally.rejected))}"
         )
@@ -93,7 +93,7 @@ def test_without_a_publish_lead_tokens_are_rejected(say: Callable[[str], None]) 
 
 
 @pytest.mark.parametrize(("age", "known"), [(30 * HOUR, True), (60, False)], ids=["an old standby", "a young standby"])
-def test_an_emergency_and_the_second_rotation_after_it(age: int, known: bool, say: Callable[[str], None]) -> None:
+def test_an_emergency_and_the_second_rotation_after_it(age: int, known: bool, figure: Callable[[str], None]) -> None:
     """Who rejects the successor's tokens, who goes on trusting the revoked key, and for how long, at the worst.
 
     `known`: verifiers fetched after the standby was published, so that nothing makes those ask that keep for ever.
@@ -130,7 +130,7 @@ def test_an_emergency_and_the_second_rotation_after_it(age: int, known: bool, sa
             fleet.wait(10 if plant.now < began + HOUR * SECOND else 60)
         for what, found in (("rejects the successor", rejects), ("trusts the revoked key", trusts)):
             listed = ", ".join(f"{name} {seconds} s" for name, seconds in sorted(found.items(), key=lambda x: -x[1]))
-            say(f"emergency, standby visible for {age} s: {what} for up to: {listed or 'nobody'}")
+            figure(f"emergency, standby visible for {age} s: {what} for up to: {listed or 'nobody'}")
         assert before == {}
         limits = {h.client: h.keeps + 61 for h in HABITS}
         for name, seconds in trusts.items():

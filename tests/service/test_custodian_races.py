@@ -92,7 +92,7 @@ def act(url: str, state: Path, keys: Path, name: str, seed: int) -> None:
     signal.signal(signal.SIGTERM, end)
     custodians.PACE = 0.02
     backend = module(keys)
-    backend.before = lambda call: time.sleep(chance.random() * 0.05 if call in ("generate", "generated") else 0.0)
+    backend.before = lambda call: time.sleep(chance.random() * 0.2 if call in ("generate", "generated") else 0.0)
     store = Store(url, connecting=Connecting(timeout=5.0))
     confirmation = Confirmation(store, node=name, state_dir=state, lease=10, kick=lambda: None)
     modules = Modules({"memory": backend}, default="memory", limits={"memory": Limits(timeout=0.5)})

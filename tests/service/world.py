@@ -59,6 +59,7 @@ class World:
             },
         )
         self.settings.state_dir.mkdir()
+        self._stores: list[Store] = []
         self.registry = self.store()
         self.registry.upgrade()
         self.workers = [self.worker() for _ in range(workers)]
@@ -78,7 +79,9 @@ class World:
         return boot_clock() + self.offset
 
     def store(self) -> Store:
-        return Store(self.settings.database_url, wall=self.wall)
+        made = Store(self.settings.database_url, wall=self.wall)
+        self._stores.append(made)
+        return made
 
     def modules(self) -> Modules:
         return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=0.5)})
@@ -122,7 +125,8 @@ class World:
             self._custodian.join(timeout=10)
         for worker in self.workers:
             worker.stop()
-        self.registry.dispose()
+        for store in self._stores:
+            store.dispose()
 
     def advance(self, seconds: float) -> None:
         """Let time pass, for database and boot clock alike, and let every worker notice it."""

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import structlog
 
-from kms_jwks import authn, model, wire
+from kms_jwks import model, wire
 from kms_jwks.access import Role
 from kms_jwks.errors import Error
 from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
@@ -30,9 +30,10 @@ from kms_jwks.service.external_keys import ExternalKeys
 from kms_jwks.service.guard import Guard, Presented
 from kms_jwks.service.key_sets import KeySets
 from kms_jwks.service.keys import Keys
-from kms_jwks.service.modules import Modules
+from kms_jwks.service.modules import Limits, Modules
 from kms_jwks.service.office import Fenced, Office
 from kms_jwks.service.operation import Operation
+from kms_jwks.service.recycling import Recycling
 from kms_jwks.service.signing import Signing
 from kms_jwks.service.snapshot import Snapshot
 from kms_jwks.service.versions import Versions
@@ -54,16 +55,20 @@ class Crash(BaseException):
 class Bomb:
     """Goes off at the `left`-th point at which a process can die; never while `left` is 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_point: Callable[[str], None] = lambda _: None) -> None:
         self.left = 0
-        self.passed: list[str] = []
-        """Every point that was passed, by name."""
         self.gone_off = False
+        self._at_point = at_point
+        """Hears of every point that is passed alive; it may raise Crash, or do something while the process stands."""
 
     def __call__(self, point: str) -> None:
         if self.gone_off:
             raise Crash  # who is dead does nothing more
-        self.passed.append(point)
+        try:
+            self._at_point(point)
+        except Crash:
+            self.gone_off = True
+            raise
         if self.left:
             self.left -= 1
             if not self.left:
@@ -82,19 +87,18 @@ class Node:
         """Cut off from the registry."""
         self.down = False
         self.workers: list[SimWorker] = []
-        self.bomb = Bomb()
         self.custodian = self.new_custodian()
 
     def boot(self) -> int:
         return self.plant.now + self.boot_offset
 
     def store(self) -> MemoryStore:
-        store = MemoryStore(self.plant.registry)
+        store = self.plant.make_store()
         store.away = lambda: self.cut or self.plant.registry_down
         return store
 
     def new_custodian(self) -> Custodian:
-        self.bomb = Bomb()
+        self.bomb = Bomb(lambda point: self.plant.at_point(self, point))
         store = self.store()
         store.before = self.bomb
         return Custodian(
@@ -173,6 +177,8 @@ class SimWorker:
             state_dir=NOWHERE,
             used=guard.drain_used,
             bind=lambda _: None,
+            reap=lambda: None,
+            backends=dict,
             clock=DatabaseClock(node.boot),
         )
         self.watcher._shelf = SimpleNamespace(store=lambda _: None, snapshot=lambda: None)  # type: ignore[assignment]
@@ -181,7 +187,7 @@ class SimWorker:
         self.signing = Signing(self.watcher, guard, modules)
         self.key_sets, self.keys, self.versions = KeySets(control), Keys(control), Versions(control)
         self.external_keys = ExternalKeys(control)
-        self.operation = Operation(control, self.watcher)
+        self.operation = Operation(control, self.watcher, Recycling(NOWHERE, 1))
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -202,7 +208,7 @@ class SimWorker:
 
     def die(self) -> None:
         self.alive = False
-        life = self.watcher._life
+        life = self.watcher._registration._life
         if life is not None:
             life.release()
 
@@ -210,7 +216,15 @@ class SimWorker:
 class Plant:
     """`now` is true time in microseconds; the registry's clock is `step` away from it."""
 
-    def __init__(self, *, nodes: int = 2, workers: int = 1, lease: int = 10, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        nodes: int = 2,
+        workers: int = 1,
+        lease: int = 10,
+        seed: int = 0,
+        make_store: Callable[[Plant], MemoryStore] | None = None,
+    ) -> None:
         self.now: int = T0
         self.step = 0
         self.lease = lease
@@ -218,13 +232,19 @@ class Plant:
         self.registry_down = False
         self.backend = MemoryBackend("memory")
         self.living: set[Id] = set()
+        self.ended: list[Id] = []
         """Workers whose life line holds."""
         self.watch: list[Callable[[], None]] = []
         """Called before time passes: what was possible until now is over then."""
         self.on_commit: list[Callable[[Any, Any], None]] = []
-        self.registry = _Watched(self)
-        token = authn.new_token().token
-        store = MemoryStore(self.registry)
+        self.at_point: Callable[[Node, str], None] = lambda *_: None
+        """Called at every point of every custodian."""
+        self.registry: Registry = _Watched(self)
+        self.acting: Node | None = None
+        """Whose custodian is at work."""
+        self.stores: list[MemoryStore] = []
+        self._make_store = make_store
+        self.view = store = self.make_store()
         with store.write() as tx:
             owner = add_client(tx, "admin")
             for role in (Role.ADMIN, Role.SIGNER):
@@ -239,7 +259,12 @@ class Plant:
         self.round()
 
     def modules(self) -> Modules:
-        return Modules({"memory": self.backend}, default="memory", sign_timeouts={"memory": 5.0})
+        return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=5.0)})
+
+    def make_store(self) -> MemoryStore:
+        """One process's way to the registry."""
+        self.stores.append(MemoryStore(self.registry) if self._make_store is None else self._make_store(self))
+        return self.stores[-1]
 
     # --- what there is
 
@@ -252,7 +277,8 @@ class Plant:
         return next((w for w in self.workers if not w.node.cut and not w.forgotten), None)
 
     def versions(self) -> list[KeyVersion]:
-        return list(self.registry.committed.tables[KeyVersion].values())
+        with self.view.registry_view() as tx:
+            return tx.versions()
 
     # --- time
 
@@ -282,7 +308,8 @@ class Plant:
         """One round of a node's custodian; one that crashes is replaced."""
         if node.down:
             return
-        self.backend.before = node.bomb
+        before, self.backend.before = self.backend.before, node.bomb
+        others, self.acting = self.acting, node
         try:
             node.custodian.tick()
         except Crash:
@@ -294,7 +321,7 @@ class Plant:
             elif not isinstance(error, Error):
                 raise
         finally:
-            self.backend.before = lambda _: None
+            self.backend.before, self.acting = before, others
 
     def settle(self, rounds: int = 8) -> None:
         """Let everything that can happen now happen."""
@@ -352,8 +379,9 @@ class _Life:
         self._worker = worker
         self.plant.living.add(worker)
 
-    def release(self) -> None:
+    def release(self, *, keep_proof: bool = False) -> None:
         self.plant.living.discard(self._worker)
+        self.plant.ended.append(self._worker)
 
 
 @contextlib.contextmanager
@@ -367,11 +395,16 @@ def simulated(seed: int = 0, **options: Any) -> Iterator[Plant]:
         logger_factory=structlog.ReturnLoggerFactory(), processors=[lambda *_: ""], cache_logger_on_first_use=False
     )
     known: list[Plant] = []
-    liveness = SimpleNamespace(is_dead=lambda _, worker: worker not in known[0].living, clear=lambda *_: None)
+    liveness = SimpleNamespace(
+        is_dead=lambda _, worker: worker not in known[0].living,
+        dead=lambda _: list(known[0].ended),
+        age=lambda *_: 0.0,
+        clear=lambda _, worker: known[0].ended.remove(worker),
+    )
     with (
         patch.object(model, "os", SimpleNamespace(urandom=rng.randbytes)),
         patch.object(model, "time", clock),
-        patch("kms_jwks.service.watcher.LifeLine", life),
+        patch("kms_jwks.service.registration.LifeLine", life),
         patch("kms_jwks.service.confirmation.liveness", liveness),
     ):
         plant = Plant.__new__(Plant)
@@ -383,3 +416,5 @@ def simulated(seed: int = 0, **options: Any) -> Iterator[Plant]:
             yield plant
         finally:
             structlog.configure(**before)
+            for store in plant.stores:
+                store.dispose()

@@ -154,7 +154,8 @@ def destroyed(seat: Seat, ref: KeyRef) -> None:
     with suppress(KeyNotFound):
         private_key(seat, ref)
     seat.handles.pop(ref, None)
-    destroy_all(seat, locator(ref, ObjectClass.PRIVATE_KEY))
+    # A pair that has no CKA_ID is known by its label, which the public key of somebody else's pair may have too.
+    destroy_all(seat, {Attribute.ID: b"", **locator(ref, ObjectClass.PRIVATE_KEY)})
 
 
 def destroy_all(seat: Seat, template: keys.Template) -> None:
