@@ -54,9 +54,16 @@ class Watchers:
         pinned = jwt.encode(claims, self.key, algorithm="ES256", headers={"kid": self.key.kid})
         for token in (pinned, self.issuer.client.sign_jwt(self.issuer.name, "main", claims).token):
             self.kids.append(jwt.get_unverified_header(token)["kid"])
-            expected = {"issuer": self.issuer.url, "audience": "shop"}
-            jwt.decode(token, self.pyjwt.get_signing_key_from_jwt(token), algorithms=["ES256"], **expected)
-            self.jose.verify(token, self.issuer.jwks_uri, alg="ES256", cache=self.issuer.name, **expected)
+            found = self.pyjwt.get_signing_key_from_jwt(token)
+            jwt.decode(token, found, algorithms=["ES256"], issuer=self.issuer.url, audience="shop")
+            self.jose.verify(
+                token,
+                self.issuer.jwks_uri,
+                alg="ES256",
+                issuer=self.issuer.url,
+                audience="shop",
+                cache=self.issuer.name,
+            )
             self.verified += 2
 
 
