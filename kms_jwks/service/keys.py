@@ -14,6 +14,7 @@ from kms_jwks import errors, timeline, wire
 from kms_jwks.access import Permission, Scope, allow
 from kms_jwks.algorithms import ALGORITHMS, DEFAULT_RSA_BITS
 from kms_jwks.model import (
+    Instant,
     Key,
     KeySet,
     KeyVersion,
@@ -83,7 +84,7 @@ class Keys:
             check_revision(found.key.revision, if_match)
             changed = replace(
                 found.key,
-                policy=merge_policy(found.key.policy, request.policy),
+                policy=merge_policy(found.key.policy, request.policy, tx.now()),
                 profile=merge(found.key.profile, request.profile),
             )
             if changed != found.key:
@@ -155,7 +156,7 @@ def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCre
         alg=request.alg,
         rsa_bits=_rsa_bits(request),
         backend=_backend(control, request),
-        policy=merge_policy(Policy(), request.policy),
+        policy=merge_policy(Policy(), request.policy, now),
         profile=merge(SigningProfile(), request.profile),
         created_at=now,
         updated_at=now,
@@ -194,7 +195,7 @@ def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:
     return replace(current, **{name: value for name, value in given.items() if value is not UNSET})
 
 
-def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType) -> Policy:
+def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType, now: Instant) -> Policy:
     """`merge`, with the API's datetime as an instant. Raises InvalidField."""
     if changes is UNSET or changes.hold_until is UNSET or changes.hold_until is None:
         return merge(current, changes)
@@ -202,6 +203,8 @@ def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType
         until = to_instant(changes.hold_until)
     except ValueError as error:
         raise errors.InvalidField(f"hold_until: {error}", fields={"field": "policy.hold_until"}) from None
+    if until > timeline.later(now, timeline.FARTHEST):
+        raise errors.InvalidField("hold_until: lies over 10 years ahead", fields={"field": "policy.hold_until"})
     return replace(merge(current, changes), hold_until=until)
 
 
