@@ -181,6 +181,36 @@ def test_without_fencing_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found > 0
 
 
+def test_the_last_word_to_a_module_is_the_truth() -> None:
+    """A custodian stands still with a destruction date on its lips; meanwhile the destruction is taken back."""
+    with simulated(nodes=2) as plant:
+        plant.backend.puts_off = 7 * DAY
+        taken_back = 0
+
+        def act(node: Node, point: str) -> None:
+            nonlocal taken_back
+            if point != "schedule_destroy" or taken_back:
+                return
+            taken_back += 1
+            overtake(node, point)
+            api = plant.api()
+            assert api is not None
+            api.versions.cancel_destroy(plant.who, "main", "default", "1")
+            overtake(node, point)
+            assert plant.backend.told == {}
+
+        plant.create({"name": "default", "alg": "EdDSA", "policy": POLICY})
+        plant.settle()
+        plant.advance(20_000, rounds=6)
+        plant.at_point = act
+        plant.advance(740, rounds=6)
+        plant.settle(60)
+        version = plant.versions()[0]
+        assert taken_back == 1
+        assert (version.state, version.destroy_at, version.destroy_told) == (S.RETIRED, None, None)
+        assert plant.backend.told == {}
+
+
 # --- the real store
 
 
