@@ -240,6 +240,14 @@ class AwsKmsBackend(BackendSettings):
     key_policy_file: Path | None = Field(default=None, description="A key policy (JSON) for the keys it makes.")
     management: AwsKmsManagement | None = None
 
+    @model_validator(mode="after")
+    def _nobody_in_between(self) -> Self:
+        url = urlsplit(self.endpoint_url or "https://kms")
+        if url.scheme != "https" and (url.scheme != "http" or url.hostname not in ("127.0.0.1", "::1", "localhost")):
+            # Whoever answers a request for a public key could answer with their own.
+            raise ValueError("endpoint_url must begin with https://, or with http:// and be on this machine")
+        return self
+
 
 class ThirdPartyBackend(BackendSettings):
     """A backend of another package (entry-point group `kms_jwks.backends`); further settings are its own business."""

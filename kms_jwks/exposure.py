@@ -97,7 +97,7 @@ class Learns(StrEnum):
     KNOWS = "knows"
     """Every copy that has not expired holds it."""
     FETCHES = "fetches"
-    """At the first token with that kid, or it holds it already."""
+    """At the first token with that kid, or it holds it already; where caches and pauses delay it, by `learns_by`."""
     WAITS = "waits"
     """When its copy expires, at `learns_by` at the latest; until then it rejects the successor's tokens."""
     UNKNOWN = "unknown"
@@ -186,16 +186,14 @@ def _learns(verifier: Verifier, keeps: int | None, case: Case) -> tuple[Learns, 
     if not case.has_successor:
         return Learns.NOTHING, None
     seen = case.successor_visible_since
-    if keeps is not None:
-        # The oldest copy in use may have come out of a shared cache just before the successor was published.
-        by = _after(case.withdrawn_at if seen is None else seen, keeps + case.cache_lifetime)
-        if seen is not None and by <= case.withdrawn_at:
-            return Learns.KNOWS, None
-        if verifier.unknown_kid is not UnknownKid.FETCHES:
-            return Learns.WAITS, by
+    # A shared cache may hand out for its lifetime what it fetched just before the successor was published.
+    stale = _after(case.withdrawn_at if seen is None else seen, case.cache_lifetime)
+    if keeps is not None and seen is not None and _after(stale, keeps) <= case.withdrawn_at:
+        return Learns.KNOWS, None
     if verifier.unknown_kid is UnknownKid.FETCHES:
-        return Learns.FETCHES, None
-    return Learns.UNKNOWN, None
+        by = _after(stale, verifier.pause)
+        return Learns.FETCHES, by if by > case.withdrawn_at else None
+    return (Learns.UNKNOWN, None) if keeps is None else (Learns.WAITS, _after(stale, keeps))
 
 
 def _trust(verifier: Verifier, keeps: int | None, ends: Ends, case: Case) -> str:

@@ -128,7 +128,10 @@ class MemoryBackend:
         ref = KeyRef.of(id=found[0], label=self.keys[found[0]][0])
         if found[0] in self.halved and public_jwk is not None:
             return GeneratedKey(KeyRef.of(**ref.as_dict(), public=json.dumps(dict(public_jwk))), public_jwk)
-        return GeneratedKey(ref, self.public_key(ref))
+        held = self.public_key(ref)
+        if public_jwk is not None and dict(public_jwk) != dict(held):
+            raise errors.BackendRefused("The public key that was given is another one.")
+        return GeneratedKey(ref, held)
 
     def public_key(self, ref: KeyRef) -> PublicJwk:
         self._enter("public_key")

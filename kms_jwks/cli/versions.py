@@ -220,8 +220,8 @@ def version_rows(
     versions: Sequence[tuple[str, wire.Version]], *, named: bool
 ) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Columns and rows of a table of versions, each with its key's name where they are of several keys."""
-    columns = ("NUMBER", "STATE", "ALG", "SINCE", "ORIGIN", "KID")
-    rows = [(v.number, v.state, v.alg, when(_since(v)), _origin(v), v.kid or "-") for _, v in versions]
+    columns = ("NUMBER", "STATE", "ALG", "SINCE", "ORIGIN", "KID", "NOTES")
+    rows = [(v.number, v.state, v.alg, when(_since(v)), _origin(v), v.kid or "-", _notes(v)) for _, v in versions]
     if not named:
         return columns, list(rows)
     return ("KEY", *columns), [(name, *row) for (name, _), row in zip(versions, rows, strict=True)]
@@ -230,6 +230,16 @@ def version_rows(
 def _origin(found: wire.Version) -> str:
     """Who made the pair, and what was accepted of it."""
     return f"{found.origin}: {', '.join(found.weaknesses)}" if found.weaknesses else found.origin
+
+
+def _notes(found: wire.Version) -> str:
+    """What every listing shows of a version: overridden invariants, an emergency, why its pair is not there."""
+    notes = [f"{breach.invariant} overridden" for breach in found.breaches]
+    if found.emergency:
+        notes.append("emergency")
+    if found.trouble is not None:
+        notes.append(found.trouble)
+    return "; ".join(notes)
 
 
 def _since(found: wire.Version) -> datetime | None:

@@ -283,7 +283,13 @@ ROUTES: tuple[Route, ...] = (
     ),
     _change("POST", f"{_VERSION}/cancel-destroy", control.cancel_destroy, P.VERSION_DESTROY, Empty, wire.Version),
     _change(
-        "POST", "/v1/revocations", control.create_revocation, P.VERSION_REVOKE, wire.RevocationCreate, wire.Revocation
+        "POST",
+        "/v1/revocations",
+        control.create_revocation,
+        P.VERSION_REVOKE,
+        wire.RevocationCreate,
+        wire.Revocation,
+        problems=(errors.KeySetNotFound, errors.BackendUnknown),
     ),
     # external keys
     _get(f"{_SET}/external-keys", control.list_external_keys, P.KEY_READ, items=wire.ExternalKey),

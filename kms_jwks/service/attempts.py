@@ -163,6 +163,22 @@ class Attempts:
         log.info("key_pair_destroyed", version=intent.version_id)
 
     def _tell(self, intent: Intent) -> None:
+        told = self._say(intent)
+        try:
+            with self._office.mutation() as tx:
+                current, version = _current(tx, intent)
+                if current.state is IntentState.STARTED:
+                    # What was told, even if another date was set meanwhile: then the plan tells that one.
+                    tx.save(replace(version, destroy_told=told))
+                    tx.save(replace(current, state=IntentState.DONE, finished_at=tx.now()))
+        except Fenced:
+            # The successor may have told the module before this word arrived there: the last word must be the truth.
+            self._say(intent)
+            raise
+        log.info("module_told", version=intent.version_id, destroy_at=told)
+
+    def _say(self, intent: Intent) -> Instant | None:
+        """Tell the module the destruction date that the registry holds now. Returns it."""
         with self._store.read() as tx:
             version, now = tx.version(intent.version_id), tx.now()
         assert version is not None and version.ref is not None
@@ -172,13 +188,7 @@ class Attempts:
             backend.cancel_destroy(ref)
         else:
             backend.schedule_destroy(ref, timeline.days_until(gone, now))
-        with self._office.mutation() as tx:
-            current, found = _current(tx, intent)
-            if current.state is IntentState.STARTED:
-                # What was told, even if another date was set meanwhile: then the plan tells that one.
-                tx.save(replace(found, destroy_told=version.destroy_at))
-                tx.save(replace(current, state=IntentState.DONE, finished_at=tx.now()))
-        log.info("module_told", version=intent.version_id, scheduled=gone is not None)
+        return version.destroy_at
 
     # --- an attempt fails
 

@@ -69,7 +69,13 @@ def _settled(tx: ReadTx, version: KeyVersion) -> bool:
     if version.visible_since is None:
         return False
     siblings = tx.versions(key_id=version.key_id, states={VersionState.ACTIVE})
-    return bool(siblings) or not version.first_fill
+    return bool(siblings) or not version.first_fill or _held(tx, version)
+
+
+def _held(tx: ReadTx, version: KeyVersion) -> bool:
+    """Whether `hold_until` keeps a version from signing for now."""
+    key = tx.key_by_id(version.key_id)
+    return key is not None and key.policy.hold_until is not None and key.policy.hold_until > tx.now()
 
 
 def _failure(tx: ReadTx, version: KeyVersion) -> str | None:

@@ -339,7 +339,9 @@ def _forget_attempts(tx: WriteTx, version: KeyVersion) -> None:
 
 
 def _require_not_begun(tx: ReadTx, version: KeyVersion) -> None:
-    if any(i.kind is IntentKind.DESTROY for i in tx.intents(states={IntentState.STARTED}, version_id=version.id)):
+    """An attempt that failed, or whose custodian ended, may have destroyed the key all the same."""
+    attempts = (i for i in tx.intents(version_id=version.id) if i.kind is IntentKind.DESTROY)
+    if any(i.term is not None for i in attempts):
         raise errors.TransitionRefused(f"The destruction of version {version.number} has begun.")
 
 
@@ -360,7 +362,8 @@ def begin_anew(tx: WriteTx) -> list[Key]:
             add_intent(tx, IntentKind.GENERATE, version, now)
         else:
             tx.save(replace(version, published_epoch=counter, visible_since=None, first_fill=False))
-    disabled = [replace(k, disabled_at=now, revision=k.revision + 1) for k in tx.keys() if k.disabled_at is None]
+    keys = tx.keys()
+    disabled = [replace(key, disabled_at=now, revision=key.revision + 1) for key in keys if key.disabled_at is None]
     for key in disabled:
         tx.save(key)
     return disabled

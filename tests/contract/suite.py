@@ -445,6 +445,10 @@ class BackendContract:
         assert adopted.public_jwk == key.public_jwk
         message = Message(b"adopted")
         verify(alg, dict(key.public_jwk), message, backend.sign(adopted.ref, alg, message, soon()))
+        assert backend.adopt(label, key.public_jwk) == adopted
+        other = b64u_encode(os.urandom(32))
+        with pytest.raises(BackendRefused):
+            backend.adopt(label, {**key.public_jwk, "x": other})
         self.end(backend, key.ref, wait)
         with pytest.raises(KeyNotFound):
             backend.adopt(label)

@@ -7,7 +7,9 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import time
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +21,16 @@ from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends import make_backend
 from kms_jwks.backends.aws_kms import AwsKmsBackend, AwsKmsOptions
+from kms_jwks.backends.aws_kms.connection import Connection
 from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
 from kms_jwks.config import AwsKmsBackend as Settings
-from tests.fake_kms.operations import Place
+from tests.fake_kms.operations import OPERATIONS, Place
 from tests.fake_kms.server import ACCOUNT, OTHER_ACCOUNT, REGION, FakeKms, Fault
+from tests.fake_kms.signing import Refused
 from tests.moto_server import moto
 
 ES256 = ALGORITHMS["ES256"]
+PAGE = Path(__file__).parents[2] / "docs" / "backends" / "aws-kms.md"
 THEIRS = Place(OTHER_ACCOUNT, REGION)
 MakeBackend = Callable[..., AwsKmsBackend]
 
@@ -227,7 +232,7 @@ def test_a_key_of_another_region(fake: FakeKms, make: MakeBackend) -> None:
     assert "region" in error.next_step
     ref = make(region="us-east-1").adopt(elsewhere.arn).ref
     for call in (make().public_key, make().attributes, lambda ref: make().sign(ref, ES256, Message(b"x"), soon())):
-        assert "us-east-1" in refusal(lambda: call(ref)).detail  # type: ignore[operator]  # noqa: B023
+        assert "us-east-1" in refusal(lambda: call(ref)).detail  # noqa: B023
     assert fake.calls["Sign"] == 0
 
 
@@ -305,6 +310,53 @@ def test_a_worker_needs_three_rights(fake: FakeKms, make: MakeBackend) -> None:
         (lambda: fresh.schedule_destroy(key.ref, 7), "kms:ScheduleKeyDeletion"),
     ):
         assert right in refusal(call).next_step
+
+
+def documented(number: int) -> set[str]:
+    """The operations that a policy on the page of this backend allows."""
+    blocks = re.findall(r"```json\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    found: set[str] = set()
+    for statement in json.loads(blocks[number])["Statement"]:
+        actions = statement["Action"]
+        found |= {action.removeprefix("kms:") for action in ([actions] if isinstance(actions, str) else actions)}
+    return found
+
+
+def test_the_documented_policies_suffice_and_hold_nothing_more(fake: FakeKms, make: MakeBackend) -> None:
+    """As far as which operation is asked goes; conditions and resources are IAM's to evaluate."""
+
+    def only(allowed: set[str]) -> None:
+        fake.denied = {(ACCOUNT, operation) for operation in OPERATIONS if operation not in allowed}
+
+    only(documented(1))
+    with fake.counted() as calls:
+        custodian = make()
+        custodian.ping()
+        key = custodian.generate("kj-a-1", ES256, purpose={"key": "main"})
+        fake.make(tags={"kms-jwks:label": "kj-a-2"})
+        assert len(custodian.list_keys("kj-a-")) == 2
+        custodian.adopt("alias/kj-a-1")
+        custodian.schedule_destroy(key.ref, 7)
+        custodian.cancel_destroy(key.ref)
+    assert calls.keys() == documented(1) - {"TagResource"}, "CreateKey with tags needs that right, and does not call it"
+    only(documented(0))
+    with fake.counted() as calls:
+        worker = make()
+        worker.bind(key.ref)
+        worker.ping()
+        sign(worker, key)
+        assert worker.attributes(key.ref).holds
+    assert calls.keys() - {"ListAliases"} == documented(0)
+
+
+def test_the_documented_settings_are_settings() -> None:
+    first, *rest = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    section = tomllib.loads(first)["backends"]["aws"]
+    for more in rest:
+        section |= tomllib.loads(more)
+    settings = Settings.model_validate(section)
+    assert settings.management is not None
+    assert settings.management.role_arn != settings.role_arn
 
 
 def test_no_credentials_and_then_some(fake: FakeKms, make: MakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,12 +457,12 @@ def test_a_role_that_cannot_be_assumed(fake: FakeKms, make: MakeBackend, monkeyp
 def test_one_failure_of_kms_is_not_noticed(fake: FakeKms, make: MakeBackend) -> None:
     backend = make()
     key = backend.generate("kj-a-1", ES256)
-    for arrange in (
-        lambda: fake.fail("Sign", "KMSInternalException", status=500),
-        lambda: fake.fault("Sign", Fault(cut=True)),
-        lambda: fake.fail("Sign", "NotFoundException"),
+    for fault in (
+        Fault(error=Refused("KMSInternalException", status=500)),
+        Fault(error=Refused("NotFoundException")),
+        Fault(cut=True),
     ):
-        arrange()
+        fake.fault("Sign", fault)
         with fake.counted() as calls:
             sign(backend, key)
         assert calls["Sign"] == 2
@@ -441,6 +493,15 @@ def test_an_endpoint_that_is_not_there(make: MakeBackend) -> None:
     error = refusal(lambda: backend.sign(ref, ES256, Message(b"x"), soon()), errors.BackendUnavailable)
     assert error.retry_after
     assert "endpoint" in error.next_step
+
+
+def test_the_environment_does_not_say_where_kms_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://elsewhere.example")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", "http://elsewhere.example")
+    connection = Connection(AwsKmsOptions(region=REGION), lambda: None)
+    assert connection._client(soon()).meta.endpoint_url == f"https://kms.{REGION}.amazonaws.com"
+    connection.close()
 
 
 @pytest.mark.parametrize("url", ["no-url", "ftp://host", "http://"])

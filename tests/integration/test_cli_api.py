@@ -48,7 +48,11 @@ def test_from_a_new_key_set_to_an_emergency(run: Run, tmp_path: Path) -> None:
     assert "Do not trust the token." in refused.stderr
     assert refused.stdout == ""
 
-    kid = json.loads(run("key", "active", name, "main", "--json").stdout)["kid"]
+    def waiting() -> Any:
+        found = json.loads(run("key", "active", name, "main", "--json").stdout)
+        return found["kid"] if found["next"] and found["next"]["not_before"] else None
+
+    kid = wait_until(waiting)
     early = run("key", "rotate", name, "main", code=1)
     assert "usable_at: " in early.stderr
     problem = json.loads(run("key", "rotate", name, "main", "--json", code=1).stderr)

@@ -60,6 +60,7 @@ def test_breaking_the_glass(run: Run, server: Server) -> None:
     run("key", "rotate", name, "k1", *glass, token=token)
     shown = run("version", "show", name, "k1", "2").stderr
     assert "I1 was overridden at" in shown
+    assert "I1 overridden" in run("version", "list", name, "k1").stdout
     assert f"by {client}: the old one is on a tape" in shown
     refused = json.loads(run("version", "retire", name, "k1", "1", "--json", token=token, code=1).stderr)
     assert (refused["type"], "retirable_at" in refused) == (f"{PREFIX}transition_refused", True)

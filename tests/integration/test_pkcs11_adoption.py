@@ -233,6 +233,35 @@ def test_a_private_key_without_its_public_half(hsm: SoftHsm) -> None:
     in_child(adopt_half_a_pair, hsm, public)
 
 
+def destroy_by_label(hsm: SoftHsm) -> None:
+    backend = hsm.backend()
+    key = backend.adopt("no id")
+    assert (key.ref["id"], key.ref["label"]) == ("", "no id")
+    proves(backend, key, "ES256")
+    backend.destroy(key.ref)
+    backend.destroy(key.ref)
+    for gone in (lambda: backend.adopt("no id"), lambda: backend.public_key(key.ref)):
+        with pytest.raises(KeyNotFound):
+            gone()
+
+
+def public_keys_left(hsm: SoftHsm) -> list[str]:
+    found = theirs(hsm).get_objects({Attribute.CLASS: ObjectClass.PUBLIC_KEY, Attribute.LABEL: "no id"})
+    return [key[Attribute.ID].hex() for key in found]
+
+
+def leave_a_public_key_of_that_label(hsm: SoftHsm) -> None:
+    theirs(hsm).get_key(object_class=ObjectClass.PRIVATE_KEY, id=b"\x21").destroy()
+
+
+def test_destroying_a_pair_without_an_id_leaves_others_of_its_label_alone(hsm: SoftHsm) -> None:
+    in_child(make_pairs, hsm, [("no id", b"", EC, P256, {}), ("no id", b"\x21", EC, P256, {})])
+    in_child(leave_a_public_key_of_that_label, hsm)
+    assert sorted(in_child(public_keys_left, hsm)) == ["", "21"]
+    in_child(destroy_by_label, hsm)
+    assert in_child(public_keys_left, hsm) == ["21"]
+
+
 # --- what new keys may do ---------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 FILE = re.compile(r"(?:#|//) (?P<name>[\w.-]+\.(?:py|mjs))\n")
 SHORT = ("--publish-lead 24h", "--publish-lead 12s --allow-unsafe-publish-lead")
-TOOLS = ("curl", "openssl")
+TOOLS = ("curl", "openssl", "pkcs11-tool")
 """What a machine may lack that runs the tests; blocks that need a missing one are left out."""
 
 
@@ -141,10 +141,16 @@ def test_the_migration_page_works_when_it_is_pasted(folder: Path, server: Server
     assert jwt.decode(token, key, algorithms=["ES256"], issuer=issuer, audience="shop")["sub"] == "alice"
 
 
+def test_the_page_on_adoption_works_when_it_is_pasted(folder: Path, server: Server) -> None:
+    ran = run(ROOT / "docs" / "adopt.md", folder, server)
+    assert "adopted: it may do more than sign" in "".join(output for _, output in ran)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_is_left_out(page: Path) -> None:
     """Pages whose examples have a test above, and pages without any."""
-    assert page.name in ("README.md", "api.md", "migrate.md") or not any(block.runs for block in blocks(page))
+    tested = ("README.md", "adopt.md", "api.md", "migrate.md")
+    assert page.name in tested or not any(block.runs for block in blocks(page))
 
 
 def test_a_block_that_fails_fails_the_test(tmp_path: Path, folder: Path, server: Server) -> None:

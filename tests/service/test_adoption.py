@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from kms_jwks import errors, jose, wire
 from kms_jwks.access import Role
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
-from kms_jwks.model import DAY, VersionState
+from kms_jwks.model import DAY, Origin, VersionState
 from kms_jwks.service.adoption import GIVEN
 from kms_jwks.service.guard import Presented
 from kms_jwks.service.instants import to_datetime
@@ -294,6 +296,24 @@ def test_a_revoked_version_does_not_come_back(world: World) -> None:
     world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises(errors.KeyTaken):
         create_version(world, kid="under another name")
+
+
+def test_two_who_adopt_one_pair_at_once_do_not_both_get_it(world: World) -> None:
+    foreign(world)
+    world.create()
+    looked = threading.Barrier(2, timeout=60)
+    world.backend.before = lambda call: looked.wait() if call == "sign" else None  # type: ignore[assignment]
+
+    def adopted(number: int) -> str | None:
+        try:
+            return create_key(world, adopt(world, name=f"key-{number}", kid=f"kid-{number}")).name
+        except errors.KeyTaken:
+            return None
+
+    with ThreadPoolExecutor(2) as both:
+        names = list(both.map(adopted, range(2)))
+    assert names.count(None) == 1
+    assert len([v for v in world.versions() if v.origin is Origin.ADOPTED]) == 1
 
 
 def test_twice_in_one_call_is_refused_whole(world: World) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from kms_jwks.model import SECOND, Key, KeyVersion
+from kms_jwks.model import SECOND, Key, KeyVersion, Worker
 from tests.simulation.plant import Plant, SimWorker
 
 DRIFT = 30
@@ -123,6 +123,12 @@ class Oracle:
 
     def committed(self, before: Any, after: Any) -> None:
         """Every transition is one of the table, every instant is written once, and I1 holds when a version starts."""
+        acting = self.plant.acting
+        if acting is not None and any(
+            before.tables[t] is not after.tables[t] for t in before.tables if t is not Worker
+        ):
+            holder = acting.custodian._office._holder
+            hold(after.lease.holder == holder, "a custodian wrote out of office", node=acting.name)
         old: Mapping[str, KeyVersion] = before.tables[KeyVersion]
         new: Mapping[str, KeyVersion] = after.tables[KeyVersion]
         if old is new:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import structlog
 
-from kms_jwks import authn, model, wire
+from kms_jwks import model, wire
 from kms_jwks.access import Role
 from kms_jwks.errors import Error
 from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
@@ -55,16 +55,20 @@ class Crash(BaseException):
 class Bomb:
     """Goes off at the `left`-th point at which a process can die; never while `left` is 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_point: Callable[[str], None] = lambda _: None) -> None:
         self.left = 0
-        self.passed: list[str] = []
-        """Every point that was passed, by name."""
         self.gone_off = False
+        self._at_point = at_point
+        """Hears of every point that is passed alive; it may raise Crash, or do something while the process stands."""
 
     def __call__(self, point: str) -> None:
         if self.gone_off:
             raise Crash  # who is dead does nothing more
-        self.passed.append(point)
+        try:
+            self._at_point(point)
+        except Crash:
+            self.gone_off = True
+            raise
         if self.left:
             self.left -= 1
             if not self.left:
@@ -83,19 +87,18 @@ class Node:
         """Cut off from the registry."""
         self.down = False
         self.workers: list[SimWorker] = []
-        self.bomb = Bomb()
         self.custodian = self.new_custodian()
 
     def boot(self) -> int:
         return self.plant.now + self.boot_offset
 
     def store(self) -> MemoryStore:
-        store = MemoryStore(self.plant.registry)
+        store = self.plant.make_store()
         store.away = lambda: self.cut or self.plant.registry_down
         return store
 
     def new_custodian(self) -> Custodian:
-        self.bomb = Bomb()
+        self.bomb = Bomb(lambda point: self.plant.at_point(self, point))
         store = self.store()
         store.before = self.bomb
         return Custodian(
@@ -213,7 +216,15 @@ class SimWorker:
 class Plant:
     """`now` is true time in microseconds; the registry's clock is `step` away from it."""
 
-    def __init__(self, *, nodes: int = 2, workers: int = 1, lease: int = 10, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        nodes: int = 2,
+        workers: int = 1,
+        lease: int = 10,
+        seed: int = 0,
+        make_store: Callable[[Plant], MemoryStore] | None = None,
+    ) -> None:
         self.now: int = T0
         self.step = 0
         self.lease = lease
@@ -226,9 +237,14 @@ class Plant:
         self.watch: list[Callable[[], None]] = []
         """Called before time passes: what was possible until now is over then."""
         self.on_commit: list[Callable[[Any, Any], None]] = []
-        self.registry = _Watched(self)
-        token = authn.new_token().token
-        store = MemoryStore(self.registry)
+        self.at_point: Callable[[Node, str], None] = lambda *_: None
+        """Called at every point of every custodian."""
+        self.registry: Registry = _Watched(self)
+        self.acting: Node | None = None
+        """Whose custodian is at work."""
+        self.stores: list[MemoryStore] = []
+        self._make_store = make_store
+        self.view = store = self.make_store()
         with store.write() as tx:
             owner = add_client(tx, "admin")
             for role in (Role.ADMIN, Role.SIGNER):
@@ -245,6 +261,11 @@ class Plant:
     def modules(self) -> Modules:
         return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=5.0)})
 
+    def make_store(self) -> MemoryStore:
+        """One process's way to the registry."""
+        self.stores.append(MemoryStore(self.registry) if self._make_store is None else self._make_store(self))
+        return self.stores[-1]
+
     # --- what there is
 
     @property
@@ -256,7 +277,8 @@ class Plant:
         return next((w for w in self.workers if not w.node.cut and not w.forgotten), None)
 
     def versions(self) -> list[KeyVersion]:
-        return list(self.registry.committed.tables[KeyVersion].values())
+        with self.view.registry_view() as tx:
+            return tx.versions()
 
     # --- time
 
@@ -286,7 +308,8 @@ class Plant:
         """One round of a node's custodian; one that crashes is replaced."""
         if node.down:
             return
-        self.backend.before = node.bomb
+        before, self.backend.before = self.backend.before, node.bomb
+        others, self.acting = self.acting, node
         try:
             node.custodian.tick()
         except Crash:
@@ -298,7 +321,7 @@ class Plant:
             elif not isinstance(error, Error):
                 raise
         finally:
-            self.backend.before = lambda _: None
+            self.backend.before, self.acting = before, others
 
     def settle(self, rounds: int = 8) -> None:
         """Let everything that can happen now happen."""
@@ -393,3 +416,5 @@ def simulated(seed: int = 0, **options: Any) -> Iterator[Plant]:
             yield plant
         finally:
             structlog.configure(**before)
+            for store in plant.stores:
+                store.dispose()

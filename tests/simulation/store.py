@@ -1,6 +1,6 @@
 """A registry in memory with the store's own interface and rules, for simulations that need thousands of them.
 
-`tests/simulation/test_store.py` plays the same histories on it and on SQLite. `before` is called at every point at
+`tests/simulation/test_store.py` holds it to the store's contract. `before` is called at every point at
 which a process can die: reading, writing, and on either side of a commit.
 """
 
@@ -245,6 +245,17 @@ class _Read(ReadTx):
     def token(self, thing_id: Id) -> ApiToken | None:
         return self._by_id(ApiToken, thing_id)
 
+    def clients(self, *, after: Id | None = None, limit: int | None = None) -> list[Client]:
+        return self._page([c for c in self._all(Client) if c.deleted_at is None], after, limit)
+
+    def tokens(
+        self, client_id: Id | None = None, *, after: Id | None = None, limit: int | None = None
+    ) -> list[ApiToken]:
+        return self._page([t for t in self._all(ApiToken) if client_id in (None, t.client_id)], after, limit)
+
+    def grant(self, thing_id: Id) -> Grant | None:
+        return self._by_id(Grant, thing_id)
+
     def grants(
         self,
         client_id: Id | None = None,
@@ -299,7 +310,11 @@ class _Write(_Read, WriteTx):
     def add(self, thing: Any) -> None:
         self._check(thing)
         self._bind(thing)
-        self._table(type(thing))[thing.id] = thing
+        table = self._table(type(thing))
+        in_order = not table or next(reversed(table)) < thing.id
+        table[thing.id] = thing
+        if not in_order:
+            self.contents_now.tables[type(thing)] = dict(sorted(table.items()))
         self._note(thing, None)
 
     def save(self, thing: Any) -> None:
@@ -355,5 +370,19 @@ class _Write(_Read, WriteTx):
             others = (v for v in self._all(KeyVersion) if v.key_id == thing.key_id and v.id != thing.id)
             if any(v.state is _S.ACTIVE for v in others):
                 raise errors.TransitionRefused("One version of a key is active.")
-        if isinstance(thing, KeySet) and any(s.name == thing.name and s.id != thing.id for s in self._all(KeySet)):
-            raise errors.NameTaken
+        taken: dict[type[Any], tuple[tuple[str, ...], type[errors.Conflict]]] = {
+            KeySet: (("name",), errors.NameTaken),
+            Key: (("key_set_id", "name"), errors.NameTaken),
+            Client: (("name",), errors.NameTaken),
+            ApiToken: (("sha256",), errors.Conflict),
+            KeyVersion: (("key_id", "number"), errors.Conflict),
+        }
+        if type(thing) in taken:
+            self._unique(thing, *taken[type(thing)])
+        if isinstance(thing, KeySet):
+            self._unique(thing, ("issuer",), errors.IssuerTaken)
+
+    def _unique(self, thing: Any, names: tuple[str, ...], error: type[errors.Conflict]) -> None:
+        for other in self.contents_now.tables[type(thing)].values():
+            if other.id != thing.id and all(getattr(other, n) == getattr(thing, n) for n in names):
+                raise error

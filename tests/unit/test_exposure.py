@@ -72,7 +72,8 @@ def test_a_young_successor_is_unknown_to_who_never_fetches_at_an_unknown_kid() -
     young = rows(successor_visible_since=at(-60))
     assert (young["Envoy"].learns, young["Envoy"].learns_by) == (Learns.WAITS, at(-60 + 600 + 300))
     assert "reject" in young["Envoy"].words
-    assert young["PyJWT 2.15"].learns is Learns.FETCHES
+    assert (young["PyJWT 2.15"].learns, young["PyJWT 2.15"].learns_by) == (Learns.FETCHES, at(-60 + 30 + 300))
+    assert young["MicahParks/jwkset"].learns_by == at(-60 + 300 + 300), "it may not fetch sooner"
     assert (young[".NET IdentityModel"].learns, "application" in young[".NET IdentityModel"].words) == (
         Learns.WAITS,
         True,

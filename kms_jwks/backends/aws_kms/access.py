@@ -75,6 +75,12 @@ class Access:
             known, wanted = self.account(deadline), self.expected_account
             if known is not None and wanted is not None and known != wanted:
                 return _of_another_account(known, wanted, error.detail)
+            arn = keys.Arn.of(key_id)
+            if known is not None and arn is not None and known != arn.account:
+                return BackendRefused(
+                    f"{error.detail} The credentials are of account {known}, the key is of account {arn.account}.",
+                    next_step=f"Give the service credentials of account {arn.account}, or: {error.next_step}",
+                )
         except BackendError:
             pass
         return error

@@ -114,7 +114,10 @@ class AwsKmsBackend:
                 next_step="Set `account` in the backend's settings, or allow kms:ListAliases.",
             )
         ref = keys.reference(metadata, own or metadata["AWSAccountId"])
-        return GeneratedKey(ref, access.public_half(ref["arn"], deadline).jwk)
+        found = access.public_half(ref["arn"], deadline).jwk
+        if public_jwk is not None and dict(public_jwk) != dict(found):
+            raise BackendRefused("The public key that was given is not the one that KMS holds.")
+        return GeneratedKey(ref, found)
 
     def ping(self) -> Health:
         """See `Backend.ping`."""

@@ -147,6 +147,7 @@ class Connection:
                 max_pool_connections=options.connections,
                 retries={"mode": "standard", "total_max_attempts": 1},  # they are made here, within the deadline
                 tcp_keepalive=True,
+                ignore_configured_endpoint_urls=True,  # a variable must not lead elsewhere: the settings say where
                 user_agent_extra="kms-jwks",
             ),
         )

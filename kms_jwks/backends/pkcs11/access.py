@@ -34,7 +34,7 @@ _REFUSED_BACKOFF: Final = 1.0
 _PATIENCE: Final = 0.3
 """Seconds that other callers wait while one opens again a token that was lost; it takes that long when it is there."""
 _YOUNG: Final = 1.0
-"""Seconds. A connection of that age is not opened anew for an answer that the token's health does not bear out."""
+"""Seconds. A connection of that age is opened anew only where the token's health bears out what an answer says."""
 
 
 class Access:
@@ -145,12 +145,10 @@ class Access:
         seat.replace()
         if meaning.is_final:
             raise translated(error, doing) from error
-        if meaning is Meaning.DOUBTFUL:
-            if not connection.is_healthy():
-                self._drop(connection)
-        elif meaning.rebuilt in (Rebuilt.CONNECTION, Rebuilt.MODULE):
-            if time.monotonic() < connection.opened_at + _YOUNG and connection.is_healthy():
-                raise translated(error, doing) from error
+        if meaning.rebuilt is Rebuilt.SESSION and meaning is not Meaning.DOUBTFUL:
+            return
+        is_believed = meaning is not Meaning.DOUBTFUL and time.monotonic() > connection.opened_at + _YOUNG
+        if is_believed or not connection.is_healthy():
             self._restart = self._restart or meaning.rebuilt is Rebuilt.MODULE
             self._drop(connection)
 

@@ -13,7 +13,7 @@ from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, PKCS11Error, 
 from kms_jwks import jose
 from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
 from kms_jwks.backends.pkcs11 import keys
-from kms_jwks.backends.pkcs11.meanings import Lost, meaning_of, said, unavailable
+from kms_jwks.backends.pkcs11.meanings import Garbled, Lost, meaning_of, said, unavailable
 from kms_jwks.backends.pkcs11.mechanisms import ROWS, Row
 from kms_jwks.backends.pkcs11.objects import find, jwk_of, locator, look, private_key, signed
 from kms_jwks.errors import (
@@ -59,8 +59,10 @@ def generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
         return _generated(seat, request, made)
     except BaseException as error:
         try:
+            # In a session of its own: an operation of the one that failed may be in the way.
+            seat.replace()
             clear(seat, made)
-        except (PKCS11Error, Lost, BackendRefused) as failure:
+        except (PKCS11Error, Lost, Garbled) as failure:
             if isinstance(error, BackendError):
                 raise BackendRefused(
                     f"{error.detail} Destroying what was made of it failed too: {said(failure)}.",
@@ -150,11 +152,12 @@ def destroyed(seat: Seat, ref: KeyRef) -> None:
     with suppress(KeyNotFound):
         private_key(seat, ref)
     seat.handles.pop(ref, None)
-    destroy_all(seat, locator(ref, ObjectClass.PRIVATE_KEY))
+    # A pair that has no CKA_ID is known by its label, which the public key of somebody else's pair may have too.
+    destroy_all(seat, {Attribute.ID: b"", **locator(ref, ObjectClass.PRIVATE_KEY)})
 
 
 def destroy_all(seat: Seat, template: keys.Template) -> None:
-    """Destroy all halves of pairs that fit, and see that none is left. Raises PKCS11Error, Lost, BackendRefused."""
+    """Destroy all halves of pairs that fit, and see that none is left. Raises PKCS11Error, Lost, Garbled."""
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
         # Nothing there is as good as destroyed, so it has to be certain.
         for key in look(seat.connection, seat.session, {**template, Attribute.CLASS: kind}):
@@ -163,7 +166,7 @@ def destroy_all(seat: Seat, template: keys.Template) -> None:
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
         left = find(seat.connection, seat.session, {**template, Attribute.CLASS: kind})
         if left:
-            raise BackendRefused(f"The token still shows {len(left)} object(s) that it said it destroyed.")
+            raise Garbled(f"that it destroyed {len(left)} object(s) which it still shows")
     if not seat.connection.is_healthy():
         raise Lost
 

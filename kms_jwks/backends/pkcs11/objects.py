@@ -152,9 +152,12 @@ def public_half(seat: Seat, ref: KeyRef, private: Object) -> PublicJwk | None:
     Other people's pairs share the CKA_ID and not always the label. Raises UnsupportedAlgorithm, BackendRefused.
     """
     template = locator(ref, ObjectClass.PUBLIC_KEY)
-    halves = find(seat.connection, seat.session, template)
-    if not halves and Attribute.ID in template and template.pop(Attribute.LABEL, None):
+    has_id = Attribute.ID in template
+    halves = find(seat.connection, seat.session, {Attribute.ID: b"", **template})
+    if not halves and (not has_id or template.pop(Attribute.LABEL, None)):
         halves = find(seat.connection, seat.session, template)
+        if not has_id and len(halves) > 1:
+            halves = []  # of several with one label none is known to be its half
     kind = private[Attribute.KEY_TYPE]
     if kind == KeyType.RSA:
         modulus = _first([*halves, private], Attribute.MODULUS)
