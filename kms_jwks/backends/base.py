@@ -164,9 +164,9 @@ class Backend(Protocol):
     def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
         """Find a key pair that somebody else made; what it may do is for `attributes` to say and the caller to judge.
 
-        `public_jwk` stands in for a public half that the module does not hold; the caller proves it by a signature.
-        Raises KeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits several keys, the public
-        half cannot be read and none is given, or the given one is not that of the key.
+        `public_jwk` stands in for a public half that the module does not hold, and for no other; the caller proves it
+        by a signature. Raises KeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits several
+        keys, or the public half cannot be read and none is given.
         """
         ...
 

@@ -22,6 +22,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -446,9 +447,8 @@ class BackendContract:
         message = Message(b"adopted")
         verify(alg, dict(key.public_jwk), message, backend.sign(adopted.ref, alg, message, soon()))
         assert backend.adopt(label, key.public_jwk) == adopted
-        other = b64u_encode(os.urandom(32))
-        with pytest.raises(BackendRefused):
-            backend.adopt(label, {**key.public_jwk, "x": other})
+        with suppress(BackendRefused):  # what is given never stands in for a public half that the module holds
+            assert backend.adopt(label, {**key.public_jwk, "x": b64u_encode(os.urandom(32))}) == adopted
         self.end(backend, key.ref, wait)
         with pytest.raises(KeyNotFound):
             backend.adopt(label)

@@ -307,7 +307,7 @@ static void hang(struct slot *slot, const struct fault *fault)
 {
     uint64_t until = milliseconds() + fault->value;
     add(&slot->hanging, 1);
-    while (load(&slot->fault.armed) == fault->armed && (!fault->value || milliseconds() < until))
+    while (load(&slot->fault.armed) == fault->armed && (!fault->value || milliseconds() <= until))
         nap();
     add(&slot->hanging, -1);
 }

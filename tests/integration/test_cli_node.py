@@ -20,7 +20,9 @@ import urllib3
 from click.testing import CliRunner, Result
 
 from kms_jwks.cli.app import cli
+from tests.faults.harness import Faults
 from tests.integration.conftest import free_port, prepare, running, settled, wait_until
+from tests.softhsm import make_token
 
 Finding = tuple[str, str, str, str]
 """Name, state, detail and next step."""
@@ -184,15 +186,42 @@ def test_a_missing_module(node: Node) -> None:
 def test_something_that_is_no_module(node: Node) -> None:
     line = next(line for line in node.config.read_text().splitlines() if line.startswith("module = "))
     node.edit(line, f'module = "{node.config}"')
-    ((name, state, *_),) = node.findings(code=1, module=True)
+    ((name, state, detail, step),) = node.findings(code=1, module=True)
     assert (name, state) == ("backend softhsm", "failure")
+    assert "cannot be loaded" in detail
+    assert "path of the vendor's PKCS#11 library" in step
 
 
 def test_a_token_that_is_gone(node: Node) -> None:
     shutil.rmtree(node.folder / "tokens")
     (node.folder / "tokens").mkdir()
-    ((name, state, *_),) = node.findings(code=1, module=True)
+    ((name, state, detail, step),) = node.findings(code=1, module=True)
     assert (name, state) == ("backend softhsm", "failure")
+    assert "shows no token with label 'kms-jwks'" in detail
+    assert "initialise it with the vendor's tool" in step
+
+
+def test_two_tokens_with_one_label(node: Node) -> None:
+    other = make_token(node.folder / "other", "kms-jwks")
+    for folder in other.tokens.iterdir():
+        shutil.copytree(folder, node.folder / "tokens" / folder.name)
+    ((name, state, detail, step),) = node.findings(code=1, module=True)
+    assert (name, state) == ("backend softhsm", "failure")
+    assert "2 tokens with label 'kms-jwks'" in detail
+    assert "token_serial" in step
+
+
+def test_a_locked_pin(node: Node) -> None:
+    line = next(line for line in node.config.read_text().splitlines() if line.startswith("module = "))
+    faults = Faults.make(node.folder / "faults", Path(json.loads(line.removeprefix("module = "))))
+    faults.answer("C_Login", 0xA4)
+    node.edit(line, f'module = "{faults.module}"')
+    for _ in range(2):
+        ((name, state, detail, step),) = node.findings(code=1, module=True)
+        assert (name, state) == ("backend softhsm", "failure")
+        assert "CKR_PIN_LOCKED" in detail
+        assert "security officer unlock the PIN" in step
+    assert faults.calls("C_Login") == 1
 
 
 def test_a_wrong_schema(node: Node) -> None:

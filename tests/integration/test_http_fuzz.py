@@ -52,7 +52,7 @@ def fuzz(server: Server, folder: Path, token: str, parameters: dict[str, str], e
     ]
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "COLUMNS": "160"}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

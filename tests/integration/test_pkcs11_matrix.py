@@ -44,8 +44,8 @@ class Bench:
         # What these wait for is another process, and there is none.
         opening._WAITS = (0.001,) * 5  # type: ignore[misc]
         opening._WAITS_AGAIN = (0.001,)  # type: ignore[misc]
-        connection._GLANCES = (0.0, 0.001)  # type: ignore[misc]
-        objects._LOOKS = (0.0, 0.001)  # type: ignore[misc]
+        connection._GLANCES = (0.0, 0.001)  # type: ignore[misc,assignment]
+        objects._LOOKS = (0.0, 0.001)  # type: ignore[misc,assignment]
         access._PAUSE = 0.001  # type: ignore[misc]
         self.faults, self.hsm = Faults.over(hsm)
         self.backend = self.hsm.backend(sessions=2)
@@ -75,8 +75,11 @@ class Bench:
         finally:
             self.faults.clear()
             self.forgive()
+            if made is None and self.backend.list_keys(label):
+                # It could not be destroyed while the module failed, and is when the next one is made.
+                self.backend.destroy(self.backend.generate(next(self.labels), ES256).ref)
             left = [stored.ref for stored in self.backend.list_keys(label)]
-            assert left == ([made.ref] if made else []), f"left behind: {left}"
+            assert left == ([] if made is None else [made.ref]), f"left behind: {left}"
             for ref in left:
                 self.backend.destroy(ref)
 
@@ -322,4 +325,6 @@ def test_the_same_on_other_ways(
     row: int, use: tuple[str, Callable[[Bench], None]], process: ProcessPoolExecutor
 ) -> None:
     codes = codes_for(row, use[0], 0)
+    if not LONG and use[1] is Bench.generate:
+        codes = codes[row % 3 :: 3]
     assert not process.submit(column, *use, codes).result(600)

@@ -143,7 +143,7 @@ def test_the_migration_page_works_when_it_is_pasted(folder: Path, server: Server
 
 def test_the_page_on_adoption_works_when_it_is_pasted(folder: Path, server: Server) -> None:
     ran = run(ROOT / "docs" / "adopt.md", folder, server)
-    assert "adopted: it may do more than sign" in "".join(output for _, output in ran)
+    assert "Warning: adopted although it may do more than sign." in "".join(output for _, output in ran)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Role
@@ -29,8 +29,12 @@ WEAK = {
 
 
 def foreign(world: World, alg: str = "ES256", label: str = "theirs", rsa_bits: int | None = None) -> GeneratedKey:
-    """A pair that somebody else made."""
-    return world.backend.generate(label, ALGORITHMS[alg], rsa_bits=rsa_bits)
+    """A pair that somebody else made, of any size."""
+    if rsa_bits is not None:
+        ref = KeyRef.of(id=f"{label}-{rsa_bits}", label=label)
+        world.backend.keys[ref["id"]] = (label, rsa.generate_private_key(65537, rsa_bits))
+        return GeneratedKey(ref, world.backend.public_key(ref))
+    return world.backend.generate(label, ALGORITHMS[alg])
 
 
 def adopt(world: World, locator: str = "theirs", **more: Any) -> dict[str, Any]:
@@ -228,7 +232,7 @@ def test_a_key_of_another_algorithm_is_refused(world: World, made: str, wanted: 
 
 @pytest.mark.parametrize(("bits", "wanted"), [(2048, 3072), (2176, None)])
 def test_a_modulus_of_another_size_is_refused(world: World, bits: int, wanted: int | None) -> None:
-    foreign(world, "RS256", rsa_bits=bits)
+    world.backend.keys["theirs"] = ("theirs", rsa.generate_private_key(65537, bits))
     key = adopt(world, alg="RS256", accept=True) | ({"rsa_bits": wanted} if wanted else {})
     with pytest.raises(errors.AdoptionRefused, match=str(bits)):
         world.create(keys=[key])

@@ -13,7 +13,8 @@ from kms_jwks.backends.pkcs11 import keys
 from kms_jwks.backends.pkcs11.mechanisms import ROWS, offered, prepared
 from kms_jwks.errors import BackendRefused, UnsupportedAlgorithm
 
-KINDS = {1: mldsa.MLDSA44PrivateKey, 2: mldsa.MLDSA65PrivateKey, 3: mldsa.MLDSA87PrivateKey}
+MlDsaKey = mldsa.MLDSA44PrivateKey | mldsa.MLDSA65PrivateKey | mldsa.MLDSA87PrivateKey
+KINDS: dict[int, type[MlDsaKey]] = {1: mldsa.MLDSA44PrivateKey, 2: mldsa.MLDSA65PrivateKey, 3: mldsa.MLDSA87PrivateKey}
 NAMES = {1: "ML-DSA-44", 2: "ML-DSA-65", 3: "ML-DSA-87"}
 BOTH = {Mechanism.ML_DSA_KEY_PAIR_GEN, Mechanism.ML_DSA}
 

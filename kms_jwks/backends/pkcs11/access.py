@@ -243,6 +243,5 @@ class Access:
 def _words(failed: Exception | None) -> str:
     if failed is None or isinstance(failed, Lost):
         return "as if the token were gone"
-    if isinstance(failed, Garbled):
-        return str(failed)
-    return said(failed) if isinstance(failed, PKCS11Error) else f"what cannot be read ({type(failed).__name__})"
+    is_known = isinstance(failed, PKCS11Error | Garbled)
+    return said(failed) if is_known else f"what cannot be read ({type(failed).__name__})"

@@ -49,6 +49,8 @@ class Pkcs11Backend:
         self._options = options
         self.recovered_at = 0.0
         self._errands = Errands()
+        self._unfinished: list[bytes] = []
+        """CKA_IDs of pairs that were not finished and not yet destroyed either; touched under the mutation lock."""
         self._bound_to: str | None = None
         # By process: a child of a fork sees the parent's entry, keeps it alive (its locks and handles are not the
         # child's to touch) and makes its own.
@@ -149,10 +151,9 @@ class Pkcs11Backend:
         elif rsa_bits is not None:
             raise BackendRefused(f"{alg.name} keys have no RSA modulus.")
         request = making.Request(label, alg, rsa_bits)
-        made: list[bytes] = []
         return self._mutate(
             "generating a key",
-            lambda seat: making.generated(seat, request, made),
+            lambda seat: making.generated(seat, request, self._unfinished),
             undo=lambda late: self.destroy(late.ref),
         )
 

@@ -49,14 +49,16 @@ def check_label_free(seat: Seat, label: str) -> None:
 
 
 def generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
-    """Make a pair, or leave nothing behind. `made` holds the CKA_IDs of earlier attempts of the same call.
+    """Make a pair, or leave nothing behind. `made` holds the CKA_IDs of earlier attempts that are still to be cleared.
 
     Raises PKCS11Error and Lost, after which it may be called again; KeyExists, UnsupportedAlgorithm, BackendRefused.
     """
     clear(seat, made)
     check_label_free(seat, request.label)
     try:
-        return _generated(seat, request, made)
+        finished = _generated(seat, request, made)
+        made.clear()
+        return finished
     except BaseException as error:
         try:
             # In a session of its own: an operation of the one that failed may be in the way.

@@ -217,6 +217,8 @@ def named(code: int) -> str:
 
 def said(error: BaseException) -> str:
     """What the module answered, for messages: the name of the return value, never its arguments."""
+    if isinstance(error, Garbled):
+        return str(error)
     code = code_of(error) if isinstance(error, PKCS11Error) else None
     return type(error).__name__ if code is None else named(code)
 

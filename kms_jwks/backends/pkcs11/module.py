@@ -27,6 +27,9 @@ from kms_jwks.backends.pkcs11.meanings import code_of, named, said, unavailable
 
 _RESTART_UNDER_OTHERS: Final = 30.0
 """Seconds between two restarts of a module of which another token, in use in this process, is well."""
+_CORRECT: Final = (
+    "Give the backend's `module` the path of the vendor's PKCS#11 library, and install that with all it needs."
+)
 _IS_CLOSED: Final = (CKR_SESSION_CLOSED, CKR_SESSION_HANDLE_INVALID, CKR_CRYPTOKI_NOT_INITIALIZED)
 _LEFTOVERS_AT_ONCE: Final = 4
 
@@ -164,9 +167,11 @@ class Module:
         try:
             self._cryptoki = Cryptoki(self.path)
         except OSError as error:
-            raise unavailable(f"The module {self.path} cannot be loaded: {error}.") from error
+            raise unavailable(f"The module {self.path} cannot be loaded: {error}.", next_step=_CORRECT) from error
         except AttributeError as error:
-            raise unavailable(f"{self.path} is no PKCS#11 module: it offers no C_GetFunctionList.") from error
+            raise unavailable(
+                f"{self.path} is no PKCS#11 module: it offers no C_GetFunctionList.", next_step=_CORRECT
+            ) from error
         self._initialize()
         self._restarted = time.monotonic()
 

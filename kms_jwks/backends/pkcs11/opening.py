@@ -22,7 +22,6 @@ from kms_jwks.backends.pkcs11.pin import RefusedPins
 from kms_jwks.errors import BackendError, BackendRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from pkcs11 import Token
@@ -72,13 +71,13 @@ def open_token(
         if restart:
             module.restart(deadline)
         waits = iter(_WAITS_AGAIN if failed_before else _WAITS)
-        logins = iter(range(_LOGINS))
+        answers: list[int] = []
         while True:
             try:
                 with module.gate.inside(deadline):
-                    return _attempt(module, options, bound_to, logins)
+                    return _attempt(module, options, bound_to, answers)
             except _Transient as failure:
-                wait = next(waits, None)
+                wait = next(waits, None) if len(answers) < _LOGINS else None
                 if wait is None or time.monotonic() + wait > deadline:
                     raise unavailable(str(failure), next_step=failure.next_step) from failure.__cause__
                 time.sleep(wait)
@@ -90,7 +89,7 @@ def lock_path(folder: Path, purpose: str, what: str) -> Path:
     return folder / f"{purpose}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.lock"
 
 
-def _attempt(module: Module, options: Pkcs11Options, bound_to: str | None, logins: Iterator[int]) -> Connection:
+def _attempt(module: Module, options: Pkcs11Options, bound_to: str | None, answers: list[int]) -> Connection:
     doing = "choosing the token"
     connection: Connection | None = None
     try:
@@ -99,7 +98,7 @@ def _attempt(module: Module, options: Pkcs11Options, bound_to: str | None, login
         _check_binding(serial, options, bound_to)
         doing = "opening a session"
         connection = Connection(module, token, serial, seats=options.sessions)
-        _log_in(connection, options, logins)
+        _log_in(connection, options, answers)
         if not connection.is_healthy():
             raise _Transient(f"The token with {options.selection} does not answer as one we are logged in to.")
         module.tenants.add(connection)
@@ -158,24 +157,24 @@ def _check_binding(serial: str, options: Pkcs11Options, bound_to: str | None) ->
         )
 
 
-def _log_in(connection: Connection, options: Pkcs11Options, logins: Iterator[int]) -> None:
+def _log_in(connection: Connection, options: Pkcs11Options, answers: list[int]) -> None:
     """C_Login, stricter than other calls: what may be a judgement of the PIN is never asked for twice.
 
+    `answers` gets what it answered where it did not succeed.
     That is every answer that says so, and every one that the specification does not have: deny by default.
     """
     source, serial = options.pin, connection.serial
     refused = RefusedPins(options.lock_dir)
     try:
         refused.check(source, serial)
-        if next(logins, None) is None:
-            raise _Transient(f"The token with serial {serial} goes on failing to log in.")
         # Taken before the PIN is read: where the source changes in between, the new one is tried again.
         fingerprint = refused.fingerprint(source)
         code = connection.login(source.read())
         # Two backends may share a token; PKCS#11 has one login per process.
         if code in (CKR_OK, CKR_USER_ALREADY_LOGGED_IN):
-            refused.forget(serial)
+            refused.forget(source, serial)
             return
+        answers.append(code)
         if code not in CODES or meaning_of(code) is Meaning.PIN:
             raise refused.refuse(source, serial, fingerprint, named(code))
     except OSError as error:

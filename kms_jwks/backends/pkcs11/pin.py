@@ -102,7 +102,7 @@ class RefusedPins:
 
     def check(self, source: PinSource, serial: str) -> None:
         """Raise BackendRefused while the source is as it was when the token with this serial refused its PIN."""
-        record = self._record(serial)
+        record = self._record(source, serial)
         try:
             facts = json.loads(record.read_bytes())
             refused, answer = facts["fingerprint"], str(facts.get("answer", "CKR_PIN_INCORRECT"))
@@ -121,7 +121,7 @@ class RefusedPins:
 
         `fingerprint` is from before the PIN was read, `answer` the name of the return value.
         """
-        record = self._record(serial)
+        record = self._record(source, serial)
         part = record.with_suffix(f".{os.getpid()}.part")
         facts = {"serial": serial, "source": source.description, "fingerprint": fingerprint, "answer": answer}
         part.write_text(json.dumps(facts))
@@ -129,9 +129,9 @@ class RefusedPins:
         part.replace(record)
         return self._refusal(source, serial, answer)
 
-    def forget(self, serial: str) -> None:
+    def forget(self, source: PinSource, serial: str) -> None:
         """The token took the PIN."""
-        self._record(serial).unlink(missing_ok=True)
+        self._record(source, serial).unlink(missing_ok=True)
 
     def fingerprint(self, source: PinSource) -> str:
         """The source as it is now."""
@@ -139,13 +139,16 @@ class RefusedPins:
 
     def _refusal(self, source: PinSource, serial: str, answer: str) -> BackendRefused:
         step = _STEPS.get(answer, "Put the right PIN into {source}").format(source=source.description)
+        record = self._record(source, serial)
         return BackendRefused(
             f"The token with serial {serial} refused the PIN from {source.description}: {answer}.",
-            next_step=f"{step}; it is tried again when that changes, or when {self._record(serial)} is removed.",
+            next_step=f"{step}; it is tried again when that changes, or when {record} is removed.",
         )
 
-    def _record(self, serial: str) -> Path:
-        return self._dir / f"refused-pin-{hashlib.sha256(serial.encode()).hexdigest()[:16]}.json"
+    def _record(self, source: PinSource, serial: str) -> Path:
+        """One for each token and source: that one PIN is right says nothing of another one's."""
+        name = hashlib.sha256(f"{serial}\0{source.kind}\0{source.place}".encode()).hexdigest()[:16]
+        return self._dir / f"refused-pin-{name}.json"
 
     def _key(self) -> bytes:
         path = self._dir / "fingerprint.key"
