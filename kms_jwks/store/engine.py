@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Database:
         self._parents: Engine | None = None
         self._away_since: float | None = None
         self._trying = threading.Lock()
+        self._turns = self._new_turns()
         tell(self)
 
     @property
@@ -96,7 +97,11 @@ class Database:
     @contextmanager
     def begin(self, *, write: bool) -> Iterator[Connection]:
         """A transaction. On SQLite a writer takes the lock at once, so that it never has to be repeated."""
-        with translated(), self._connection("BEGIN IMMEDIATE" if write else "BEGIN") as connection:
+        with (
+            translated(),
+            self._turn() if write and not self.is_sqlite else nullcontext(),
+            self._connection("BEGIN IMMEDIATE" if write else "BEGIN") as connection,
+        ):
             if not self.is_sqlite and not write:
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
@@ -151,7 +156,7 @@ class Database:
 
     def in_child(self) -> None:
         """Leave alone, neither closed nor collected, what another thread of the parent was using."""
-        self._trying = threading.Lock()
+        self._trying, self._turns = threading.Lock(), self._new_turns()
         if self._in_use:
             self._parents, self._engine, self._in_use = self._engine, None, 0
 
@@ -191,6 +196,19 @@ class Database:
             return connection
         finally:
             self._trying.release()
+
+    def _new_turns(self) -> threading.Semaphore:
+        return threading.Semaphore(max(1, min(2, self._connecting.pool_size - 1)))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A server's writers queue for one row. Here they queue before they hold a connection: the poll needs one."""
+        if not self._turns.acquire(timeout=self._connecting.timeout):
+            raise errors.StoreUnavailable("Too many changes wait for the registry's database.", retry_after=1)
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     def _note_away(self) -> None:
         if self._away_since is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from kms_jwks import errors
 
@@ -65,6 +66,10 @@ def translated() -> Iterator[None]:
         raise errors.StoreUnavailable(f"The registry's database {_cause(error.orig)}.", retry_after=1) from error
     except sqlite3.Error as error:
         raise errors.StoreUnavailable("The registry's database did not answer as it should.", retry_after=1) from error
+    except PoolTimeout as error:
+        raise errors.StoreUnavailable(
+            "Every connection of this process to the registry's database is in use.", retry_after=1
+        ) from error
     except SQLAlchemyError as error:
         raise errors.StoreUnavailable("The registry's database cannot be used.", retry_after=1) from error
 

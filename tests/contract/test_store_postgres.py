@@ -152,6 +152,23 @@ def test_a_writer_that_waits_too_long_may_try_again(postgres: Postgres, database
     store.dispose()
 
 
+def test_writers_that_wait_leave_connections_to_those_who_read(postgres: Postgres, database: str) -> None:
+    """A worker that cannot poll loses its lease, and its node holds up the others' changes too."""
+    store = Store(postgres.url(database), connecting=Connecting(pool_size=3, timeout=20.0))
+    with postgres.connect(database) as other, ThreadPoolExecutor(12) as pool:
+        with other.transaction():
+            other.execute("SELECT counter FROM epoch FOR UPDATE")
+            writers = [pool.submit(add, store, f"client-{number}") for number in range(12)]
+            time.sleep(0.3)
+            for _ in range(20):
+                store.poll()
+            assert not any(writer.done() for writer in writers)
+        for writer in writers:
+            writer.result()
+    assert len(names(store)) == 12
+    store.dispose()
+
+
 def test_who_rests_in_the_midst_of_a_change_does_not_hold_up_the_others(postgres: Postgres, database: str) -> None:
     """A process that was stopped, or whose packets vanish, holds the lock that every writer of every node waits for."""
     resting, other = (Store(postgres.url(database), connecting=Connecting(timeout=t)) for t in (1.0, 10.0))

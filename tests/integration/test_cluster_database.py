@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
+import urllib3
 
 from tests import postgres as servers
 from tests.cluster import CLAIMS, Cluster, Issuers, Line, kill, running_threads
@@ -194,8 +195,8 @@ def test_a_worker_or_a_node_that_starts_without_a_database_serves_the_last_jwks(
     own.start()
     cluster.until_ready()
     with signing(cluster).running() as load:
-        time.sleep(0.5)
-    assert {s.status for s in load.seen} == {200}
+        # One worker of a node may be back before the other.
+        wait_until(lambda: {s.status for s in load.since(time.monotonic() - 0.4)} == {200}, START_SECONDS)
 
 
 def test_the_dead_of_every_node_are_struck_off(cluster: Cluster) -> None:
@@ -205,7 +206,9 @@ def test_the_dead_of_every_node_are_struck_off(cluster: Cluster) -> None:
     wait_until(lambda: all(len(node.workers()) == 2 for node in cluster.nodes), START_SECONDS)
 
     def registered() -> bool:
-        listed = {worker["pid"] for worker in cluster.admin.must("GET", "/v1/nodes")["items"]}
-        return listed == {pid for node in cluster.nodes for pid in node.workers()}
+        with contextlib.suppress(urllib3.exceptions.HTTPError):  # the worker that was killed had been asked
+            listed = {worker["pid"] for worker in cluster.admin.must("GET", "/v1/nodes")["items"]}
+            return listed == {pid for node in cluster.nodes for pid in node.workers()}
+        return False
 
     wait_until(registered, START_SECONDS)

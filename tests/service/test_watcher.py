@@ -80,10 +80,10 @@ def test_without_the_database_documents_go_on_and_signing_ends_with_the_lease(wo
 
 def test_a_worker_that_starts_without_a_database_serves_the_last_documents(world: World, tmp_path: Path) -> None:
     world.create()
-    kids = world.kids()
     world.until(lambda: len(world.kids()) == 2)
     kids = world.kids()
-    world.service.watcher.poll()
+    kept = world.settings.state_dir / "jwks.json"
+    world.until(lambda: all(kid in kept.read_text() for kid in kids))
     (tmp_path / "registry.sqlite3").rename(tmp_path / "away")
     late = world.worker()
     late.start()
