@@ -14,7 +14,7 @@ from kms_jwks.model import Grant, Id
 
 
 class Permission(StrEnum):
-    """One verb on one kind of thing. Every use case asks for exactly one."""
+    """One verb on one kind of thing. Every use case asks for exactly one, and for `break-glass` besides."""
 
     JWT_SIGN = "jwt:sign"
     JWS_SIGN = "jws:sign"
@@ -26,6 +26,7 @@ class Permission(StrEnum):
     KEY_SET_UPDATE = "key-set:update"
     KEY_READ = "key:read"
     KEY_CREATE = "key:create"
+    KEY_ADOPT = "key:adopt"
     KEY_UPDATE = "key:update"
     KEY_ROTATE = "key:rotate"
     KEY_DISABLE = "key:disable"
@@ -33,6 +34,8 @@ class Permission(StrEnum):
     VERSION_ACTIVATE = "version:activate"
     VERSION_REVOKE = "version:revoke"
     VERSION_DESTROY = "version:destroy"
+    BREAK_GLASS = "break-glass"
+    """Asked for besides the permission of the step itself where I1 or I2 is to be overridden."""
     EXTERNAL_KEY_MANAGE = "external-key:manage"
     CLIENT_READ = "client:read"
     CLIENT_MANAGE = "client:manage"
@@ -51,6 +54,7 @@ class Role(StrEnum):
     OPERATOR = "operator"
     AUDITOR = "auditor"
     ADMIN = "admin"
+    BREAK_GLASS = "break-glass"
 
 
 _P = Permission
@@ -73,8 +77,9 @@ ROLES: Mapping[Role, frozenset[Permission]] = MappingProxyType(
         Role.VERIFIER: frozenset({_P.JWKS_READ, _P.TOKEN_VERIFY}),
         Role.OPERATOR: _OPERATE,
         Role.AUDITOR: _WATCH | {_P.CLIENT_READ},
-        # Duties stay apart: who runs the keys does not sign with them.
-        Role.ADMIN: frozenset(_P) - _SIGN,
+        # Duties stay apart: who runs the keys does not sign with them, and nobody overrides an invariant by default.
+        Role.ADMIN: frozenset(_P) - _SIGN - {_P.BREAK_GLASS},
+        Role.BREAK_GLASS: frozenset({_P.BREAK_GLASS}),
     }
 )
 

@@ -170,6 +170,12 @@ class Pkcs11Backend(BackendSettings):
     token_label: str | None = Field(default=None, min_length=1, max_length=32)
     token_serial: str | None = Field(default=None, min_length=1, max_length=16)
     slot: int | None = Field(default=None, ge=0, description="The slot's number, for modules that keep them stable.")
+    uri: str | None = Field(
+        default=None,
+        max_length=1024,
+        pattern=r"^(?i:pkcs11):",
+        description="A PKCS#11 URI (RFC 7512) of the token, instead of the above or beside them.",
+    )
     expected_serial: str | None = Field(
         default=None,
         min_length=1,
@@ -202,8 +208,8 @@ class Pkcs11Backend(BackendSettings):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.token_label is None and self.token_serial is None and self.slot is None:
-            raise ValueError("one of token_label, token_serial, slot must say which token to use")
+        if self.token_label is None and self.token_serial is None and self.slot is None and self.uri is None:
+            raise ValueError("one of token_label, token_serial, slot, uri must say which token to use")
         if (self.pin_file is not None) + (self.pin_env is not None) + self.pin_stdin != 1:
             raise ValueError("exactly one of pin_file, pin_env, pin_stdin must say where the PIN comes from")
         if self.token_serial and self.expected_serial and self.token_serial != self.expected_serial:
@@ -233,6 +239,14 @@ class AwsKmsBackend(BackendSettings):
     read_timeout_ms: int = Field(default=2000, ge=100, le=30_000, description="Milliseconds.")
     key_policy_file: Path | None = Field(default=None, description="A key policy (JSON) for the keys it makes.")
     management: AwsKmsManagement | None = None
+
+    @model_validator(mode="after")
+    def _nobody_in_between(self) -> Self:
+        url = urlsplit(self.endpoint_url or "https://kms")
+        if url.scheme != "https" and (url.scheme != "http" or url.hostname not in ("127.0.0.1", "::1", "localhost")):
+            # Whoever answers a request for a public key could answer with their own.
+            raise ValueError("endpoint_url must begin with https://, or with http:// and be on this machine")
+        return self
 
 
 class ThirdPartyBackend(BackendSettings):

@@ -20,7 +20,7 @@
     ├── Conflict                  right in itself, not in this state
     │   ├── NameTaken · IssuerTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
-    │   └── ActiveKidMismatch
+    │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken
     ├── RevisionMismatch · RevisionRequired
     ├── Unavailable               retry later: RegistryStale · StoreUnavailable · CustodianUnavailable
     ├── BackendError              what may leave a backend, and nothing else
@@ -341,6 +341,20 @@ class IssuerTaken(Conflict):
 class KidTaken(Conflict):
     code = "kid_taken"
     title = "The kid is bound to a key already, and a kid is never bound again"
+
+
+class KeyTaken(Conflict):
+    code = "key_taken"
+    title = "The key pair belongs to a key version already"
+    next_step = "Use the version that it belongs to; each key pair is one version, for ever."
+
+
+class AdoptionRefused(Conflict):
+    """`fields["weaknesses"]` says what an administrator would have to accept, in words; empty where nothing helps."""
+
+    code = "adoption_refused"
+    title = "The key pair is not adopted"
+    next_step = "Make a new key and rotate to it, or send `accept`: the weakness then stands on the version."
 
 
 class KeyDisabled(Conflict):

@@ -118,7 +118,8 @@ _ML_DSA: Final[Mapping[str, tuple[type[MlDsaPublicKey], int]]] = MappingProxyTyp
     }
 )
 """The `alg` of an AKP key (RFC 9964 §3) and the octets of its `pub`."""
-_PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
+PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
+"""Members of a JWK that make it private or secret (RFC 7518 §6, RFC 9964)."""
 
 RSA_MODULUS_BITS: Final = (2048, 8192)
 """The smallest and largest modulus `check_public_jwk` accepts, in bits."""
@@ -227,7 +228,7 @@ def check_public_jwk(jwk: Mapping[str, object], alg: Algorithm) -> dict[str, str
     small order, and weak RSA keys: modulus outside 2048 to 8192 bits, even or with small factors, exponent below
     3, even or beyond 64 bits, or with the ROCA fingerprint (CVE-2017-15361).
     """
-    for name in _PRIVATE_MEMBERS:
+    for name in PRIVATE_MEMBERS:
         if name in jwk:
             raise InvalidJwk(
                 f"The JWK holds the private member {name!r}.",

@@ -41,7 +41,8 @@ RESERVED_NAMES = frozenset(
             "backends",
         ),
         *("approvals", "events", "checkpoints", "active", "jwt", "jws", "signature", "verify", "public-key"),
-        *("rotate", "disable", "enable", "activate", "revoke", "destroy", "cancel-destroy", "safety", "attributes"),
+        *("rotate", "disable", "enable", "activate", "retire", "revoke", "destroy", "cancel-destroy", "safety"),
+        *("attributes", "timeline", "revocations", "custodian"),
     }
 )
 
@@ -102,7 +103,8 @@ class VersionState(StrEnum):
 _S = VersionState
 TRANSITIONS: Mapping[VersionState, frozenset[VersionState]] = MappingProxyType(
     {
-        _S.CREATING: frozenset({_S.PUBLISHED, _S.DESTROYED}),
+        # A pair that waits for its publication can be compromised as well as any other.
+        _S.CREATING: frozenset({_S.PUBLISHED, _S.REVOKED, _S.DESTROYED}),
         _S.PUBLISHED: frozenset({_S.ACTIVE, _S.RETIRED, _S.REVOKED}),
         _S.ACTIVE: frozenset({_S.RETIRING, _S.REVOKED}),
         _S.RETIRING: frozenset({_S.RETIRED, _S.REVOKED}),
@@ -212,6 +214,8 @@ class Breach:
     invariant: str
     at: Instant
     reason: str
+    who: str | None = None
+    """The client that did it by hand; None for what an emergency brought about by itself."""
 
 
 class Origin(StrEnum):
@@ -395,6 +399,8 @@ class CustodianLease:
     node: str
     renewed_at: Instant
     expires_at: Instant
+    since: Instant | None = None
+    """When this term began."""
     halted: str | None = None
     """Why the custodian has stopped acting, e.g. a clock that stepped; None while it works."""
 

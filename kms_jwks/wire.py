@@ -1,7 +1,8 @@
 """The JSON bodies of the API as msgspec structs: what http/ reads and writes and client/ writes and reads.
 
 Requests refuse unknown fields. Instants are RFC 3339 in UTC, durations whole seconds, binary values base64url without
-padding. An absent optional field of a request keeps the default; `null` is not accepted in its place.
+padding. An absent optional field of a request keeps the default; `null` is not accepted in its place, but where a field
+says so.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class PolicyFields(Request):
     clock_skew: Seconds | UnsetType = UNSET
     handover: Seconds | UnsetType = UNSET
     destroy_after: Seconds | UnsetType = UNSET
+    rotate_jitter: Seconds | UnsetType = UNSET
+    rotate_window: Annotated[str, Meta(max_length=255)] | UnsetType = UNSET
+    hold_until: datetime | UnsetType | None = UNSET
+    """Null takes a hold back."""
 
 
 class ProfileFields(Request):
@@ -51,6 +56,21 @@ class ProfileFields(Request):
     default_lifetime: Seconds | UnsetType = UNSET
 
 
+class Adopt(Request):
+    """A key pair that a module holds already, to become a key version.
+
+    `locator` is the backend's: a label, `id=` and a CKA_ID, or a PKCS#11 URI; a key id, ARN or alias. `accept` takes
+    the key although it is weaker than one that was made here, which then stands on the version.
+    """
+
+    locator: Annotated[str, Meta(min_length=1, max_length=2048)]
+    kid: Kid | UnsetType = UNSET
+    """Its kid as verifiers know it; its thumbprint where nothing is said."""
+    accept: bool = False
+    public_key: Annotated[str, Meta(max_length=16_384)] | dict[str, Any] | UnsetType = UNSET
+    """PEM or JWK, for a module that holds the private key alone."""
+
+
 class KeyCreate(Request):
     name: Name
     alg: Annotated[str, Meta(max_length=32)]
@@ -58,6 +78,12 @@ class KeyCreate(Request):
     rsa_bits: Literal[2048, 3072, 4096] | UnsetType = UNSET
     policy: PolicyFields | UnsetType = UNSET
     profile: ProfileFields | UnsetType = UNSET
+    adopt: Adopt | UnsetType = UNSET
+    """The first version is this key pair; none is made."""
+
+
+class VersionCreate(Request):
+    adopt: Adopt | UnsetType = UNSET
 
 
 class KeySetCreate(Request):
@@ -91,6 +117,9 @@ class Policy(Answer):
     clock_skew: int
     handover: int
     destroy_after: int
+    rotate_jitter: int
+    rotate_window: str
+    hold_until: datetime | None
 
 
 class Profile(Answer):
@@ -100,9 +129,12 @@ class Profile(Answer):
 
 
 class Breach(Answer):
+    """An invariant that was overridden; `who` is null for what an emergency brought about by itself."""
+
     invariant: str
     at: datetime
     reason: str
+    who: str | None = None
 
 
 class Version(Answer):
@@ -129,6 +161,14 @@ class Version(Answer):
     destroy_at: datetime | None = None
     destroyed_at: datetime | None = None
     breaches: list[Breach] = []
+    origin: str = "generated"
+    """`generated`, or `adopted` for a pair that was in the module before."""
+    weaknesses: list[str] = []
+    """What does not hold of an adopted pair, in words; an administrator accepted it."""
+    emergency: bool = False
+    """It took over from a revoked version; a second rotation follows for verifiers that cache for ever."""
+    absence: dict[str, Any] | None = None
+    """What the module answered when it was asked for the destroyed pair."""
 
 
 class Key(Answer):
@@ -158,6 +198,8 @@ class KeySet(Answer):
     stale_if_error: int
     existing_issuer: bool
     jwks_uri: str
+    jwks_pq_uri: str | None
+    """Where its ML-DSA keys are published; null while it has none."""
     first_published_at: datetime | None
     created_at: datetime
     updated_at: datetime
@@ -187,12 +229,40 @@ class ExternalKey(Answer):
 # --- life cycle -------------------------------------------------------------------------------------------------------
 
 
-class RotateRequest(Request):
+class BreakGlassRequest(Request):
+    """`break_glass` overrides the invariant that stands in the way; it needs a `reason` and the permission for it."""
+
+    break_glass: bool = False
+    reason: Text = ""
+
+
+class RotateRequest(BreakGlassRequest):
     expected_kid: Kid | UnsetType = UNSET
+
+
+class ActivateRequest(BreakGlassRequest):
+    pass
+
+
+class RetireRequest(BreakGlassRequest):
+    pass
 
 
 class RevokeRequest(Request):
     reason: Text = ""
+    dry_run: bool = False
+    """Say what would happen, and change nothing."""
+
+
+class RevocationCreate(Request):
+    """Exactly one of `backend` and `key_set`: every version that has a key pair there is revoked, all or none."""
+
+    reason: Annotated[str, Meta(min_length=1, max_length=1024)]
+    backend: Name | UnsetType = UNSET
+    key_set: Name | UnsetType = UNSET
+    disable_keys: bool | UnsetType = UNSET
+    """Disable the keys that would get new versions from that backend; true with `backend` unless it is said."""
+    dry_run: bool = False
 
 
 class DestroyRequest(Request):
@@ -205,12 +275,93 @@ class UnconfirmedWorker(Answer):
     heartbeat_at: datetime
 
 
+class ExposedVerifier(Answer):
+    """What a revocation means for one kind of verifier, by how it caches a JWKS."""
+
+    verifier: str
+    source: str
+    """Where its figures were read: product and version."""
+    keeps: int | None
+    """Seconds for which it uses what it has fetched; null where nothing bounds them."""
+    trusts_until: datetime | None
+    """It may accept the revoked kid until then; null where nothing bounds it."""
+    trusts_until_behind_cache: datetime | None
+    """The same where it fetches through a CDN or another shared cache."""
+    ends: str
+    """What ends its trust: `expiry`, `successor`, `second-rotation`, `unknown`."""
+    learns: str
+    """How it comes to the successor's key: `knows`, `fetches`, `waits`, `unknown`, `nothing`."""
+    learns_by: datetime | None
+    """When, at the latest; null where that is at its first token or not known."""
+    words: str
+
+
+class Exposure(Answer):
+    """Which verifiers may go on trusting what was revoked. Tokens that a thief signs live as long as he likes."""
+
+    withdrawn_at: datetime
+    """By then every worker that has confirmed publishes a JWKS without the key."""
+    cache_lifetime: int
+    stale_if_error: int
+    trusted_until: datetime | None
+    """When the last verifier with a bound has let go of it."""
+    unbounded: list[str]
+    """The verifiers that have none: a restart ends it, or a kid that they cannot know."""
+    second_rotation_not_before: datetime | None
+    """When such a kid may sign at the earliest; null where the successor's own is one."""
+    verifiers: list[ExposedVerifier]
+
+
 class Revoked(Answer):
     """What a revocation did. `successor` signs now; `unconfirmed` lists workers that may still serve the old JWKS."""
 
     version: Version
     successor: Version | None
+    successor_visible_for: int | None
+    """Seconds for which verifiers could fetch the successor before; null while not every worker publishes it."""
+    without_successor: bool
+    """Whether the key, though enabled, signs nothing until the custodian has made its next version."""
+    changed: bool
+    """False for a version that was revoked before."""
     unconfirmed: list[UnconfirmedWorker]
+    exposure: Exposure | None
+    """Null for a version that was never published."""
+    dry_run: bool = False
+
+
+class RevokedVersion(Answer):
+    """`changed` is false for what was revoked before."""
+
+    key_set: str
+    key: str
+    version: Version
+    successor: Version | None
+    successor_visible_for: int | None
+    changed: bool
+
+
+class KeyPlace(Answer):
+    key_set: str
+    key: str
+
+
+class SetExposure(Answer):
+    key_set: str
+    exposure: Exposure
+
+
+class Revocation(Answer):
+    """What the revocation of everything in a backend or key set did."""
+
+    reason: str
+    versions: list[RevokedVersion]
+    disabled: list[KeyPlace]
+    """The keys that were disabled with it."""
+    without_successor: list[KeyPlace]
+    """Enabled keys that sign nothing until the custodian has made their next version."""
+    unconfirmed: list[UnconfirmedWorker]
+    exposures: list[SetExposure]
+    dry_run: bool = False
 
 
 class SafetyCheck(Answer):
@@ -231,6 +382,52 @@ class Safety(Answer):
     next: str
     """What happens next to this version, in words."""
     next_at: datetime | None
+
+
+class TimelineSpan(Answer):
+    """A state and when a version is in it; `end` is null for what nobody can foresee. Planned when it begins later."""
+
+    state: str
+    start: datetime
+    end: datetime | None
+    planned: bool
+
+
+class TimelineVersion(Answer):
+    """`state` is `planned` for a version that is not made yet."""
+
+    number: int
+    kid: str | None
+    state: str
+    spans: list[TimelineSpan]
+    checks: list[SafetyCheck]
+    next: str
+    next_at: datetime | None
+
+
+class TimelineStep(Answer):
+    """What the custodian will do by itself; `due` is null while it waits for what has no date."""
+
+    kind: str
+    due: datetime | None
+    number: int | None
+    reason: str
+    waits_for: str = ""
+    """What holds the step up although its reason is there; empty where nothing does."""
+    breach: str | None = None
+    """The invariant that the step overrides (an emergency)."""
+
+
+class Timeline(Answer):
+    """The life of a key: what was, what is, and what is planned until `until`."""
+
+    key_set: str
+    key: str
+    enabled: bool
+    now: datetime
+    until: datetime
+    versions: list[TimelineVersion]
+    steps: list[TimelineStep]
 
 
 class Attributes(Answer):
@@ -362,7 +559,7 @@ class GrantScope(Request):
 
 class GrantCreate(Request):
     client: Name
-    role: Literal["signer", "raw-signer", "verifier", "operator", "auditor", "admin"]
+    role: Literal["signer", "raw-signer", "verifier", "operator", "auditor", "admin", "break-glass"]
     scope: GrantScope
 
 
@@ -378,7 +575,10 @@ class Grant(Answer):
 
 
 class Node(Answer):
-    """One worker as the registry knows it; `lag` counts epochs it has not confirmed."""
+    """One worker as the registry knows it; `lag` counts epochs it has not confirmed.
+
+    `lease_left` is how many seconds it may go on signing at the most, as far as the registry knows; 0 when it may not.
+    """
 
     worker: str
     node: str
@@ -388,7 +588,26 @@ class Node(Answer):
     epoch: int | None
     lag: int | None
     lease: int
+    lease_left: int
     live: bool
+    backends: dict[str, str]
+    """Each backend that it used, as it saw it last: `ok`, or the code of the error."""
+
+
+class Custodian(Answer):
+    """Who makes, rotates and destroys keys: one of the installation acts, others stand by."""
+
+    acting: bool
+    """Whether somebody holds the office now, and is not halted."""
+    holder: str | None
+    node: str | None
+    term: int
+    """Grows with each take-over; 0 when nobody ever acted."""
+    since: datetime | None
+    renewed_at: datetime | None
+    expires_at: datetime | None
+    halted: str | None
+    """Why it does not act, e.g. a clock that stepped."""
 
 
 class Backend(Answer):

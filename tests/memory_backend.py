@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa, utils
@@ -35,28 +37,49 @@ _ML_DSA: dict[str, type[MlDsaKey]] = {
 
 class MemoryBackend:
     """`fail` is raised by the next calls while it is set; `before` is called with the name of each call; `spoil` makes
-    of each signature what is given out."""
+    of each signature what is given out.
+
+    Of the keys whose ids are in `imported`, `extractable`, `versatile` or `halved` (no public half) the evidence is
+    weak.
+    With `puts_off` (seconds) it keeps a calendar of destructions as some modules do, and destroys nothing yet.
+    """
 
     kind = "memory"
 
-    def __init__(self, name: str = "memory", *, sign_in_place: bool = True) -> None:
+    def __init__(
+        self,
+        name: str = "memory",
+        *,
+        sign_in_place: bool = True,
+        keys: dict[str, tuple[str, PrivateKey]] | None = None,
+    ) -> None:
         self.name = name
         self.sign_in_place = sign_in_place
         self.recovered_at = 0.0
         self.distrusted: list[KeyRef] = []
-        self.keys: dict[str, tuple[str, PrivateKey]] = {}
+        self.keys: dict[str, tuple[str, PrivateKey]] = {} if keys is None else keys
         self.fail: errors.BackendError | None = None
+        self.imported: set[str] = set()
+        self.extractable: set[str] = set()
+        self.versatile: set[str] = set()
+        self.halved: set[str] = set()
         self.offered = frozenset(ALGORITHMS)
         self.before: Callable[[str], None] = lambda _: None
         self.spoil: Callable[[bytes], bytes] = lambda signature: signature
+        self.puts_off = 0
+        self.told: dict[str, int] = {}
+        """The days each key was scheduled to be destroyed in, by the key's id; only with `puts_off`."""
         self._lock = threading.Lock()
 
     def _enter(self, call: str) -> None:
+        self.recovered_at = self.recovered_at or time.monotonic()
         self.before(call)
         if self.fail is not None:
             raise self.fail
 
     def _key(self, ref: KeyRef) -> PrivateKey:
+        if not {"id", "label"} <= ref.as_dict().keys():
+            raise errors.BackendRefused("The reference is none of a key in memory.")
         try:
             return self.keys[ref["id"]][1]
         except KeyError:
@@ -69,8 +92,14 @@ class MemoryBackend:
         self._enter("capabilities")
         return self.offered
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
         self._enter("generate")
+        if not label.isascii() or not label.isprintable() or not 0 < len(label) <= 40:
+            raise errors.BackendRefused("A key's label is 1 to 40 printable ASCII characters.")
+        if alg.name not in self.offered or (rsa_bits or 2048) not in (alg.rsa_bits or (2048,)):
+            raise errors.UnsupportedAlgorithm
         if any(held == label for held, _ in self.keys.values()):
             raise errors.KeyExists
         key: PrivateKey
@@ -89,28 +118,50 @@ class MemoryBackend:
         self.before("generated")
         return GeneratedKey(ref, self.public_key(ref))
 
-    def adopt(self, locator: str) -> GeneratedKey:
-        for held, (label, _) in self.keys.items():
-            if label == locator:
-                ref = KeyRef.of(id=held, label=label)
-                return GeneratedKey(ref, self.public_key(ref))
-        raise errors.KeyNotFound
+    def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
+        self._enter("adopt")
+        found = [held for held, (label, _) in self.keys.items() if locator in (label, f"id={held}")]
+        if not found:
+            raise errors.KeyNotFound
+        if len(found) > 1:
+            raise errors.BackendRefused("Several keys fit.")
+        ref = KeyRef.of(id=found[0], label=self.keys[found[0]][0])
+        if found[0] in self.halved and public_jwk is not None:
+            return GeneratedKey(KeyRef.of(**ref.as_dict(), public=json.dumps(dict(public_jwk))), public_jwk)
+        held = self.public_key(ref)
+        if public_jwk is not None and dict(public_jwk) != dict(held):
+            raise errors.BackendRefused("The public key that was given is another one.")
+        return GeneratedKey(ref, held)
 
     def public_key(self, ref: KeyRef) -> PublicJwk:
         self._enter("public_key")
-        return jose.public_jwk(self._key(ref).public_key())
+        key = self._key(ref)
+        if ref["id"] in self.halved:
+            if "public" not in ref.as_dict():
+                raise errors.BackendRefused("The public half is missing.")
+            given: dict[str, str] = json.loads(ref["public"])
+            return given
+        return jose.public_jwk(key.public_key())
 
     def attributes(self, ref: KeyRef) -> Evidence:
         self._enter("attributes")
         self._key(ref)
-        return Evidence({"memory": True}, generated_in_module=True, non_extractable=True, sign_only=True)
+        return Evidence(
+            {"memory": True},
+            generated_in_module=ref["id"] not in self.imported,
+            non_extractable=ref["id"] not in self.extractable,
+            sign_only=ref["id"] not in self.versatile,
+        )
 
     def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
         self._enter("sign")
+        if time.monotonic() >= deadline:
+            raise errors.BackendTimeout
         return self.spoil(self._signature(ref, alg, what))
 
     def _signature(self, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> bytes:
         key = self._key(ref)
+        _check_fits(key, alg, what)
         if isinstance(key, ed25519.Ed25519PrivateKey | MlDsaKey):
             assert isinstance(what, Message)
             return key.sign(what.data)
@@ -130,13 +181,20 @@ class MemoryBackend:
         self.distrusted.append(ref)
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
-        return False
+        self._enter("schedule_destroy")
+        self._key(ref)
+        if self.puts_off:
+            self.told[ref["id"]] = days
+        return bool(self.puts_off)
 
     def cancel_destroy(self, ref: KeyRef) -> None:
-        return None
+        self._enter("cancel_destroy")
+        self.told.pop(ref["id"], None)
 
     def destroy(self, ref: KeyRef) -> None:
         self._enter("destroy")
+        if self.puts_off and ref["id"] in self.keys:
+            raise errors.BackendUnavailable("its waiting period is not over", retry_after=self.puts_off)
         with self._lock:
             self.keys.pop(ref["id"], None)
         self.before("destroyed")
@@ -154,3 +212,11 @@ class MemoryBackend:
 
     def close(self) -> None:
         return None
+
+
+def _check_fits(key: PrivateKey, alg: Algorithm, what: Message | Digest) -> None:
+    jwk = jose.public_jwk(key.public_key())
+    if (jwk["kty"], jwk.get("crv"), jwk.get("alg", alg.name)) != (alg.kty, alg.crv, alg.name):
+        raise errors.BackendRefused(f"The key does not sign with {alg.name}.")
+    if isinstance(what, Digest) and (alg.hash is None or len(what.value) != len(Message(b"").digest(alg))):
+        raise errors.BackendRefused(f"That is no digest for {alg.name}.")

@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kms_jwks import errors
 from kms_jwks.backends.base import Backend
 from kms_jwks.backends.third_party import make_third_party
 
 
 def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
     from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, Pkcs11Options
+    from kms_jwks.backends.pkcs11.uri import parse
 
     source = options.management if management and options.management is not None else options
     if source.pin_file is not None:
@@ -21,13 +23,13 @@ def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backe
         pin = PinSource.from_env(source.pin_env)
     else:
         pin = _pin_of_standard_input()
-    return Pkcs11Backend(
-        name,
-        Pkcs11Options(
+    try:
+        checked = Pkcs11Options(
             module=options.module,
             token_label=options.token_label,
             token_serial=options.token_serial,
             slot=options.slot,
+            uri=None if options.uri is None else parse(options.uri),
             expected_serial=options.expected_serial,
             pin=pin,
             sessions=options.sessions,
@@ -35,6 +37,29 @@ def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backe
             sign_in_place=options.sign_in_place,
             lock_dir=state_dir / "pkcs11",
             environment=options.environment,
+        )
+    except ValueError as error:
+        # What contradicts itself only once the URI is read.
+        raise errors.ConfigurationError(f"backends.{name}: {error}.") from None
+    return Pkcs11Backend(name, checked)
+
+
+def _aws_kms(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
+    from kms_jwks.backends.aws_kms import AwsKmsBackend, AwsKmsOptions
+
+    own = options.management if management else None
+    return AwsKmsBackend(
+        name,
+        AwsKmsOptions(
+            region=options.region,
+            account=options.account,
+            endpoint_url=options.endpoint_url,
+            profile=(own and own.profile) or options.profile,
+            role_arn=options.role_arn if own is None else own.role_arn,
+            connect_timeout=options.connect_timeout_ms / 1000,
+            read_timeout=options.read_timeout_ms / 1000,
+            connections=options.waiting,
+            key_policy_file=options.key_policy_file,
         ),
     )
 
@@ -47,7 +72,10 @@ def _pin_of_standard_input() -> Any:
     return PinSource.from_stdin()
 
 
-BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {"pkcs11": _pkcs11}
+BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {
+    "pkcs11": _pkcs11,
+    "aws-kms": _aws_kms,
+}
 """The configuration's `type` → how its backend is made of (name, options, state_dir, management). Opens nothing."""
 
 

@@ -151,18 +151,22 @@ class Backend(Protocol):
         """The `alg` names the module offers. Raises BackendUnavailable, BackendRefused."""
         ...
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
         """Make a key pair in the module: non-extractable, sign-only, read back. `label` is ASCII, at most 40 bytes.
 
+        `purpose` says what it is for (key-set, key, version), for modules that keep tags; others ignore it.
         Raises KeyExists when the label is in use, UnsupportedAlgorithm, BackendRefused, BackendUnavailable.
         """
         ...
 
-    def adopt(self, locator: str) -> GeneratedKey:
+    def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
         """Find a key pair that somebody else made; what it may do is for `attributes` to say and the caller to judge.
 
-        Raises KeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits several keys or the public
-        half cannot be read.
+        `public_jwk` stands in for a public half that the module does not hold; the caller proves it by a signature.
+        Raises KeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits several keys, the public
+        half cannot be read and none is given, or the given one is not that of the key.
         """
         ...
 

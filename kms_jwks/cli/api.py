@@ -197,6 +197,29 @@ def version_arguments(function: F) -> F:
     return key_arguments(click.argument("version", metavar="VERSION")(function))
 
 
+def dry_run_option(function: F) -> F:
+    """The option --dry-run of revocations."""
+    return click.option("--dry-run", is_flag=True, help="Say what would happen, and change nothing.")(function)
+
+
+def break_glass_options(function: F) -> F:
+    """The options of steps that may override an invariant; `glass` makes a reason of them."""
+    reason = click.option("--reason", help="Why; stays on the version for ever. Goes with --break-glass.")
+    flag = click.option(
+        "--break-glass", is_flag=True, help="Override the invariant in the way; needs the role break-glass."
+    )
+    return flag(reason(yes_option(function)))
+
+
+def glass(break_glass: bool, reason: str | None, *, sure: bool) -> str | None:
+    """The reason to override an invariant with, after asking; None where nobody wants that."""
+    if break_glass != (reason is not None):
+        raise click.UsageError("--break-glass and --reason go together.")
+    if reason is not None:
+        confirm("Override the invariant? Tokens may be rejected, and it stays on the version for ever.", sure=sure)
+    return reason
+
+
 def yes_option(function: F) -> F:
     """The option --yes of commands that destroy something."""
     return click.option("--yes", "-y", "sure", is_flag=True, help="Do not ask.")(function)

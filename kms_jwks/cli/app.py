@@ -14,6 +14,7 @@ from kms_jwks.cli.key_sets import key_set
 from kms_jwks.cli.keys import key
 from kms_jwks.cli.node import custodian, db, doctor, init, serve
 from kms_jwks.cli.operation import node
+from kms_jwks.cli.revocation import revoke
 from kms_jwks.cli.signing import jwks, sign, verify
 from kms_jwks.cli.versions import version
 
@@ -44,7 +45,7 @@ def _summarise(group: click.Group) -> None:
 
 for _command in (
     init, serve, custodian, doctor, db,
-    key_set, key, version, external_key, client, grant, node, jwks, sign, verify,
+    key_set, key, version, external_key, client, grant, node, revoke, jwks, sign, verify,
 ):  # fmt: skip
     cli.add_command(_command)
 _summarise(cli)

@@ -13,6 +13,8 @@ from kms_jwks.cli.text import details, table, when
 from kms_jwks.cli.values import INSTANT, content, json_object
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kms_jwks.cli.api import Api
 
 
@@ -37,12 +39,13 @@ def list_external_keys(api: Api, key_set: str) -> None:
 @click.option("--alg", required=True, help="The algorithm of its signatures.")
 @click.option("--remove-at", type=INSTANT, required=True, help="2026-12-31T23:00:00Z, 2026-12-31, or from now on: 30d.")
 @click.option("--jwk", metavar="JSON|@FILE|-", help="The public key as a JWK.")
-@click.option("--pem", metavar="@FILE|-", help="The public key, or a certificate, as PEM.")
+@click.option("--pem", metavar="@FILE|-", help="The public key as PEM.")
 def add_external_key(api: Api, key_set: str, jwk: str | None, pem: str | None, **fields: Any) -> None:
     """Publish a foreign public key under KID, which stays taken for ever."""
     if (jwk is None) == (pem is None):
         raise click.UsageError("Give exactly one of --jwk and --pem.")
     key = {"jwk": json_object(jwk, "--jwk")} if jwk is not None else {"pem": content(pem or "", "--pem")}
+    _refuse_private(key)
     made = api.client.add_external_key(key_set, wire.convert({**fields, **key}, wire.ExternalKeyCreate))
     api.show(lambda: _show(made))
 
@@ -65,6 +68,16 @@ def remove_external_key(api: Api, key_set: str, kid: str, sure: bool) -> None:
     confirm(f"Stop publishing {kid} in {key_set}? Its tokens verify no longer, and its kid stays taken.", sure=sure)
     api.client.remove_external_key(key_set, kid)
     api.done(f"{kid} is published no longer.")
+
+
+def _refuse_private(key: Mapping[str, Any]) -> None:
+    """A private key must not leave the machine it is on, not even to be refused."""
+    from kms_jwks.jose import PRIVATE_MEMBERS
+
+    if "PRIVATE KEY-----" in key.get("pem", "") or not {*PRIVATE_MEMBERS}.isdisjoint(key.get("jwk", ())):
+        raise click.UsageError(
+            "That is a private key; nothing was sent. Its public half: openssl pkey -in FILE -pubout -out PUBLIC"
+        )
 
 
 def _show(found: wire.ExternalKey) -> None:

@@ -94,6 +94,7 @@ def _show(found: wire.KeySet) -> None:
         ("name", found.name),
         ("issuer", found.issuer),
         ("jwks", found.jwks_uri),
+        *((("jwks (ML-DSA)", found.jwks_pq_uri),) if found.jwks_pq_uri else ()),
         ("purpose", found.purpose),
         ("access", found.access),
         ("cache lifetime", duration(found.cache_lifetime)),

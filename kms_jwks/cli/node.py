@@ -224,8 +224,7 @@ def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool
         note(f"orphan in {orphan.backend}: {orphan.label}")
     confirm(f"Destroy {len(found)} key pair(s)? They cannot be brought back.", sure=sure)
     for orphan in found:
-        done = examination.remove(orphan, store, backends)
-        note(f"{'destroyed' if done else 'needed after all, and left alone'}: {orphan.label}")
+        note(f"{examination.remove(orphan, store, backends)}: {orphan.label}")
 
 
 # --- db ---------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ DEFAULT_KEY_SET = "default"
 
 @api_command(None, "jwks")
 @click.argument("key_set", metavar="[KEY_SET]", required=False)
-def jwks(api: Api, key_set: str | None) -> None:
+@click.option("--post-quantum", is_flag=True, help="The document of its ML-DSA keys.")
+def jwks(api: Api, key_set: str | None, post_quantum: bool) -> None:
     """Print the JWKS of a key set, or of the default one."""
-    found = api.client.jwks(key_set)
+    found = api.client.jwks(key_set, post_quantum=post_quantum)
     api.show(lambda: write(msgspec.json.format(msgspec.json.encode(found))))
 
 

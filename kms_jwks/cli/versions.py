@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from kms_jwks.cli.api import api_command, confirm, key_arguments, version_arguments, yes_option
+from kms_jwks import wire
+from kms_jwks.cli.adopting import adopt_options, adoption
+from kms_jwks.cli.api import (
+    api_command,
+    break_glass_options,
+    confirm,
+    dry_run_option,
+    glass,
+    key_arguments,
+    version_arguments,
+    yes_option,
+)
+from kms_jwks.cli.bars import check_bars, width
+from kms_jwks.cli.revocation import show_revoked
 from kms_jwks.cli.text import details, note, table, when, yes
-from kms_jwks.cli.values import INSTANT
+from kms_jwks.cli.values import INSTANT, given
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kms_jwks import wire
     from kms_jwks.cli.api import Api
 
 
@@ -46,45 +58,56 @@ def show_version(api: Api, key_set: str, key: str, version: str) -> None:
 
 @api_command(version, "create")
 @key_arguments
-def create_version(api: Api, key_set: str, key: str) -> None:
-    """Make a standby version, where there is none."""
-    made = api.client.create_version(key_set, key)
+@adopt_options
+def create_version(api: Api, key_set: str, key: str, **fields: Any) -> None:
+    """Make a standby version, where there is none.
+
+    With --adopt it is a key pair that the module holds already, beside the standby; `version activate` has it sign.
+    """
+    adopted = adoption(given(fields)).get("adopt")
+    made = api.client.create_version(key_set, key, adopt=wire.convert(adopted, wire.Adopt) if adopted else None)
     api.show(lambda: _show(made))
 
 
 @api_command(version, "activate")
 @version_arguments
-def activate_version(api: Api, key_set: str, key: str, version: str) -> None:
+@break_glass_options
+def activate_version(
+    api: Api, key_set: str, key: str, version: str, break_glass: bool, reason: str | None, sure: bool
+) -> None:
     """Let a published version sign."""
-    changed = api.client.activate(key_set, key, version)
+    why = glass(break_glass, reason, sure=sure)
+    changed = api.client.activate(key_set, key, version, break_glass=why)
+    api.show(lambda: _show(changed))
+
+
+@api_command(version, "retire")
+@version_arguments
+@break_glass_options
+def retire_version(
+    api: Api, key_set: str, key: str, version: str, break_glass: bool, reason: str | None, sure: bool
+) -> None:
+    """Take a retiring version out of the JWKS. The custodian does so by itself once its tokens have expired."""
+    why = glass(break_glass, reason, sure=sure)
+    changed = api.client.retire(key_set, key, version, break_glass=why)
     api.show(lambda: _show(changed))
 
 
 @api_command(version, "revoke")
 @version_arguments
 @click.option("--reason", default="", help="Why; stays on the version.")
+@dry_run_option
 @yes_option
-def revoke_version(api: Api, key_set: str, key: str, version: str, reason: str, sure: bool) -> None:
+def revoke_version(api: Api, key_set: str, key: str, version: str, reason: str, dry_run: bool, sure: bool) -> None:
     """Emergency: out of the JWKS, and it never signs again.
 
-    The standby takes over at once. The command returns when no worker signs with the version any more.
+    The standby takes over at once. The command returns when no worker signs with the version any more, and says which
+    verifiers may go on trusting it.
     """
-    confirm(f"Revoke version {version} of {key_set} {key}? That cannot be undone.", sure=sure)
-    done = api.client.revoke(key_set, key, version, reason=reason)
-
-    def render() -> None:
-        click.echo(f"Version {done.version.number} ({done.version.kid or 'without a key pair'}) is revoked.")
-        if done.successor is not None:
-            click.echo(f"Version {done.successor.number} ({done.successor.kid}) signs now.")
-        else:
-            note("Warning: there was no standby; the key does not sign until its next version is active.")
-
-    api.show(render)
-    for worker in done.unconfirmed:
-        note(
-            f"Warning: worker {worker.worker} on node {worker.node} has not confirmed and may publish the old JWKS; "
-            f"last heard of at {when(worker.heartbeat_at)}."
-        )
+    if not dry_run:
+        confirm(f"Revoke version {version} of {key_set} {key}? That cannot be undone.", sure=sure)
+    done = api.client.revoke(key_set, key, version, reason=reason, dry_run=dry_run)
+    show_revoked(api, done)
 
 
 @api_command(version, "destroy")
@@ -133,6 +156,8 @@ def show_safety(api: Api, key_set: str, key: str, version: str) -> None:
             ("INVARIANT", "HOLDS", "LEFT", "RIGHT", "STATEMENT"),
             ((c.invariant, yes(c.holds), when(c.left), when(c.right), c.statement) for c in found.checks),
         )
+        if bars := check_bars(found, width()):
+            click.echo("\n" + "\n".join(bars))
 
     api.show(render)
 
@@ -195,11 +220,26 @@ def version_rows(
     versions: Sequence[tuple[str, wire.Version]], *, named: bool
 ) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Columns and rows of a table of versions, each with its key's name where they are of several keys."""
-    columns = ("NUMBER", "STATE", "ALG", "SINCE", "KID")
-    rows = [(v.number, v.state, v.alg, when(_since(v)), v.kid or "-") for _, v in versions]
+    columns = ("NUMBER", "STATE", "ALG", "SINCE", "ORIGIN", "KID", "NOTES")
+    rows = [(v.number, v.state, v.alg, when(_since(v)), _origin(v), v.kid or "-", _notes(v)) for _, v in versions]
     if not named:
         return columns, list(rows)
     return ("KEY", *columns), [(name, *row) for (name, _), row in zip(versions, rows, strict=True)]
+
+
+def _origin(found: wire.Version) -> str:
+    """Who made the pair, and what was accepted of it."""
+    return f"{found.origin}: {', '.join(found.weaknesses)}" if found.weaknesses else found.origin
+
+
+def _notes(found: wire.Version) -> str:
+    """What every listing shows of a version: overridden invariants, an emergency, why its pair is not there."""
+    notes = [f"{breach.invariant} overridden" for breach in found.breaches]
+    if found.emergency:
+        notes.append("emergency")
+    if found.trouble is not None:
+        notes.append(found.trouble)
+    return "; ".join(notes)
 
 
 def _since(found: wire.Version) -> datetime | None:
@@ -223,6 +263,7 @@ def _show(found: wire.Version) -> None:
         ("state", found.state),
         ("alg", found.alg),
         ("backend", found.backend),
+        ("origin", found.origin),
         ("created", when(found.created_at)),
         ("published", when(found.published_at)),
         ("visible since", when(found.visible_since)),
@@ -233,9 +274,16 @@ def _show(found: wire.Version) -> None:
         ("revoked", when(found.revoked_at) + (f" ({found.revoke_reason})" if found.revoke_reason else "")),
         ("destroy at", when(found.destroy_at)),
         ("destroyed", when(found.destroyed_at)),
+        ("origin", found.origin),
+        *((("absence", msgspec.json.encode(found.absence).decode()),) if found.absence is not None else ()),
     )
+    if found.weaknesses:
+        note(f"Warning: adopted although {', '.join(found.weaknesses)}.")
     for breach in found.breaches:
-        note(f"Warning: {breach.invariant} was overridden at {when(breach.at)}: {breach.reason}")
+        by = f" by {breach.who}" if breach.who else ""
+        note(f"Warning: {breach.invariant} was overridden at {when(breach.at)}{by}: {breach.reason}")
+    if found.emergency:
+        note("It took over in an emergency: a second rotation follows for verifiers that cache for ever.")
 
 
 def _word(value: object) -> str:

@@ -65,6 +65,10 @@ class Administration:
         """One key with its versions."""
         return decode(self._get(_key(key_set, key)), wire.Key)
 
+    def timeline(self, key_set: str, key: str) -> wire.Timeline:
+        """What was, what is, and what is planned for a key's versions."""
+        return decode(self._get(f"{_key(key_set, key)}/timeline"), wire.Timeline)
+
     def create_key(self, key_set: str, request: wire.KeyCreate) -> wire.Key:
         """Create a key. A version still `creating` in the answer is made later."""
         return decode(self._change("POST", f"{_set(key_set)}/keys", request), wire.Key)
@@ -73,12 +77,19 @@ class Administration:
         """Change the policy or profile of a key that is still at `revision`. Raises RevisionMismatch, PolicyRefused."""
         return decode(self._change("PATCH", _key(key_set, key), changes, revision=revision), wire.Key)
 
-    def rotate(self, key_set: str, key: str, *, expected_kid: str | None = None) -> wire.Key:
+    def rotate(
+        self, key_set: str, key: str, *, expected_kid: str | None = None, break_glass: str | None = None
+    ) -> wire.Key:
         """Activate the standby now. Raises NotYetUsable (`fields["usable_at"]`), NoStandby, RotationInProgress.
 
         `expected_kid` makes it safe to repeat: raises ActiveKidMismatch when another kid is active already.
+        `break_glass` is the reason to override I1 with; it needs its own permission and stays on the version.
         """
-        request = wire.RotateRequest(expected_kid=UNSET if expected_kid is None else expected_kid)
+        request = wire.RotateRequest(
+            expected_kid=UNSET if expected_kid is None else expected_kid,
+            break_glass=break_glass is not None,
+            reason=break_glass or "",
+        )
         return decode(self._change("POST", f"{_key(key_set, key)}/rotate", request), wire.Key)
 
     def disable_key(self, key_set: str, key: str) -> wire.Key:
@@ -99,18 +110,44 @@ class Administration:
         """One version."""
         return decode(self._get(_version(key_set, key, version)), wire.Version)
 
-    def create_version(self, key_set: str, key: str) -> wire.Version:
-        """Ask for a standby version. Raises TransitionRefused when there is one."""
-        return decode(self._change("POST", f"{_key(key_set, key)}/versions"), wire.Version)
+    def create_version(self, key_set: str, key: str, *, adopt: wire.Adopt | None = None) -> wire.Version:
+        """Ask for a standby version, or adopt a pair as one. Raises TransitionRefused when one is to be made and is
+        there already; AdoptionRefused (`fields["weaknesses"]`), KeyTaken, KidTaken."""
+        request = wire.VersionCreate(adopt=UNSET if adopt is None else adopt)
+        return decode(self._change("POST", f"{_key(key_set, key)}/versions", request), wire.Version)
 
-    def activate(self, key_set: str, key: str, version: str | int) -> wire.Version:
-        """Make a published version the one that signs. Raises NotYetUsable, TransitionRefused."""
-        return decode(self._change("POST", f"{_version(key_set, key, version)}/activate"), wire.Version)
+    def activate(self, key_set: str, key: str, version: str | int, *, break_glass: str | None = None) -> wire.Version:
+        """Make a published version the one that signs. Raises NotYetUsable, TransitionRefused.
 
-    def revoke(self, key_set: str, key: str, version: str | int, *, reason: str = "") -> wire.Revoked:
-        """Emergency: when this returns no worker signs with the version, and its successor is active."""
+        `break_glass` is the reason to override I1 with; it needs its own permission and stays on the version.
+        """
+        request = wire.ActivateRequest(break_glass=break_glass is not None, reason=break_glass or "")
+        return decode(self._change("POST", f"{_version(key_set, key, version)}/activate", request), wire.Version)
+
+    def retire(self, key_set: str, key: str, version: str | int, *, break_glass: str | None = None) -> wire.Version:
+        """Take a retiring version out of the JWKS. Raises TransitionRefused while a token it signed can be alive.
+
+        `break_glass` is the reason to override I2 with; it needs its own permission and stays on the version.
+        """
+        request = wire.RetireRequest(break_glass=break_glass is not None, reason=break_glass or "")
+        return decode(self._change("POST", f"{_version(key_set, key, version)}/retire", request), wire.Version)
+
+    def revoke(
+        self, key_set: str, key: str, version: str | int, *, reason: str = "", dry_run: bool = False
+    ) -> wire.Revoked:
+        """Emergency: when this returns no worker signs with the version, and its successor is active.
+
+        With `dry_run` it says what would happen, and changes nothing.
+        """
         path = f"{_version(key_set, key, version)}/revoke"
-        return decode(self._change("POST", path, wire.RevokeRequest(reason=reason)), wire.Revoked)
+        return decode(self._change("POST", path, wire.RevokeRequest(reason=reason, dry_run=dry_run)), wire.Revoked)
+
+    def revoke_everything(self, request: wire.RevocationCreate) -> wire.Revocation:
+        """Emergency: every version of a key set, or with its pair in a backend, is revoked in one transaction.
+
+        Raises Forbidden, and changes nothing, where the caller may not revoke in one of the keys.
+        """
+        return decode(self._change("POST", "/v1/revocations", request), wire.Revocation)
 
     def destroy(
         self, key_set: str, key: str, version: str | int, *, destroy_at: datetime | None = None
@@ -218,6 +255,10 @@ class Administration:
     def nodes(self) -> Iterator[wire.Node]:
         """Every registered worker and the epoch it has confirmed."""
         return self._pages("/v1/nodes", _Page[wire.Node])
+
+    def custodian(self) -> wire.Custodian:
+        """Who makes, rotates and destroys keys now, and since when."""
+        return decode(self._get("/v1/custodian"), wire.Custodian)
 
     def forget_worker(self, worker: str) -> None:
         """Stop counting a worker that will not come back."""

@@ -127,10 +127,11 @@ class Signing:
         path = f"/v1/key-sets/{segment(key_set, 'key_set')}/verify"
         return decode(self._transport.call("POST", path, repeat=Repeat.READ, body=request), wire.Verified)
 
-    def jwks(self, key_set: str | None = None) -> dict[str, Any]:
-        """The JWKS that verifiers fetch (RFC 7517 §5); the default key set's without a name."""
+    def jwks(self, key_set: str | None = None, *, post_quantum: bool = False) -> dict[str, Any]:
+        """The JWKS that verifiers fetch (RFC 7517 §5), or that of ML-DSA keys; the default key set's without a name."""
         prefix = "" if key_set is None else f"/{segment(key_set, 'key_set')}"
-        reply = self._transport.call("GET", f"{prefix}/.well-known/jwks.json", repeat=Repeat.READ)
+        name = "jwks-pq.json" if post_quantum else "jwks.json"
+        reply = self._transport.call("GET", f"{prefix}/.well-known/{name}", repeat=Repeat.READ)
         return decode(reply, dict[str, Any])
 
     # --- inside

@@ -43,8 +43,13 @@ def list_keys(service: Service, request: Request) -> Response:
     return ok(service.keys.list(request.who, request.params["key_set"], *request.page()))
 
 
+def key_timeline(service: Service, request: Request) -> Response:
+    """The life of a key's versions: what was, what is, and what is planned."""
+    return ok(service.keys.timeline(request.who, *_key(request)))
+
+
 def create_key(service: Service, request: Request, body: wire.KeyCreate) -> Response:
-    """A key, whose first versions the custodian makes."""
+    """A key, whose first versions the custodian makes; or whose first one is adopted."""
     return created(service.keys.create(request.who, request.params["key_set"], body))
 
 
@@ -81,9 +86,9 @@ def list_versions(service: Service, request: Request) -> Response:
     return ok(service.versions.list(request.who, *_key(request), *request.page()))
 
 
-def create_version(service: Service, request: Request, body: Empty) -> Response:
-    """A further version, as standby."""
-    return created(service.versions.create(request.who, *_key(request)))
+def create_version(service: Service, request: Request, body: wire.VersionCreate) -> Response:
+    """A further version, as standby: made, or adopted."""
+    return created(service.versions.create(request.who, *_key(request), body))
 
 
 def get_version(service: Service, request: Request) -> Response:
@@ -109,14 +114,24 @@ def attributes(service: Service, request: Request) -> Response:
     return ok(service.versions.attributes(request.who, *_version(request)))
 
 
-def activate_version(service: Service, request: Request, body: Empty) -> Response:
+def activate_version(service: Service, request: Request, body: wire.ActivateRequest) -> Response:
     """Make a published version the one that signs."""
-    return ok(service.versions.activate(request.who, *_version(request)))
+    return ok(service.versions.activate(request.who, *_version(request), body))
+
+
+def retire_version(service: Service, request: Request, body: wire.RetireRequest) -> Response:
+    """Take a retiring version out of the JWKS, once no token it signed can be alive."""
+    return ok(service.versions.retire(request.who, *_version(request), body))
 
 
 def revoke_version(service: Service, request: Request, body: wire.RevokeRequest) -> Response:
     """Emergency: out of the JWKS, never signs again; the standby takes over at once."""
     return ok(service.versions.revoke(request.who, *_version(request), body))
+
+
+def create_revocation(service: Service, request: Request, body: wire.RevocationCreate) -> Response:
+    """Emergency: everything in a backend or key set is revoked in one transaction."""
+    return ok(service.revoking.everything(request.who, body))
 
 
 def destroy_version(service: Service, request: Request, body: wire.DestroyRequest) -> Response:

@@ -22,8 +22,17 @@ JWK_SET = "application/jwk-set+json"
 
 def jwks(service: Service, request: Request) -> Response:
     """The JWKS of a key set; of the default one where the path names none."""
+    return _jwks(service, request, post_quantum=False)
+
+
+def jwks_pq(service: Service, request: Request) -> Response:
+    """The JWKS of a key set's ML-DSA keys; of the default set's where the path names none."""
+    return _jwks(service, request, post_quantum=True)
+
+
+def _jwks(service: Service, request: Request, *, post_quantum: bool) -> Response:
     name = request.params.get("key_set") or service.documents.default_key_set
-    document = service.documents.jwks(request.who, name)
+    document = service.documents.jwks(request.who, name, post_quantum=post_quantum)
     # Some clients reject the registered type, so only who names it gets it.
     named = JWK_SET in (request.header("accept") or "").lower()
     return _published(request, document, JWK_SET if named else JSON, vary="Accept")

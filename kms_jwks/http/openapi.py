@@ -122,7 +122,7 @@ def tag(route: Route) -> str:
     return "operation"
 
 
-_TAGS = {"/v1/key-sets": "keys", "/v1/clients": "callers", "/v1/grants": "callers"}
+_TAGS = {"/v1/key-sets": "keys", "/v1/revocations": "keys", "/v1/clients": "callers", "/v1/grants": "callers"}
 
 
 def _parameters(route: Route) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,11 @@ def forget_worker(service: Service, request: Request) -> Response:
     return gone()
 
 
+def get_custodian(service: Service, request: Request) -> Response:
+    """Who makes, rotates and destroys keys now."""
+    return ok(service.operation.custodian(request.who))
+
+
 def list_backends(service: Service, request: Request) -> Response:
     """The configured modules and their state."""
     return ok(service.operation.backends(request.who))

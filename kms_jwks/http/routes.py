@@ -141,7 +141,7 @@ def _change(
     method: Literal["POST", "PATCH", "DELETE"],
     path: str,
     endpoint: Endpoint,
-    permission: P,
+    permission: P | tuple[P, ...],
     request: type[wire.Request] | None = None,
     answer: type[wire.Answer] | None = None,
     *statuses: int,
@@ -155,7 +155,7 @@ def _change(
         request=request,
         answer=answer,
         statuses=statuses or ((200,) if answer else (204,)),
-        permission=(permission,),
+        permission=permission if isinstance(permission, tuple) else (permission,),
         problems=(errors.Conflict, errors.StoreUnavailable, *problems),
     )
 
@@ -185,6 +185,20 @@ _MODULE = (errors.Unavailable, errors.BackendError, errors.BackendTimeout)
 ROUTES: tuple[Route, ...] = (
     *_document("/{key_set}/.well-known/jwks.json", hot.jwks, "The JWKS of a key set", "application/json", hot.JWK_SET),
     *_document("/.well-known/jwks.json", hot.jwks, "The JWKS of the default key set", "application/json", hot.JWK_SET),
+    *_document(
+        "/{key_set}/.well-known/jwks-pq.json",
+        hot.jwks_pq,
+        "The JWKS of a key set's ML-DSA keys",
+        "application/json",
+        hot.JWK_SET,
+    ),
+    *_document(
+        "/.well-known/jwks-pq.json",
+        hot.jwks_pq,
+        "The JWKS of the default key set's ML-DSA keys",
+        "application/json",
+        hot.JWK_SET,
+    ),
     *_document("/{key_set}/.well-known/openid-configuration", hot.discovery, "Issuer metadata (OpenID Connect)"),
     *_document("/.well-known/openid-configuration", hot.discovery, "Issuer metadata where the service is the issuer"),
     *_document("/.well-known/oauth-authorization-server/{key_set}", hot.discovery, "Issuer metadata (RFC 8414)"),
@@ -225,25 +239,58 @@ ROUTES: tuple[Route, ...] = (
     _change("PATCH", _SET, control.patch_key_set, P.KEY_SET_UPDATE, wire.KeySetPatch, wire.KeySet, problems=_IF_MATCH),
     # keys
     _get(f"{_SET}/keys", control.list_keys, P.KEY_READ, items=wire.Key),
-    _change("POST", f"{_SET}/keys", control.create_key, P.KEY_CREATE, wire.KeyCreate, wire.Key, 201, 202),
+    _change(
+        "POST",
+        f"{_SET}/keys",
+        control.create_key,
+        (P.KEY_CREATE, P.KEY_ADOPT),
+        wire.KeyCreate,
+        wire.Key,
+        201,
+        202,
+        problems=_MODULE,
+    ),
     _get(_KEY, control.get_key, P.KEY_READ, wire.Key, etag=True),
+    _get(f"{_KEY}/timeline", control.key_timeline, P.KEY_READ, wire.Timeline),
     _change("PATCH", _KEY, control.patch_key, P.KEY_UPDATE, wire.KeyPatch, wire.Key, problems=_IF_MATCH),
     _change("POST", f"{_KEY}/rotate", control.rotate_key, P.KEY_ROTATE, wire.RotateRequest, wire.Key),
     _change("POST", f"{_KEY}/disable", control.disable_key, P.KEY_DISABLE, Empty, wire.Key),
     _change("POST", f"{_KEY}/enable", control.enable_key, P.KEY_ENABLE, Empty, wire.Key),
     # versions
     _get(f"{_KEY}/versions", control.list_versions, P.KEY_READ, items=wire.Version),
-    _change("POST", f"{_KEY}/versions", control.create_version, P.KEY_ROTATE, Empty, wire.Version, 201, 202),
+    _change(
+        "POST",
+        f"{_KEY}/versions",
+        control.create_version,
+        (P.KEY_ROTATE, P.KEY_ADOPT),
+        wire.VersionCreate,
+        wire.Version,
+        201,
+        202,
+        problems=_MODULE,
+    ),
     _get(_VERSION, control.get_version, P.KEY_READ, wire.Version),
     _get(f"{_VERSION}/public-key", control.public_key, P.KEY_READ, media=(control.JWK, control.PEM, control.DER)),
     _get(f"{_VERSION}/safety", control.safety, P.KEY_READ, wire.Safety),
     _get(f"{_VERSION}/attributes", control.attributes, P.KEY_READ, wire.Attributes, problems=_MODULE),
-    _change("POST", f"{_VERSION}/activate", control.activate_version, P.VERSION_ACTIVATE, Empty, wire.Version),
+    _change(
+        "POST", f"{_VERSION}/activate", control.activate_version, P.VERSION_ACTIVATE, wire.ActivateRequest, wire.Version
+    ),
+    _change("POST", f"{_VERSION}/retire", control.retire_version, P.KEY_ROTATE, wire.RetireRequest, wire.Version),
     _change("POST", f"{_VERSION}/revoke", control.revoke_version, P.VERSION_REVOKE, wire.RevokeRequest, wire.Revoked),
     _change(
         "POST", f"{_VERSION}/destroy", control.destroy_version, P.VERSION_DESTROY, wire.DestroyRequest, wire.Version
     ),
     _change("POST", f"{_VERSION}/cancel-destroy", control.cancel_destroy, P.VERSION_DESTROY, Empty, wire.Version),
+    _change(
+        "POST",
+        "/v1/revocations",
+        control.create_revocation,
+        P.VERSION_REVOKE,
+        wire.RevocationCreate,
+        wire.Revocation,
+        problems=(errors.KeySetNotFound, errors.BackendUnknown),
+    ),
     # external keys
     _get(f"{_SET}/external-keys", control.list_external_keys, P.KEY_READ, items=wire.ExternalKey),
     _change(
@@ -274,6 +321,7 @@ ROUTES: tuple[Route, ...] = (
     # operation
     _get("/v1/nodes", operation.list_nodes, P.NODE_READ, items=wire.Node),
     _change("DELETE", "/v1/nodes/{worker}", operation.forget_worker, P.NODE_MANAGE),
+    _get("/v1/custodian", operation.get_custodian, P.NODE_READ, wire.Custodian),
     _get("/v1/backends", operation.list_backends, P.BACKEND_READ, items=wire.Backend, paged=False, problems=_MODULE),
     _get("/v1/backends/{backend}", operation.get_backend, P.BACKEND_READ, wire.Backend, problems=_MODULE),
     _health("/healthz", operation.healthz, 200),

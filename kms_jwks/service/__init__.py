@@ -21,6 +21,7 @@ from kms_jwks.service.keys import Keys
 from kms_jwks.service.modules import Modules
 from kms_jwks.service.operation import Operation
 from kms_jwks.service.recycling import Recycling
+from kms_jwks.service.revoking import Revoking
 from kms_jwks.service.signing import Signing
 from kms_jwks.service.verifying import Verifying
 from kms_jwks.service.versions import Versions
@@ -52,6 +53,7 @@ class Service:
             used=guard.drain_used,
             bind=modules.bind,
             reap=lambda: self.confirmation.reap(),  # noqa: PLW0108 - it is made below
+            backends=lambda: modules.seen,
             clock=DatabaseClock(boot),
         )
         self.confirmation = Confirmation(
@@ -70,6 +72,7 @@ class Service:
         self.key_sets = KeySets(control)
         self.keys = Keys(control)
         self.versions = Versions(control)
+        self.revoking = Revoking(control)
         self.external_keys = ExternalKeys(control)
         self.clients = Clients(control)
         self.recycling = Recycling(settings.state_dir, settings.workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from kms_jwks.model import SECOND, Instant
@@ -14,22 +15,31 @@ def boot_clock() -> int:
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1000
 
 
-class DatabaseClock:
-    """Database time without asking the database: the boot clock plus the offset taken at the last poll.
+_SAMPLES = 8
+"""Polls whose offsets count: while nothing steps, the one that was answered fastest knows best."""
 
-    Deciding times, `iat` and `exp` are the database's, so that nodes whose clocks differ agree.
+
+class DatabaseClock:
+    """Database time without asking the database: the boot clock plus an offset taken from the last polls.
+
+    Deciding times, `iat` and `exp` are the database's, so that nodes whose clocks differ agree. It may be late by what
+    a poll's answer took, never early: a verifier without leeway refuses a token from the future.
     """
 
     def __init__(self, boot: Callable[[], int] = boot_clock) -> None:
         self.boot = boot
         self._offset: int | None = None
+        self._samples: deque[int] = deque(maxlen=_SAMPLES)
         self._lock = threading.Lock()
 
     def observe(self, before: int, database_now: Instant) -> None:
-        """Take the offset from a poll that began at `before` (boot clock) and answered `database_now`."""
-        middle = (before + self.boot()) // 2
+        """Learn from a poll that began at `before` (boot clock) and has just answered `database_now`."""
+        at_least, at_most = database_now - self.boot(), database_now - before
         with self._lock:
-            self._offset = database_now - middle
+            if self._samples and max(self._samples) > at_most:
+                self._samples.clear()  # a clock has been set back, and older polls speak of another time
+            self._samples.append(at_least)
+            self._offset = max(self._samples)
 
     def now(self) -> Instant:
         """Database time; this machine's own until the database was seen once."""

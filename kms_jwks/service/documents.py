@@ -23,12 +23,17 @@ class Documents:
         self._public_url = public_url
         self.default_key_set = default_key_set
 
-    def jwks(self, who: Presented, key_set: str) -> Document:
-        """The set's JWKS. A restricted set needs `jwks:read`. Raises KeySetNotFound, NotPublished."""
+    def jwks(self, who: Presented, key_set: str, *, post_quantum: bool = False) -> Document:
+        """The set's JWKS, or the one of its ML-DSA keys. A restricted set needs `jwks:read`.
+
+        Raises KeySetNotFound, NotPublished.
+        """
         found = self._find(who, key_set)
-        if found.jwks is None:
-            raise errors.NotPublished(f"Key set {key_set!r} has not published anything yet.")
-        return found.jwks
+        document = found.jwks_pq if post_quantum else found.jwks
+        if document is None:
+            what = "no ML-DSA key" if post_quantum else "nothing"
+            raise errors.NotPublished(f"Key set {key_set!r} has published {what} yet.")
+        return document
 
     def discovery(self, who: Presented, key_set: str | None) -> Document:
         """Issuer metadata (OpenID Connect Discovery §4, RFC 8414), None for the paths without a key set's name.

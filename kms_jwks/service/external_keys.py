@@ -53,7 +53,7 @@ class ExternalKeys:
                 raise errors.InvalidField("remove_at: lies in the past", fields={"field": "remove_at"})
             jwk = jose.check_public_jwk(_jwk(request), alg)
             check_company(tx, found.key_set, alg.name)
-            lifecycle.require_room(tx, found.key_set, more_externals=1)
+            lifecycle.require_room(tx, found.key_set, alg.name, more_externals=1)
             value = ExternalKey(
                 id=new_id(),
                 key_set_id=found.key_set.id,

@@ -127,6 +127,10 @@ class Guard:
             raise errors.KeyUnknown(f"There is no key {key!r} in key set {key_set!r}.")
         return Entered(caller, tx.now(), found_set, found_key)
 
+    def require(self, caller: Caller, permission: Permission, scope: Scope) -> None:
+        """A further permission of a caller who was let in, or one for a further scope. Raises Forbidden."""
+        self._authorise(caller, permission, scope)
+
     # --- last use
 
     def drain_used(self) -> dict[Id, Instant]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -10,12 +11,13 @@ from msgspec import UNSET
 from kms_jwks import errors, timeline, wire
 from kms_jwks.access import Permission, Scope, allow
 from kms_jwks.model import Access, Id, KeySet, Purpose, name_error, new_id
-from kms_jwks.service import lifecycle, present
+from kms_jwks.service import adoption, lifecycle, present
+from kms_jwks.service.adoption import Candidate
 from kms_jwks.service.control import Control, check_revision
 from kms_jwks.service.guard import Presented
-from kms_jwks.service.keys import add_key, check_offered, check_policy
+from kms_jwks.service.keys import add_key, check_policy, look_at
 from kms_jwks.service.present import Created
-from kms_jwks.store import WriteTx
+from kms_jwks.store import ReadTx, WriteTx
 
 
 class KeySets:
@@ -49,11 +51,11 @@ class KeySets:
         """Create a key set, with the keys named in the same call: these sign as soon as every worker publishes them."""
         control = self._control
         with control.store.read() as reading:
-            control.guard.enter(reading, who, Permission.KEY_SET_CREATE)
-        check_offered(control, request.keys)
+            self._enter(reading, who, request)
+        candidates = [look_at(control, wanted) for wanted in request.keys]
         with control.store.write() as tx:
-            control.guard.enter(tx, who, Permission.KEY_SET_CREATE)
-            key_set, versions = add_key_set(tx, control, request)
+            self._enter(tx, who, request)
+            key_set, versions = add_key_set(tx, control, request, candidates)
             answer = present.key_set(tx, key_set, control.public_url)
         complete = True
         if versions:
@@ -63,6 +65,11 @@ class KeySets:
         else:
             control.changed(tx.committed_epoch)
         return Created(answer, complete, f"/v1/key-sets/{key_set.name}")
+
+    def _enter(self, tx: ReadTx, who: Presented, request: wire.KeySetCreate) -> None:
+        self._control.guard.enter(tx, who, Permission.KEY_SET_CREATE)
+        if any(wanted.adopt is not UNSET for wanted in request.keys):
+            self._control.guard.enter(tx, who, Permission.KEY_ADOPT)
 
     def patch(self, who: Presented, name: str, request: wire.KeySetPatch, if_match: int | None) -> wire.KeySet:
         """Change issuer (before anything could sign), access, cache lifetime. Raises Immutable, PolicyRefused."""
@@ -94,8 +101,10 @@ class KeySets:
         return answer
 
 
-def add_key_set(tx: WriteTx, control: Control, request: wire.KeySetCreate) -> tuple[KeySet, list[Id]]:
-    """Write a key set and its first keys. Returns it with the ids of the versions the custodian is to make."""
+def add_key_set(
+    tx: WriteTx, control: Control, request: wire.KeySetCreate, candidates: Sequence[Candidate | None] = ()
+) -> tuple[KeySet, list[Id]]:
+    """Write a key set and its first keys, some of them adopted. Returns it with the ids of their first versions."""
     problem = name_error(request.name)
     if problem is not None:
         raise errors.InvalidField(f"name: {problem}", fields={"field": "name"})
@@ -113,7 +122,14 @@ def add_key_set(tx: WriteTx, control: Control, request: wire.KeySetCreate) -> tu
         updated_at=now,
     )
     tx.add(key_set)
-    return key_set, [add_key(tx, control, key_set, wanted)[1].id for wanted in request.keys]
+    found = candidates or [None] * len(request.keys)
+    versions = [
+        add_key(tx, control, key_set, wanted, candidate)[1].id
+        for wanted, candidate in zip(request.keys, found, strict=True)
+    ]
+    if any(found):
+        adoption.publish(tx, key_set, [candidate for candidate in found if candidate is not None])
+    return key_set, versions
 
 
 def check_issuer(issuer: str) -> str:

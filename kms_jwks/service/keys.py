@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,9 +22,11 @@ from kms_jwks.model import (
     name_error,
     new_id,
 )
-from kms_jwks.service import lifecycle, present
+from kms_jwks.service import adoption, lifecycle, present, timetable
+from kms_jwks.service.adoption import Candidate
 from kms_jwks.service.control import Control, check_revision
-from kms_jwks.service.guard import Presented
+from kms_jwks.service.guard import Entered, Presented
+from kms_jwks.service.instants import to_instant
 from kms_jwks.service.present import Created
 from kms_jwks.store import ReadTx, WriteTx
 
@@ -60,15 +61,24 @@ class Keys:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
             return present.key(tx, found.key_set, found.key)
 
+    def timeline(self, who: Presented, key_set: str, key: str) -> wire.Timeline:
+        """What was, what is, and what is planned for the key's versions."""
+        with self._control.store.read() as tx:
+            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
+            return timetable.of_key(tx, found.key_set, found.key)
+
     def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
         """Create a key. In a set that has published before, its first version signs after the publish lead."""
         control = self._control
+        permission = Permission.KEY_CREATE if request.adopt is UNSET else Permission.KEY_ADOPT
         with control.store.read() as reading:
-            control.guard.enter_set(reading, who, Permission.KEY_CREATE, key_set)
-        check_offered(control, [request])
+            control.guard.enter_set(reading, who, permission, key_set)
+        candidate = look_at(control, request)
         with control.store.write() as tx:
-            found = control.guard.enter_set(tx, who, Permission.KEY_CREATE, key_set)
-            key, version = add_key(tx, control, found.key_set, request)
+            found = control.guard.enter_set(tx, who, permission, key_set)
+            key, version = add_key(tx, control, found.key_set, request, candidate)
+            if candidate is not None:
+                adoption.publish(tx, found.key_set, [candidate])
         complete = control.wait_for_custodian([version.id])
         with control.store.read() as tx:
             answer = present.key(tx, found.key_set, tx.key_by_id(key.id) or key)
@@ -82,7 +92,7 @@ class Keys:
             check_revision(found.key.revision, if_match)
             changed = replace(
                 found.key,
-                policy=merge(found.key.policy, request.policy),
+                policy=merge_policy(found.key.policy, request.policy),
                 profile=merge(found.key.profile, request.profile),
             )
             if changed != found.key:
@@ -97,7 +107,10 @@ class Keys:
         return answer
 
     def rotate(self, who: Presented, key_set: str, key: str, request: wire.RotateRequest) -> wire.Key:
-        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress."""
+        """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress.
+
+        `break_glass` with a reason overrides I1 alone.
+        """
         control = self._control
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
@@ -109,7 +122,16 @@ class Keys:
                     "The active version is not the expected one.", fields={"active_kid": active.kid if active else None}
                 )
             standby = _standby(found.key, versions)
-            lifecycle.activate(tx, found.key_set, found.key, standby, lease=control.confirmation.lease(tx))
+            broken = breach(control, tx, found, request)
+            lifecycle.activate(
+                tx,
+                found.key_set,
+                found.key,
+                standby,
+                lease=control.confirmation.lease(tx),
+                breach=broken if lifecycle.is_early(tx, found.key, standby) else None,
+                who=found.caller.client,
+            )
             answer = present.key(tx, found.key_set, found.key)
         control.changed(tx.committed_epoch)
         return answer
@@ -141,8 +163,13 @@ class Keys:
         return answer
 
 
-def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCreate) -> tuple[Key, KeyVersion]:
-    """Write a key and its first version, `creating`. Raises every refusal of a key's definition."""
+def add_key(
+    tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCreate, candidate: Candidate | None = None
+) -> tuple[Key, KeyVersion]:
+    """Write a key and its first version, `creating`: to be made, or adopted and to be published by the caller.
+
+    Raises every refusal of a key's definition.
+    """
     problem = name_error(request.name)
     if problem is not None:
         raise errors.InvalidField(f"name: {problem}", fields={"field": "name"})
@@ -152,9 +179,9 @@ def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCre
         key_set_id=key_set.id,
         name=request.name,
         alg=request.alg,
-        rsa_bits=_rsa_bits(request),
-        backend=_backend(control, request),
-        policy=merge(Policy(), request.policy),
+        rsa_bits=_rsa_bits(request) if candidate is None else candidate.rsa_bits,
+        backend=backend_of(control, request),
+        policy=merge_policy(Policy(), request.policy),
         profile=merge(SigningProfile(), request.profile),
         created_at=now,
         updated_at=now,
@@ -162,26 +189,32 @@ def add_key(tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCre
     check_policy(key.policy, key_set, control.confirmation.lease(tx))
     check_profile(key)
     check_company(tx, key_set, key.alg)
-    lifecycle.require_room(tx, key_set, more_keys=1)
+    lifecycle.require_room(tx, key_set, key.alg, more_keys=1)
     tx.add(key)
-    return key, lifecycle.add_version(tx, key)
+    if candidate is None:
+        return key, lifecycle.add_version(tx, key)
+    return key, adoption.add_adopted(tx, key, candidate)
 
 
-def check_offered(control: Control, requests: Sequence[wire.KeyCreate]) -> None:
-    """Raise UnsupportedAlgorithmRequested where a module says that it lacks the algorithm, before anything is written.
+def look_at(control: Control, request: wire.KeyCreate) -> Candidate | None:
+    """What a module can say before anything is written: the pair to be adopted, or that it lacks the algorithm.
 
-    A module that is away is not waited for: the custodian finds out.
+    A module that is away is waited for only to adopt; else the custodian finds out. Raises
+    UnsupportedAlgorithmRequested, and what `adoption.examine` raises.
     """
-    for request in requests:
-        name = control.modules.default if request.backend is UNSET else request.backend
-        if name not in control.modules.backends or request.alg not in ALGORITHMS:
-            continue  # refused by name further on
-        with contextlib.suppress(errors.BackendError):
-            offered = control.modules.ask(name, "capabilities", lambda backend: backend.capabilities())
-            if request.alg not in offered:
-                raise errors.UnsupportedAlgorithmRequested(
-                    f"Backend {name!r} does not offer {request.alg}.", fields={"algorithms": sorted(offered)}
-                )
+    if request.adopt is not UNSET:
+        bits = None if request.rsa_bits is UNSET else request.rsa_bits
+        return adoption.examine(control.modules, backend_of(control, request), request.alg, request.adopt, bits)
+    name = control.modules.default if request.backend is UNSET else request.backend
+    if name not in control.modules.backends or request.alg not in ALGORITHMS:
+        return None  # refused by name further on
+    with contextlib.suppress(errors.BackendError):
+        offered = control.modules.ask(name, "capabilities", lambda backend: backend.capabilities())
+        if request.alg not in offered:
+            raise errors.UnsupportedAlgorithmRequested(
+                f"Backend {name!r} does not offer {request.alg}.", fields={"algorithms": sorted(offered)}
+            )
+    return None
 
 
 def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:
@@ -190,6 +223,30 @@ def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:
         return current
     given: dict[str, Any] = msgspec.structs.asdict(changes)
     return replace(current, **{name: value for name, value in given.items() if value is not UNSET})
+
+
+def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType) -> Policy:
+    """`merge`, with the API's datetime as an instant. Raises InvalidField."""
+    if changes is UNSET or changes.hold_until is UNSET or changes.hold_until is None:
+        return merge(current, changes)
+    try:
+        until = to_instant(changes.hold_until)
+    except ValueError as error:
+        raise errors.InvalidField(f"hold_until: {error}", fields={"field": "policy.hold_until"}) from None
+    return replace(merge(current, changes), hold_until=until)
+
+
+def breach(control: Control, tx: ReadTx, found: Entered, request: wire.BreakGlassRequest) -> str | None:
+    """The reason for which this call may override an invariant, None where it does not ask for that.
+
+    Raises InvalidField without a reason, Forbidden without the permission, be there something to override or not.
+    """
+    if not request.break_glass:
+        return None
+    control.guard.require(found.caller, Permission.BREAK_GLASS, Scope(found.key_set.id, found.key.id))
+    if not request.reason.strip():
+        raise errors.InvalidField("reason: breaking the glass needs one", fields={"field": "reason"})
+    return request.reason
 
 
 def check_policy(policy: Policy, key_set: KeySet, lease: int) -> None:
@@ -241,7 +298,8 @@ def _rsa_bits(request: wire.KeyCreate) -> int | None:
     return DEFAULT_RSA_BITS if request.rsa_bits is UNSET else request.rsa_bits
 
 
-def _backend(control: Control, request: wire.KeyCreate) -> str:
+def backend_of(control: Control, request: wire.KeyCreate) -> str:
+    """The backend that a request names or leaves to the default. Raises InvalidField, BackendUnknown."""
     name = control.modules.default if request.backend is UNSET else request.backend
     if name is None:
         raise errors.InvalidField(
@@ -257,6 +315,7 @@ def check_company(tx: ReadTx, key_set: KeySet, alg: str) -> None:
     row = ALGORITHMS[alg]
     others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id)]
     others += [ALGORITHMS[e.alg] for e in tx.external_keys(key_set.id)]
+    others = [other for other in others if other.is_post_quantum is row.is_post_quantum]  # the others' document
     if any(row.exclusive != other.exclusive for other in others):
         raise errors.LimitReached(
             f"{alg} and {next(o.name for o in others if o.exclusive != row.exclusive)} cannot share a key set: "

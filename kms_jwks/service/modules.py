@@ -25,6 +25,7 @@ from kms_jwks.service.snapshot import Signer
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
+_OK: Final = "ok"
 PATIENCE: Final = 1.0
 """Seconds past its deadline until a call in the pool counts as one that never comes back."""
 PATIENCE_IN_PLACE: Final = 3.0
@@ -91,7 +92,9 @@ class Modules:
         self._entries = {
             name: _entry(name, backend, (limits or {}).get(name, Limits())) for name, backend in self.backends.items()
         }
-        self._seen: frozenset[object] = frozenset()
+        self._late_before: frozenset[object] = frozenset()
+        self.seen: dict[str, str] = {}
+        """What this process saw of each backend last: `ok`, or the code of the error; absent until it was used."""
 
     def get(self, name: str) -> Backend:
         """The backend of that name. Raises BackendUnknown."""
@@ -110,7 +113,18 @@ class Modules:
         A backend that does not sign in place works in a bounded pool: a call that hangs there is answered with
         BackendTimeout and its thread is left behind. In place nobody can be answered before the module does.
         """
-        entry = self._entry(signer.backend)
+        try:
+            signature = self._sign(self._entry(signer.backend), signer, what)
+        except (errors.KeyNotFound, errors.UnsupportedAlgorithm):
+            raise  # about the key, not about the module
+        except errors.BackendError as error:
+            self.seen[signer.backend] = error.code
+            raise
+        if self.seen.get(signer.backend) != _OK:
+            self.seen[signer.backend] = _OK
+        return signature
+
+    def _sign(self, entry: _Entry, signer: Signer, what: Message | Digest) -> bytes:
         deadline = time.monotonic() + entry.limits.timeout
         if entry.backend.sign_in_place:
             thread = threading.get_ident()
@@ -171,13 +185,15 @@ class Modules:
             late = {(name, call) for call in entry.pool.overdue(now, PATIENCE)}
             unanswered = {(name, call) for call in entry.asking.overdue(now, PATIENCE)}
             seen |= lost | late | unanswered
-            if lost & self._seen:
-                reason = f"{len(lost & self._seen)} threads that sign in place with backend {name!r} do not come back"
-            elif len(late & self._seen) >= entry.limits.most_stuck:
-                reason = f"{len(late & self._seen)} calls have not come back from backend {name!r}"
-            elif len(unanswered & self._seen) >= _SAME_QUESTION:
-                reason = f"backend {name!r} has not come back to {len(unanswered & self._seen)} questions"
-        self._seen = frozenset(seen)
+            if lost & self._late_before:
+                reason = (
+                    f"{len(lost & self._late_before)} threads that sign in place with backend {name!r} do not come back"
+                )
+            elif len(late & self._late_before) >= entry.limits.most_stuck:
+                reason = f"{len(late & self._late_before)} calls have not come back from backend {name!r}"
+            elif len(unanswered & self._late_before) >= _SAME_QUESTION:
+                reason = f"backend {name!r} has not come back to {len(unanswered & self._late_before)} questions"
+        self._late_before = frozenset(seen)
         return reason
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from kms_jwks import errors, timeline
+from kms_jwks import errors
 from kms_jwks.model import SECOND, CustodianLease, Instant, new_id
 from kms_jwks.service.clocks import boot_clock
 from kms_jwks.store import Store, WriteTx
@@ -32,7 +32,7 @@ class Fenced(Exception):
 
 
 class Office:
-    """One candidate for the one office of an installation. `lease` in seconds.
+    """One candidate for the one office of an installation. `lease` in seconds, or parts of one.
 
     `given_up` is called, from another thread, when a step has kept the office for as long as it may and still hangs.
     """
@@ -42,7 +42,7 @@ class Office:
         store: Store,
         *,
         node: str,
-        lease: int = LEASE,
+        lease: float = LEASE,
         boot: Callable[[], int] = boot_clock,
         given_up: Callable[[], None] = lambda: None,
     ) -> None:
@@ -71,7 +71,7 @@ class Office:
                     self.term = 0
                     return False
                 sound = lease.halted is None and self._clock_trouble(tx.now()) is None
-                if mine and sound and left > self._lease * SECOND // 2:
+                if mine and sound and left > self._lease * SECOND / 2:
                     return True
         return self._write(take_over)
 
@@ -120,8 +120,7 @@ class Office:
                     with self.mutation() as tx:
                         lease, now = tx.custodian_lease(), tx.now()
                         if lease is not None:
-                            expires = timeline.later(now, self._lease)
-                            tx.set_custodian_lease(replace(lease, renewed_at=now, expires_at=expires))
+                            tx.set_custodian_lease(replace(lease, renewed_at=now, expires_at=self._expiry(now)))
                 except Fenced:
                     return
                 except errors.Error:
@@ -144,8 +143,9 @@ class Office:
                 self.term = 0
                 return False
             term = (lease.term if lease is not None else 0) + (0 if mine else 1)
+            since = lease.since if lease is not None and mine else now
             tx.set_custodian_lease(
-                CustodianLease(term, self._holder, self._node, now, timeline.later(now, self._lease), halted=halted)
+                CustodianLease(term, self._holder, self._node, now, self._expiry(now), since=since, halted=halted)
             )
             if not mine:
                 take_over(tx)
@@ -156,6 +156,9 @@ class Office:
             log.error("custodian_halted", reason=halted)
         self._halted = halted
         return halted is None
+
+    def _expiry(self, now: Instant) -> Instant:
+        return Instant(now + int(self._lease * SECOND))
 
     def _clock_trouble(self, now: Instant) -> str | None:
         """Why database time cannot be trusted, or None. It stays in doubt until it agrees with the boot clock again."""

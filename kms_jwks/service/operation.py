@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission
-from kms_jwks.model import Epoch, Id, Instant, Worker
+from kms_jwks.model import SECOND, Epoch, Id, Instant, Worker
 from kms_jwks.service import present
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import to_datetime
+from kms_jwks.service.instants import optional, to_datetime
 from kms_jwks.service.recycling import Recycling
 from kms_jwks.service.watcher import Watcher
 
@@ -50,6 +50,26 @@ class Operation:
             if not self._control.confirmation.silent(worker, tx.now()):
                 raise errors.Conflict("The worker is alive.", next_step="Stop it instead of forgetting it.")
             tx.save(replace(worker, stopped_at=tx.now(), stop_reason="forgotten"))
+
+    def custodian(self, who: Presented) -> wire.Custodian:
+        """Who acts, since when, and why not."""
+        with self._control.store.read() as tx:
+            self._control.guard.enter(tx, who, Permission.NODE_READ)
+            lease, now = tx.custodian_lease(), tx.now()
+        if lease is None:
+            return wire.Custodian(
+                acting=False, holder=None, node=None, term=0, since=None, renewed_at=None, expires_at=None, halted=None
+            )
+        return wire.Custodian(
+            acting=lease.expires_at > now and lease.halted is None,
+            holder=lease.holder,
+            node=lease.node,
+            term=lease.term,
+            since=optional(lease.since),
+            renewed_at=to_datetime(lease.renewed_at),
+            expires_at=to_datetime(lease.expires_at),
+            halted=lease.halted,
+        )
 
     def backends(self, who: Presented) -> wire.Page:
         """Every configured backend and how this worker finds it."""
@@ -113,6 +133,7 @@ class Operation:
             )
         except errors.BackendError as error:
             state, detail = error.code, error.detail
+        modules.seen[name] = state
         return wire.Backend(
             name=name,
             type=backend.kind,
@@ -137,5 +158,7 @@ class Operation:
             epoch=confirmed.counter if confirmed is not None and counts else None,
             lag=epoch.counter - confirmed.counter if confirmed is not None and counts else None,
             lease=worker.lease,
+            lease_left=max(0, -(-(worker.heartbeat_at + worker.lease * SECOND - now) // SECOND)),
+            backends=dict(worker.backends or {}),
             live=not self._control.confirmation.silent(worker, now),
         )

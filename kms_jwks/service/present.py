@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from kms_jwks import exposure as exposures
 from kms_jwks import jose, timeline, wire
 from kms_jwks.model import (
     ApiToken,
@@ -18,6 +19,7 @@ from kms_jwks.model import (
     VersionState,
 )
 from kms_jwks.service.instants import optional, to_datetime
+from kms_jwks.service.snapshot import is_post_quantum
 from kms_jwks.store import ReadTx
 
 T = TypeVar("T", bound=wire.Answer)
@@ -43,12 +45,18 @@ def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
         stale_if_error=value.stale_if_error,
         existing_issuer=value.existing_issuer,
         jwks_uri=f"{public_url}/{value.name}/.well-known/jwks.json",
+        jwks_pq_uri=f"{public_url}/{value.name}/.well-known/jwks-pq.json" if _has_post_quantum(tx, value) else None,
         first_published_at=optional(value.first_published_at),
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
         keys=[key(tx, value, k) for k in tx.keys(value.id)],
     )
+
+
+def _has_post_quantum(tx: ReadTx, value: KeySet) -> bool:
+    algs = [k.alg for k in tx.keys(value.id)] + [alg for _, alg in tx.ever_published(value.id)]
+    return any(is_post_quantum(alg) for alg in algs)
 
 
 def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
@@ -72,18 +80,44 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
             clock_skew=p.clock_skew,
             handover=p.handover,
             destroy_after=p.destroy_after,
+            rotate_jitter=p.rotate_jitter,
+            rotate_window=p.rotate_window,
+            hold_until=optional(p.hold_until),
         ),
         profile=wire.Profile(
             name=value.profile.name,
             typ=value.profile.typ,
             default_lifetime=min(value.profile.default_lifetime, p.max_token_ttl),
         ),
-        warnings=timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime),
+        warnings=[*timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime), *weakness_warnings(versions)],
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
         versions=[version(value, v, trouble(tx, v)) for v in versions if v.state is not VersionState.DESTROYED],
     )
+
+
+def weakness_warnings(versions: Sequence[KeyVersion]) -> list[str]:
+    """What every report must show of adopted keys that are weaker than ours and still there."""
+    return [
+        f"version {v.number} was adopted although {', '.join(v.weaknesses)}"
+        for v in versions
+        if v.weaknesses and v.state is not VersionState.DESTROYED
+    ]
+
+
+def checks(report: timeline.SafetyReport) -> list[wire.SafetyCheck]:
+    """The invariants of a version."""
+    return [
+        wire.SafetyCheck(
+            invariant=c.invariant,
+            holds=c.holds,
+            statement=c.statement,
+            left=optional(c.left),
+            right=optional(c.right),
+        )
+        for c in report.checks
+    ]
 
 
 def trouble(tx: ReadTx, value: KeyVersion) -> str | None:
@@ -115,7 +149,13 @@ def version(owner: Key, value: KeyVersion, trouble: str | None = None) -> wire.V
         revoke_reason=value.revoke_reason,
         destroy_at=optional(value.destroy_at),
         destroyed_at=optional(value.destroyed_at),
-        breaches=[wire.Breach(invariant=b.invariant, at=to_datetime(b.at), reason=b.reason) for b in value.breaches],
+        breaches=[
+            wire.Breach(invariant=b.invariant, at=to_datetime(b.at), reason=b.reason, who=b.who) for b in value.breaches
+        ],
+        origin=value.origin.value,
+        weaknesses=list(value.weaknesses),
+        emergency=value.emergency,
+        absence=None if value.absence is None else dict(value.absence),
     )
 
 
@@ -124,6 +164,32 @@ def published_jwk(value: KeyVersion) -> dict[str, object] | None:
     if value.kid is None or value.public_jwk is None:
         return None
     return jose.published_jwk(value.public_jwk, alg=value.alg, kid=value.kid, x5c=value.x5c)
+
+
+def exposure(case: exposures.Case, rows: Sequence[exposures.Exposed]) -> wire.Exposure:
+    """What a revocation leaves open."""
+    return wire.Exposure(
+        withdrawn_at=to_datetime(case.withdrawn_at),
+        cache_lifetime=case.cache_lifetime,
+        stale_if_error=case.stale_if_error,
+        trusted_until=optional(exposures.trusted_until(rows)),
+        unbounded=exposures.unbounded(rows),
+        second_rotation_not_before=optional(case.second_rotation_at),
+        verifiers=[
+            wire.ExposedVerifier(
+                verifier=row.verifier.name,
+                source=row.verifier.source,
+                keeps=row.keeps,
+                trusts_until=optional(row.trusts_until),
+                trusts_until_behind_cache=optional(row.trusts_until_behind_cache),
+                ends=row.ends.value,
+                learns=row.learns.value,
+                learns_by=optional(row.learns_by),
+                words=row.words,
+            )
+            for row in rows
+        ],
+    )
 
 
 def external_key(value: ExternalKey) -> wire.ExternalKey:

@@ -17,14 +17,19 @@ from kms_jwks.service.snapshot import Document, PublishedSet, Snapshot
 log = structlog.get_logger(__name__)
 
 
-class _Row(msgspec.Struct):
-    name: str
-    issuer: str
+class _Kept(msgspec.Struct):
     body: str
     etag: str
     cache_control: str
+
+
+class _Row(msgspec.Struct):
+    name: str
+    issuer: str
     algorithms: list[str]
     purpose: Purpose
+    jwks: _Kept | None = None
+    jwks_pq: _Kept | None = None
 
 
 class _File(msgspec.Struct):
@@ -42,11 +47,9 @@ class Shelf:
     def store(self, snapshot: Snapshot) -> None:
         """Write the snapshot's public documents. A disk that fails is logged: the worker serves on from memory."""
         rows = [
-            _Row(
-                s.name, s.issuer, s.jwks.body.decode(), s.jwks.etag, s.jwks.cache_control, list(s.algorithms), s.purpose
-            )
+            _Row(s.name, s.issuer, list(s.algorithms), s.purpose, _kept(s.jwks), _kept(s.jwks_pq))
             for s in snapshot.key_sets.values()
-            if s.public and s.jwks is not None
+            if s.public and (s.jwks is not None or s.jwks_pq is not None)
         ]
         data = msgspec.json.encode(_File(snapshot.epoch.incarnation, snapshot.epoch.counter, rows))
         try:
@@ -84,8 +87,9 @@ class Shelf:
                 clock_skew=0,
                 keys={},
                 verify_keys={},
-                jwks=Document(row.body.encode(), row.etag, row.cache_control, public=True),
+                jwks=_document(row.jwks),
                 algorithms=tuple(row.algorithms),
+                jwks_pq=_document(row.jwks_pq),
             )
             for row in kept.sets
         }
@@ -94,3 +98,11 @@ class Shelf:
         """A snapshot that serves documents and signs nothing, or None when nothing was kept."""
         sets = self.load()
         return Snapshot(Epoch("", 0), sets, {}, complete=False) if sets else None
+
+
+def _kept(document: Document | None) -> _Kept | None:
+    return None if document is None else _Kept(document.body.decode(), document.etag, document.cache_control)
+
+
+def _document(kept: _Kept | None) -> Document | None:
+    return None if kept is None else Document(kept.body.encode(), kept.etag, kept.cache_control, public=True)

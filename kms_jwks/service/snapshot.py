@@ -76,7 +76,7 @@ class SigningKey:
 
 @dataclass(frozen=True, slots=True)
 class PublishedSet:
-    """One key set. The documents are None before the set's first publication."""
+    """One key set. Each document is None before its first publication."""
 
     id: Id
     name: str
@@ -88,6 +88,10 @@ class PublishedSet:
     verify_keys: Mapping[str, VerifyKey]
     jwks: Document | None
     algorithms: tuple[str, ...]
+    """Those of the ordinary document."""
+    jwks_pq: Document | None = None
+    """The keys that verifiers of old do not know (AKP), in a document of their own: one of them in the ordinary one
+    would cost such a verifier the whole set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,8 @@ def _published_set(key_set: KeySet, contents: RegistryContents) -> PublishedSet:
     versions = [v for v in contents.versions if v.key_set_id == key_set.id]
     externals = [e for e in contents.external_keys if e.key_set_id == key_set.id]
     listed = document_entries(keys, versions, externals)
+    ordinary, post_quantum = in_document(listed, False), in_document(listed, True)
+    known = {is_post_quantum(alg) for owner, alg in contents.ever_published if owner == key_set.id}
     verify_keys = {kid: VerifyKey(alg=alg, jwk=jwk) for kid, alg, jwk, _ in listed}
     verify_keys |= {v.kid: VerifyKey(alg="", jwk=None, revoked=True) for v in versions if v.kid and v.revoked_at}
     return PublishedSet(
@@ -143,8 +149,9 @@ def _published_set(key_set: KeySet, contents: RegistryContents) -> PublishedSet:
         clock_skew=max([timeline.MIN_CLOCK_SKEW, *(k.policy.clock_skew for k in keys)]),
         keys={k.name: _signing_key(k, key_set, [v for v in versions if v.key_id == k.id]) for k in keys},
         verify_keys=verify_keys,
-        jwks=_jwks(key_set, keys, listed) if key_set.first_published_at is not None else None,
-        algorithms=tuple(sorted({alg for _, alg, _, _ in listed})),
+        jwks=_jwks(key_set, keys, ordinary, False) if False in known else None,
+        algorithms=tuple(sorted({alg for _, alg, _, _ in ordinary})),
+        jwks_pq=_jwks(key_set, keys, post_quantum, True) if True in known else None,
     )
 
 
@@ -155,7 +162,7 @@ Entry = tuple[str, str, Mapping[str, str], Sequence[str]]
 def document_entries(
     keys: Sequence[Key], versions: Sequence[KeyVersion], externals: Sequence[ExternalKey]
 ) -> list[Entry]:
-    """What a set's JWKS lists, in its order: active versions first, then the others, then external keys, by age."""
+    """What a set's documents list, in order: active versions first, then the others, then external keys, by age."""
     order = {key.id: place for place, key in enumerate(keys)}
     shown = sorted(
         (v for v in versions if v.state.in_jwks),
@@ -169,17 +176,27 @@ def document_entries(
     return entries
 
 
+def is_post_quantum(alg: str) -> bool:
+    """In which of the two documents the keys of an algorithm stand."""
+    return ALGORITHMS[alg].is_post_quantum
+
+
+def in_document(entries: Sequence[Entry], post_quantum: bool) -> list[Entry]:
+    """The entries of one of the two documents."""
+    return [entry for entry in entries if is_post_quantum(entry[1]) is post_quantum]
+
+
 def render_jwks(entries: Sequence[Entry]) -> bytes:
     """The JWKS of these entries (RFC 7517 §5)."""
     return jose.jwks_document([jose.published_jwk(jwk, alg=alg, kid=kid, x5c=x5c) for kid, alg, jwk, x5c in entries])
 
 
-def _jwks(key_set: KeySet, keys: Sequence[Key], entries: Sequence[Entry]) -> Document:
+def _jwks(key_set: KeySet, keys: Sequence[Key], entries: Sequence[Entry], post_quantum: bool) -> Document:
     body = render_jwks(entries)
     stale = timeline.stale_if_error(
         key_set.stale_if_error,
         cache_lifetime=key_set.cache_lifetime,
-        publish_leads=[k.policy.publish_lead for k in keys],
+        publish_leads=[k.policy.publish_lead for k in keys if is_post_quantum(k.alg) is post_quantum],
     )
     public = key_set.access is Access.PUBLIC
     parts = ["public" if public else "private", f"max-age={key_set.cache_lifetime}"]

@@ -7,13 +7,14 @@ from msgspec import UNSET
 from kms_jwks import errors, timeline, wire
 from kms_jwks.access import Permission
 from kms_jwks.backends.base import KeyRef
-from kms_jwks.model import Id, Instant, Key, KeyVersion, VersionState
-from kms_jwks.service import lifecycle, present
-from kms_jwks.service.control import Control
+from kms_jwks.model import Id, Instant, KeyVersion, VersionState
+from kms_jwks.service import adoption, lifecycle, present
+from kms_jwks.service.control import Control, find_version
 from kms_jwks.service.guard import Entered, Presented
 from kms_jwks.service.instants import optional, to_datetime, to_instant
-from kms_jwks.service.keys import require_enabled
+from kms_jwks.service.keys import breach, require_enabled
 from kms_jwks.service.present import Created
+from kms_jwks.service.revoking import Revoking
 from kms_jwks.store import ReadTx
 
 
@@ -22,6 +23,7 @@ class Versions:
 
     def __init__(self, control: Control) -> None:
         self._control = control
+        self._revoking = Revoking(control)
 
     def list(self, who: Presented, key_set: str, key: str, limit: int, cursor: str | None) -> wire.Page:
         """The key's versions, destroyed ones included."""
@@ -39,20 +41,42 @@ class Versions:
             value = _find(tx, found, version)
             return present.version(found.key, value, present.trouble(tx, value))
 
-    def create(self, who: Presented, key_set: str, key: str) -> Created[wire.Version]:
-        """Ask for a standby. Raises TransitionRefused when one is published or coming."""
+    def create(self, who: Presented, key_set: str, key: str, request: wire.VersionCreate) -> Created[wire.Version]:
+        """Ask for a standby, or adopt one. Raises TransitionRefused when one is to be made and there is one already."""
         control = self._control
+        if request.adopt is not UNSET:
+            return self._adopt(who, key_set, key, request.adopt)
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
             require_enabled(found.key)
             made = lifecycle.ensure_standby(tx, found.key)
             if made is None:
                 raise errors.TransitionRefused(f"Key {key!r} has a standby version already.")
+        return self._made(found, made)
+
+    def _adopt(self, who: Presented, key_set: str, key: str, wanted: wire.Adopt) -> Created[wire.Version]:
+        """A further version beside the standby, which signs first: this one is activated by name."""
+        control = self._control
+        with control.store.read() as reading:
+            found = control.guard.enter_key(reading, who, Permission.KEY_ADOPT, key_set, key)
+            require_enabled(found.key)
+        candidate = adoption.examine(control.modules, found.key.backend, found.key.alg, wanted)
+        with control.store.write() as tx:
+            found = control.guard.enter_key(tx, who, Permission.KEY_ADOPT, key_set, key)
+            require_enabled(found.key)
+            made = adoption.add_adopted(tx, found.key, candidate)
+            adoption.publish(tx, found.key_set, [candidate])
+        return self._made(found, made)
+
+    def _made(self, found: Entered, made: KeyVersion) -> Created[wire.Version]:
+        """The answer once the version is published everywhere, or without it after a while."""
+        control = self._control
         complete = control.wait_for_custodian([made.id])
         with control.store.read() as tx:
             made = tx.version(made.id) or made
             answer = present.version(found.key, made, present.trouble(tx, made))
-        return Created(answer, complete, f"/v1/key-sets/{key_set}/keys/{key}/versions/{made.number}")
+        path = f"/v1/key-sets/{found.key_set.name}/keys/{found.key.name}/versions/{made.number}"
+        return Created(answer, complete, path)
 
     def public_jwk(self, who: Presented, key_set: str, key: str, version: str) -> dict[str, object]:
         """The public half as the JWKS shows it. Raises VersionNotFound while there is no pair."""
@@ -73,16 +97,7 @@ class Versions:
             kid=value.kid,
             state=value.state.value,
             now=to_datetime(found.now),
-            checks=[
-                wire.SafetyCheck(
-                    invariant=c.invariant,
-                    holds=c.holds,
-                    statement=c.statement,
-                    left=optional(c.left),
-                    right=optional(c.right),
-                )
-                for c in report.checks
-            ],
+            checks=present.checks(report),
             next=report.next,
             next_at=optional(report.next_at),
         )
@@ -106,44 +121,50 @@ class Versions:
             recorded=dict(value.evidence or {}),
         )
 
-    def activate(self, who: Presented, key_set: str, key: str, version: str) -> wire.Version:
-        """Let a published version sign. Raises NotYetUsable, TransitionRefused, RotationInProgress."""
+    def activate(
+        self, who: Presented, key_set: str, key: str, version: str, request: wire.ActivateRequest | None = None
+    ) -> wire.Version:
+        """Let a published version sign. Raises NotYetUsable, TransitionRefused, RotationInProgress.
+
+        `break_glass` with a reason overrides I1 alone.
+        """
         control = self._control
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, who, Permission.VERSION_ACTIVATE, key_set, key)
             require_enabled(found.key)
+            broken = breach(control, tx, found, request or wire.ActivateRequest())
+            wanted = _find(tx, found, version)
             value = lifecycle.activate(
-                tx, found.key_set, found.key, _find(tx, found, version), lease=control.confirmation.lease(tx)
+                tx,
+                found.key_set,
+                found.key,
+                wanted,
+                lease=control.confirmation.lease(tx),
+                breach=broken if lifecycle.is_early(tx, found.key, wanted) else None,
+                who=found.caller.client,
             )
             answer = present.version(found.key, value)
         control.changed(tx.committed_epoch)
         return answer
 
-    def revoke(self, who: Presented, key_set: str, key: str, version: str, request: wire.RevokeRequest) -> wire.Revoked:
-        """Revoke now. The answer comes when no worker anywhere signs with the version any more.
+    def retire(self, who: Presented, key_set: str, key: str, version: str, request: wire.RetireRequest) -> wire.Version:
+        """Take a retiring version out of the JWKS now; the custodian does so by itself when I2 allows it.
 
-        Said again of a version that is revoked already, it changes nothing and waits as before: who lost the first
-        answer gets the same certainty.
+        Raises TransitionRefused with `retirable_at`; `break_glass` with a reason overrides I2 alone. The answer comes
+        when no worker signs for callers that pinned the version.
         """
         control = self._control
         with control.store.write() as tx:
-            found = control.guard.enter_key(tx, who, Permission.VERSION_REVOKE, key_set, key)
-            value = _find(tx, found, version)
-            lease = control.confirmation.lease(tx)
-            successor = None
-            if value.state is not VersionState.REVOKED:
-                successor = lifecycle.revoke(tx, found.key_set, found.key, value, request.reason, lease=lease)
-            here = tx.epoch()
-            answer = present.version(found.key, tx.version(value.id) or value)
-            next_answer = present.version(found.key, successor) if successor else None
-        left = control.confirmation.revoked(tx.committed_epoch or here, lease)
-        return wire.Revoked(
-            version=answer,
-            successor=next_answer,
-            unconfirmed=[
-                wire.UnconfirmedWorker(worker=w.id, node=w.node, heartbeat_at=to_datetime(w.heartbeat_at)) for w in left
-            ],
-        )
+            found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
+            broken = breach(control, tx, found, request)
+            value = lifecycle.withdraw(tx, found.key, _find(tx, found, version), breach=broken, who=found.caller.client)
+            answer, lease = present.version(found.key, value), control.confirmation.lease(tx)
+        control.confirmation.revoked(tx.committed_epoch, lease)
+        return answer
+
+    def revoke(self, who: Presented, key_set: str, key: str, version: str, request: wire.RevokeRequest) -> wire.Revoked:
+        """Revoke now, or say what that would do. No worker anywhere signs with the version once this returns."""
+        return self._revoking.version(who, key_set, key, version, request)
 
     def destroy(
         self, who: Presented, key_set: str, key: str, version: str, request: wire.DestroyRequest
@@ -177,16 +198,3 @@ def _instant(request: wire.DestroyRequest) -> Instant:
 
 def _find(tx: ReadTx, found: Entered, version: str) -> KeyVersion:
     return find_version(tx, found.key, version)
-
-
-def find_version(tx: ReadTx, key: Key, version: str) -> KeyVersion:
-    """A version of `key` by number or kid; a kid that looks like a number is found by kid when no number fits."""
-    value = None
-    if version.isascii() and version.isdigit() and len(version) < 10:
-        value = tx.version_by_number(key.id, int(version))
-    if value is None:
-        by_kid = tx.version_by_kid(version)
-        value = by_kid if by_kid is not None and by_kid.key_id == key.id else None
-    if value is None:
-        raise errors.VersionNotFound(f"Key {key.name!r} has no such version.")
-    return value

@@ -7,18 +7,18 @@ older snapshots have left; without a lease nothing is signed, while the last JWK
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import structlog
 
 from kms_jwks import errors
-from kms_jwks.model import SECOND, Epoch, Id, Instant, KeyVersion, Worker, new_id
+from kms_jwks.model import SECOND, Epoch, Id, Instant, KeyVersion
 from kms_jwks.service.clocks import DatabaseClock
-from kms_jwks.service.liveness import LifeLine
+from kms_jwks.service.registration import Registration
 from kms_jwks.service.shelf import Shelf
 from kms_jwks.service.snapshot import Snapshot, compile_snapshot
 from kms_jwks.store import Store
@@ -26,6 +26,8 @@ from kms_jwks.store import Store
 log = structlog.get_logger(__name__)
 
 _LAST_USED_EVERY = 60 * SECOND
+_LAST_USED_AT_ONCE = 100
+"""Tokens whose last use is written in one transaction: the writers of all nodes wait for it."""
 _REAP_EVERY = SECOND
 _OVERDUE = 15 * 60 * SECOND
 
@@ -45,7 +47,7 @@ class Watcher:
 
     `lease` and `poll_interval` are seconds; `bind` tells the backends where the keys are,
     `used` drains the last uses of API tokens, `reap` strikes off this node's dead workers: nobody else can see that
-    they are dead, and everybody waits for them.
+    they are dead, and everybody waits for them; `backends` tells what signing and health last saw of each backend.
     """
 
     def __init__(
@@ -59,30 +61,28 @@ class Watcher:
         used: Callable[[], dict[Id, Instant]],
         bind: Callable[[Sequence[KeyVersion]], None],
         reap: Callable[[], object],
+        backends: Callable[[], Mapping[str, str]],
         clock: DatabaseClock,
     ) -> None:
         self.clock = clock
         self._store = store
-        self._node = node
         self._lease = lease
         self._poll_interval = poll_interval
-        self._state_dir = state_dir
         self._used = used
         self._bind = bind
         self._reap = reap
+        self._backends = backends
         self._shelf = Shelf(state_dir)
         self._lock = threading.Lock()
         self._current = _Pins(None)
         self._older: list[_Pins] = []
         self._lease_until = 0
-        self._worker: Worker | None = None
-        self._life: LifeLine | None = None
-        self._registering: tuple[Id, LifeLine] | None = None
+        self._registration = Registration(store, node=node, lease=lease, state_dir=state_dir, clock=clock)
         self._kick = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._used_flushed = self._reaped = self.clock.boot()
-        self._confirmed_at = self._beat_at = self.clock.boot()
+        self._used_flushed = self._reaped = self._confirmed_at = self.clock.boot()
+        self._unflushed: dict[Id, Instant] = {}
         self._trouble: str | None = None
         self.first_poll = threading.Event()
         """Set after the first attempt to reach the database, whatever it gave."""
@@ -128,7 +128,8 @@ class Watcher:
     @property
     def worker_id(self) -> Id | None:
         """Under which id this process is registered now."""
-        return self._worker.id if self._worker else None
+        worker = self._registration.worker
+        return worker.id if worker is not None else None
 
     @property
     def trouble(self) -> str | None:
@@ -159,29 +160,7 @@ class Watcher:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
         self._lease_until = 0
-        known = [self._worker.id] if self._worker is not None else []
-        # A registration without an answer may have been written all the same.
-        known += [self._registering[0]] if self._registering is not None else []
-        self._worker = None
-        left = self._leave(known)
-        for life in (self._life, self._registering[1] if self._registering is not None else None):
-            if life is not None:
-                life.release(keep_proof=not left)
-
-    def _leave(self, workers: list[Id]) -> bool:
-        """Whether the register knows that we have stopped. Otherwise somebody of this node has to see it."""
-        if not workers:
-            return True
-        try:
-            with self._store.write() as tx:
-                for worker in workers:
-                    known = tx.worker(worker)
-                    if known is not None and known.stopped_at is None:
-                        tx.save(replace(known, stopped_at=tx.now(), stop_reason="stopped"))
-        except errors.Error as error:
-            log.warning("worker_not_deregistered", workers=workers, error=error.detail)
-            return False
-        return True
+        self._registration.leave()
 
     def kick(self) -> None:
         """Poll now: something has changed."""
@@ -205,8 +184,9 @@ class Watcher:
     def poll(self) -> None:
         """One round: register if need be, read the epoch, rebuild if it differs, renew the lease, confirm."""
         try:
-            if self._worker is None:
-                self._register()
+            if self._registration.worker is None:
+                self._lease_until = 0
+                self._registration.enter()
             before = self.clock.boot()
             epoch, now = self._store.poll()
             self.clock.observe(before, now)
@@ -216,9 +196,10 @@ class Watcher:
             try:
                 self._confirm(epoch)
             finally:
-                if not self._stop.is_set() and self._worker is not None:
+                if not self._stop.is_set() and self._registration.worker is not None:
                     # Reads alone renew nothing: who cannot be seen to live must not sign either.
-                    self._lease_until = min(before, self._beat_at) + self._lease * SECOND
+                    self._lease_until = min(before, self._registration.beat_at) + self._lease * SECOND
+            self._flush_used()
         except errors.Error as error:
             if self._trouble is None:
                 log.warning("registry_unreachable", error=error.detail)
@@ -238,30 +219,6 @@ class Watcher:
             self._reap()
         except errors.Error as error:
             log.warning("dead_workers_not_struck_off", error=error.detail)
-
-    def _register(self) -> None:
-        if self._registering is None:
-            worker_id = new_id()
-            try:
-                self._registering = worker_id, LifeLine(self._state_dir / "workers", worker_id)
-            except OSError as error:
-                raise errors.StoreUnavailable(
-                    f"This worker cannot prove that it lives: {self._state_dir}/workers: {error.strerror}."
-                ) from error
-        worker_id, life = self._registering
-        self._beat_at = self.clock.boot()
-        with self._store.write() as tx:
-            worker = Worker(worker_id, self._node, os.getpid(), self._lease, tx.now(), tx.now())
-            # An attempt whose answer was lost may have been written; under another id nobody would hear of it again.
-            if tx.worker(worker_id) is None:
-                tx.add(worker)
-            else:
-                tx.save(worker)
-        self._registering = None
-        if self._life is not None:
-            self._life.release()
-        self._worker, self._life = worker, life
-        self._lease_until = 0
 
     def _refuse_the_past(self, epoch: Epoch) -> None:
         """A registry that went back (a standby that had not caught up, an old file) may have forgotten a revocation."""
@@ -291,35 +248,33 @@ class Watcher:
             log.warning("serving_jwks_from_disk", key_sets=sorted(snapshot.key_sets))
 
     def _confirm(self, epoch: Epoch) -> None:
-        worker = self._worker
+        worker = self._registration.worker
         if worker is None:
             return
         with self._lock:
             drained = not self._older
-        now = self.clock.now()
-        beat = min(self._lease / 2, 5.0) * SECOND
         if drained:
             self._confirmed_at = self.clock.boot()
-        news = drained and worker.confirmed != epoch
-        flush = self.clock.boot() - self._used_flushed >= _LAST_USED_EVERY
-        if not news and not flush and now - worker.heartbeat_at < beat:
-            return
-        beat_at = self.clock.boot()
-        with self._store.write() as tx:
-            known = tx.worker(worker.id)
-            if known is None or known.stopped_at is not None:
-                # Somebody took us for dead, or an admin forgot us: come back as a new worker.
-                log.warning("worker_was_struck_off", worker=worker.id)
-                self._worker = None
+        backends = dict(self._backends())
+        # A module that comes and goes must not have the registry written at each poll.
+        news = backends != (worker.backends or {}) and self._registration.rested(SECOND)
+        if news or (drained and worker.confirmed != epoch) or self._registration.due():
+            self._registration.beat(epoch if drained else None, backends)
+            if self._registration.worker is None:
                 self._lease_until = 0
                 self._kick.set()
-                return
-            known = replace(known, heartbeat_at=tx.now(), confirmed=epoch if drained else known.confirmed)
-            tx.save(known)
-            if flush:
-                self._used_flushed = self.clock.boot()
-                for token_id, seen in self._used().items():
-                    token = tx.token(token_id)
-                    if token is not None and (token.last_used_at or 0) < seen:
-                        tx.save(replace(token, last_used_at=seen))
-        self._worker, self._beat_at = known, beat_at
+
+    def _flush_used(self) -> None:
+        if not self._unflushed and self.clock.boot() - self._used_flushed >= _LAST_USED_EVERY:
+            self._used_flushed = self.clock.boot()
+            self._unflushed = self._used()
+        if not self._unflushed:
+            return
+        some = dict(islice(self._unflushed.items(), _LAST_USED_AT_ONCE))
+        with self._store.write() as tx:
+            for token_id, seen in some.items():
+                token = tx.token(token_id)
+                if token is not None and (token.last_used_at or 0) < seen:
+                    tx.save(replace(token, last_used_at=seen))
+        for token_id in some:
+            del self._unflushed[token_id]

@@ -25,7 +25,9 @@ BUSY_TIMEOUT = 5.0
 """Seconds a writer waits for another one, and anybody for a connection."""
 
 _PATIENCE_WITH_A_TRY = 0.25
-"""Seconds that a caller waits for another one's attempt to reach a server that was away."""
+"""Seconds that a caller waits for another one's attempt to reach a server that went away just now."""
+_JUST_NOW = 1.0
+"""Seconds for which an absence is likely to be one lost connection and nothing more."""
 
 _MIGRATION_LOCK = 0x6B6D736A776B73
 """PostgreSQL's advisory lock under which one program at a time changes the schema."""
@@ -56,7 +58,7 @@ class Database:
         self._opened: tuple[int, int] | None = None
         self._in_use = 0
         self._parents: Engine | None = None
-        self._away = False
+        self._away_since: float | None = None
         self._trying = threading.Lock()
         tell(self)
 
@@ -163,29 +165,36 @@ class Database:
                 connection.info["begin"] = begin
                 yield connection
         except DBAPIError as error:
-            self._away = self._away or error.connection_invalidated
+            if error.connection_invalidated:
+                self._note_away()
             raise
         finally:
             with GATE:
                 self._in_use -= 1
 
     def _connect(self, engine: Engine) -> Connection:
-        """A connection. While a server is away one thread at a time tries; the others are told so, and wait no longer
-        than a live server needs: whoever serves the JWKS must not be held up by those who ask for the registry."""
-        if not self._away or self.is_sqlite:
+        """A connection. While a server is away one thread at a time tries, and the others are told so: whoever serves
+        the JWKS must not be held up by those who ask for the registry."""
+        since = self._away_since
+        if since is None or self.is_sqlite:
             try:
                 return engine.connect()
             except DBAPIError:
-                self._away = True
+                self._note_away()
                 raise
-        if not self._trying.acquire(timeout=_PATIENCE_WITH_A_TRY):
+        patience = _PATIENCE_WITH_A_TRY if time.monotonic() - since < _JUST_NOW else 0.0
+        if not self._trying.acquire(timeout=patience):
             raise errors.StoreUnavailable("The registry's database is away.", retry_after=1)
         try:
             connection = engine.connect()
-            self._away = False
+            self._away_since = None
             return connection
         finally:
             self._trying.release()
+
+    def _note_away(self) -> None:
+        if self._away_since is None:
+            self._away_since = time.monotonic()
 
     def _ready(self) -> Engine:
         """The engine, for the file that has the name now. None is made unasked."""

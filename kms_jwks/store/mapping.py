@@ -106,7 +106,7 @@ def _to_json(value: object) -> str:
 
 def _plain(item: object) -> object:
     if isinstance(item, Breach):
-        return {"invariant": item.invariant, "at": item.at, "reason": item.reason}
+        return {"invariant": item.invariant, "at": item.at, "reason": item.reason, "who": item.who}
     return item
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, select
+from sqlalchemy import ColumnElement, Connection, select, union
 
 from kms_jwks import errors
 from kms_jwks.model import (
@@ -50,6 +50,8 @@ class RegistryContents:
     clients: tuple[Client, ...]
     tokens: tuple[ApiToken, ...]
     grants: tuple[Grant, ...]
+    ever_published: frozenset[tuple[Id, str]]
+    """Key set and `alg` of every key that a set shows or ever showed."""
 
 
 class ReadTx:
@@ -95,6 +97,7 @@ class ReadTx:
             clients=self._viewed(Client, t.clients.c.deleted_at.is_(None)),
             tokens=self._viewed(ApiToken),
             grants=self._viewed(Grant, t.grants.c.deleted_at.is_(None)),
+            ever_published=self.ever_published(),
         )
 
     # --- key sets, keys, versions
@@ -171,6 +174,13 @@ class ReadTx:
         c = t.external_keys.c
         where = [*_equal(c.key_set_id, key_set_id), *([] if include_removed else [c.removed_at.is_(None)])]
         return self._list(ExternalKey, *where, after=after, limit=limit)
+
+    def ever_published(self, key_set_id: Id | None = None) -> frozenset[tuple[Id, str]]:
+        """Key set and `alg` of every version and external key that was ever published, of one set or of all."""
+        v, e = t.versions.c, t.external_keys.c
+        versions = select(v.key_set_id, v.alg).where(v.published_at.is_not(None), *_equal(v.key_set_id, key_set_id))
+        externals = select(e.key_set_id, e.alg).where(*_equal(e.key_set_id, key_set_id))
+        return frozenset((Id(row[0]), row[1]) for row in self._connection.execute(union(versions, externals)))
 
     def kid_owner(self, kid: str) -> tuple[str, Id] | None:
         """To what a kid was bound, for ever: ("version" or "external_key", its id)."""

@@ -301,5 +301,6 @@ custodian = Table(
     _text("node"),
     _instant("renewed_at"),
     _instant("expires_at"),
+    _instant("since", nullable=True),
     _text("halted", nullable=True),
 )

@@ -45,7 +45,12 @@ def fill(tx: WriteTx) -> None:
     tx.add(key_set())
     tx.add(key())
     tx.add(
-        version(1, S.ACTIVE, breaches=(Breach("I1", at(1), "emergency"),), evidence={"attributes": {"CKA_LOCAL": True}})
+        version(
+            1,
+            S.ACTIVE,
+            breaches=(Breach("I1", at(1), "emergency", "alice"),),
+            evidence={"attributes": {"CKA_LOCAL": True}},
+        )
     )
     tx.add(external())
     tx.add(Client(Id("client-1"), "issuer", NOW))
@@ -84,7 +89,7 @@ class StoreContract:
             found = tx.version(Id("version-1"))
             assert found == tx.version_by_kid("kid-1") == tx.version_by_number(Id("key-1"), 1)
             assert found is not None
-            assert found.breaches == (Breach("I1", at(1), "emergency"),)
+            assert found.breaches == (Breach("I1", at(1), "emergency", "alice"),)
             assert found.evidence == {"attributes": {"CKA_LOCAL": True}}
             assert tx.external_key(Id("set-1"), "old") == external()
             assert tx.client("issuer") == tx.client_by_id(Id("client-1"))

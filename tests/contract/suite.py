@@ -7,7 +7,9 @@
             return functools.partial(make_my_backend, ...)
 
 `factory` is picklable, and each call makes a new backend on the same module, in this process or in another.
-Signatures are verified by cryptography directly and by joserfc, never by the code under test.
+Signatures are verified by cryptography directly and by joserfc (ML-DSA: dilithium-py), never by the code under test.
+What a module cannot do, and what an adopter leaves out with a reason, is not collected (conftest.py); nothing is
+skipped.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
+from dilithium_py.ml_dsa import ML_DSA_44, ML_DSA_65, ML_DSA_87
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from joserfc import jws
@@ -35,15 +39,25 @@ from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from kms_jwks.algorithms import ALGORITHMS, Algorithm, Family
 from kms_jwks.backends.base import Backend, Digest, GeneratedKey, KeyRef, Message
-from kms_jwks.errors import BackendRefused, BackendTimeout, KeyExists, KeyNotFound, UnsupportedAlgorithm
-from kms_jwks.jose import b64u_encode, public_key
+from kms_jwks.errors import (
+    BackendError,
+    BackendRefused,
+    BackendTimeout,
+    BackendUnavailable,
+    KeyExists,
+    KeyNotFound,
+    UnsupportedAlgorithm,
+)
+from kms_jwks.jose import b64u_decode, b64u_encode, public_key
 
 Factory: TypeAlias = Callable[[], Backend]
 Case: TypeAlias = tuple[str, int | None]
 
 CASES: list[Case] = [(name, bits) for name, alg in ALGORITHMS.items() for bits in alg.rsa_bits or (None,)]
 QUICK: list[Case] = [("RS256", 2048), ("PS256", 2048), ("ES256", None), ("EdDSA", None)]
+ML_DSA: list[Case] = [case for case in CASES if ALGORITHMS[case[0]].family is Family.ML_DSA]
 _HASHES = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashes.SHA512()}
+_DILITHIUM: dict[str, Any] = {"ML-DSA-44": ML_DSA_44, "ML-DSA-65": ML_DSA_65, "ML-DSA-87": ML_DSA_87}
 _JOSERFC: dict[str, type[RSAKey] | type[ECKey] | type[OKPKey]] = {"RSA": RSAKey, "EC": ECKey, "OKP": OKPKey}
 
 
@@ -89,10 +103,16 @@ def verify(alg: Algorithm, jwk: dict[str, str], what: Message | Digest, signatur
 
 
 def verify_as_jws(alg: Algorithm, jwk: dict[str, str], sign: Callable[[bytes], bytes]) -> None:
-    """A compact JWS whose signature the backend makes, verified by joserfc. Raises joserfc's BadSignatureError."""
+    """A compact JWS whose signature the backend makes, verified by a library. Raises joserfc's BadSignatureError."""
     header, payload = (b64u_encode(part) for part in (b'{"alg":"%s"}' % alg.name.encode(), b'{"sub":"somebody"}'))
     signing_input = f"{header}.{payload}"
-    token = f"{signing_input}.{b64u_encode(sign(signing_input.encode()))}"
+    signature = sign(signing_input.encode())
+    if alg.family is Family.ML_DSA:
+        library = _DILITHIUM[alg.name]
+        assert library.verify(b64u_decode(jwk["pub"]), signing_input.encode(), signature)
+        assert not library.verify(b64u_decode(jwk["pub"]), signing_input.encode() + b".", signature)
+        return
+    token = f"{signing_input}.{b64u_encode(signature)}"
     key = _JOSERFC[alg.kty].import_key(dict(jwk))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SecurityWarning)  # RFC 9864 deprecates the name EdDSA
@@ -112,9 +132,48 @@ def destroy_elsewhere(factory: Factory, ref: KeyRef) -> None:
     """Runs in another process."""
     backend = factory()
     try:
-        backend.destroy(ref)
+        destroy(backend, ref)
     finally:
         backend.close()
+
+
+def destroy(backend: Backend, ref: KeyRef) -> int:
+    """Have a key destroyed; the seconds that the module still takes for it, 0 where it is gone."""
+    try:
+        backend.destroy(ref)
+    except BackendUnavailable as error:
+        return error.retry_after or pytest.fail("a module that takes its time says how long")
+    return 0
+
+
+@dataclass(frozen=True)
+class VendorError:
+    """How to make the vendor raise one of its documented errors, and what must come of it.
+
+    `arrange` is called with the adopter's `vendor` fixture and a key; the next call of the backend meets the error.
+    `call` names that call: sign, public_key, attributes, generate, destroy, schedule_destroy, list_keys, ping, adopt.
+    """
+
+    arrange: Callable[[Any, GeneratedKey], object]
+    becomes: type[BackendError]
+    call: str = "sign"
+    says: str = ""
+    """What the next step must say."""
+
+
+def _calls(backend: Backend, key: GeneratedKey) -> dict[str, Callable[[], object]]:
+    es256 = ALGORITHMS["ES256"]
+    return {
+        "sign": lambda: backend.sign(key.ref, es256, Message(b"x"), soon(2.0)),
+        "public_key": lambda: backend.public_key(key.ref),
+        "attributes": lambda: backend.attributes(key.ref),
+        "generate": lambda: backend.generate(new_label(), es256),
+        "destroy": lambda: backend.destroy(key.ref),
+        "schedule_destroy": lambda: backend.schedule_destroy(key.ref, 7),
+        "list_keys": lambda: backend.list_keys("kj-"),
+        "ping": backend.ping,
+        "adopt": lambda: backend.adopt("kj-nothing"),
+    }
 
 
 class Keys:
@@ -135,7 +194,7 @@ class Keys:
 
     def destroy(self) -> None:
         for key in self._made.values():
-            self.backend.destroy(key.ref)
+            destroy(self.backend, key.ref)
 
 
 class BackendContract:
@@ -147,6 +206,28 @@ class BackendContract:
     """False where a key of the module is bound to one algorithm."""
     scheduled_destruction = False
     """True where the module itself destroys keys after some days."""
+    lengths: Mapping[str, range] = {}
+    """The lengths in bytes of the messages an algorithm signs, where the module has limits; others it must refuse."""
+    left_out: Mapping[str, str] = {}
+    """Algorithms and tests that are not tried here, each with the reason."""
+    vendor_errors: ClassVar[Mapping[str, VendorError]] = {}
+    """The vendor's documented errors by name; they need the fixture `vendor`."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "vendor_error" in metafunc.fixturenames:
+            metafunc.parametrize("vendor_error", list(self.vendor_errors.values()), ids=list(self.vendor_errors))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def vendor(cls) -> Any:
+        """Whatever `vendor_errors` are arranged with; healed after each."""
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def wait(cls) -> Callable[[int], None]:
+        """Lets seconds pass for the module, where destruction takes days."""
+        return lambda seconds: None
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -167,21 +248,27 @@ class BackendContract:
         yield keys
         keys.destroy()
 
-    def supported(self, case: Case) -> Algorithm:
-        """The algorithm of a case; skips where the module does not have it."""
-        if case[0] in self.unsupported:
-            pytest.skip(f"the module has no {case[0]}")
-        return ALGORITHMS[case[0]]
+    def end(self, backend: Backend, ref: KeyRef, wait: Callable[[int], None]) -> None:
+        """Destroy a key to the end, whatever the module's waiting period."""
+        if seconds := destroy(backend, ref):
+            assert self.scheduled_destruction
+            wait(seconds + 1)
+            backend.destroy(ref)
 
     # --- algorithms -----------------------------------------------------------------------------------------------
 
     def test_capabilities_are_the_algorithms_of_the_module(
-        self, backend: Backend, record_testsuite_property: Callable[[str, object], None]
+        self, backend: Backend, record_property: Callable[[str, object], None]
     ) -> None:
         offered = backend.capabilities()
-        record_testsuite_property(f"algorithms-{backend.kind}", " ".join(sorted(offered)))
-        print(f"{backend.kind}: {' '.join(sorted(offered))}")
         assert offered == ALGORITHMS.keys() - self.unsupported
+        tried = [name for name in ALGORITHMS if name in offered and name not in self.left_out]
+        record_property("algorithms", f"{type(self).__name__} ({backend.kind}): {', '.join(tried)}")
+
+    def test_what_is_left_out_is_known_here_and_has_a_reason(self) -> None:
+        for name, reason in self.left_out.items():
+            assert name in ALGORITHMS or callable(getattr(self, name, None)), name
+            assert reason
 
     def test_what_is_not_offered_is_refused(self, backend: Backend) -> None:
         for name, bits in (case for case in CASES if case[0] in self.unsupported):
@@ -190,7 +277,7 @@ class BackendContract:
 
     @pytest.mark.parametrize("case", CASES, ids=case_id)
     def test_a_generated_key_is_of_its_algorithm_and_never_leaves_the_module(self, keys: Keys, case: Case) -> None:
-        alg, key = self.supported(case), keys[case]
+        alg, key = ALGORITHMS[case[0]], keys[case]
         assert key.public_jwk["kty"] == alg.kty
         assert key.public_jwk.get("crv") == alg.crv
         assert not {"d", "p", "q", "dp", "dq", "qi"} & key.public_jwk.keys()
@@ -205,7 +292,7 @@ class BackendContract:
 
     @pytest.mark.parametrize("case", CASES, ids=case_id)
     def test_a_message_is_signed(self, keys: Keys, case: Case) -> None:
-        alg, key = self.supported(case), keys[case]
+        alg, key = ALGORITHMS[case[0]], keys[case]
         message = Message(os.urandom(200))
         signature = keys.backend.sign(key.ref, alg, message, soon())
         verify(alg, dict(key.public_jwk), message, signature)
@@ -214,7 +301,7 @@ class BackendContract:
 
     @pytest.mark.parametrize("case", CASES, ids=case_id)
     def test_a_digest_is_signed_as_its_message_is(self, keys: Keys, case: Case) -> None:
-        alg, key = self.supported(case), keys[case]
+        alg, key = ALGORITHMS[case[0]], keys[case]
         message = os.urandom(300)
         digest = Digest(hashlib.new(alg.hash or "sha256", message).digest())
         if alg.hash is None:
@@ -226,21 +313,35 @@ class BackendContract:
         verify(alg, dict(key.public_jwk), Message(message), signature)
 
     @pytest.mark.parametrize("case", CASES, ids=case_id)
-    def test_joserfc_verifies_the_jws(self, keys: Keys, case: Case) -> None:
-        alg, key = self.supported(case), keys[case]
+    def test_a_second_library_verifies_the_jws(self, keys: Keys, case: Case) -> None:
+        alg, key = ALGORITHMS[case[0]], keys[case]
         verify_as_jws(alg, dict(key.public_jwk), lambda data: keys.backend.sign(key.ref, alg, Message(data), soon()))
 
     @pytest.mark.parametrize("case", QUICK, ids=case_id)
     @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.binary(max_size=3000))
     def test_any_message_is_signed(self, keys: Keys, case: Case, data: bytes) -> None:
-        alg, key = self.supported(case), keys[case]
+        alg, key = ALGORITHMS[case[0]], keys[case]
+        if len(data) not in self.lengths.get(alg.name, range(len(data) + 1)):
+            with pytest.raises(BackendRefused):
+                keys.backend.sign(key.ref, alg, Message(data), soon())
+            return
         verify(alg, dict(key.public_jwk), Message(data), keys.backend.sign(key.ref, alg, Message(data), soon()))
+
+    @pytest.mark.parametrize("size", [4095, 4096, 4097, 50_000])
+    @pytest.mark.parametrize("case", QUICK + ML_DSA, ids=case_id)
+    def test_a_long_message_is_signed_or_clearly_refused(self, keys: Keys, case: Case, size: int) -> None:
+        alg, key, message = ALGORITHMS[case[0]], keys[case], Message(os.urandom(size))
+        if size not in self.lengths.get(alg.name, range(size + 1)):
+            with pytest.raises(BackendRefused, match=str(self.lengths[alg.name][-1])):
+                keys.backend.sign(key.ref, alg, message, soon())
+            return
+        verify(alg, dict(key.public_jwk), message, keys.backend.sign(key.ref, alg, message, soon()))
 
     @pytest.mark.parametrize("size", [0, 20, 31, 33, 64])
     @pytest.mark.parametrize("case", QUICK, ids=case_id)
     def test_a_digest_of_another_length_is_refused(self, keys: Keys, case: Case, size: int) -> None:
-        alg = self.supported(case)
+        alg = ALGORITHMS[case[0]]
         with pytest.raises(BackendRefused):
             keys.backend.sign(keys[case].ref, alg, Digest(bytes(size)), soon())
 
@@ -248,7 +349,6 @@ class BackendContract:
         ("case", "other"), [(("ES256", None), "ES384"), (("ES256", None), "RS256"), (("RS256", 2048), "EdDSA")]
     )
     def test_a_key_does_not_sign_with_the_algorithm_of_another(self, keys: Keys, case: Case, other: str) -> None:
-        self.supported(case)
         with pytest.raises((BackendRefused, UnsupportedAlgorithm)):
             keys.backend.sign(keys[case].ref, ALGORITHMS[other], Message(b"x"), soon())
 
@@ -261,7 +361,13 @@ class BackendContract:
             backend.generate(label, alg)
         message = Message(b"still the first")
         verify(alg, dict(key.public_jwk), message, backend.sign(key.ref, alg, message, soon()))
-        backend.destroy(key.ref)
+        destroy(backend, key.ref)
+
+    def test_what_a_key_is_for_may_be_said(self, backend: Backend) -> None:
+        purpose = {"key-set": "shop", "key": "main", "version": "1"}
+        key = backend.generate(label := new_label(), ALGORITHMS["ES256"], purpose=purpose)
+        assert [stored.ref for stored in backend.list_keys(label)] == [key.ref]
+        destroy(backend, key.ref)
 
     @pytest.mark.parametrize("label", ["", "a" * 41, "schlüssel", "line\nbreak"])
     def test_a_label_outside_the_grammar_is_refused(self, backend: Backend, label: str) -> None:
@@ -282,12 +388,12 @@ class BackendContract:
         message = Message(b"stored")
         verify(alg, dict(key.public_jwk), message, keys.backend.sign(again, alg, message, soon()))
 
-    def test_destruction_is_final_and_may_be_repeated(self, backend: Backend) -> None:
+    def test_destruction_is_final_and_may_be_repeated(self, backend: Backend, wait: Callable[[int], None]) -> None:
         label, alg = new_label(), ALGORITHMS["ES256"]
         key = backend.generate(label, alg)
         backend.sign(key.ref, alg, Message(b"x"), soon())
         assert [stored.ref for stored in backend.list_keys(label)] == [key.ref]
-        backend.destroy(key.ref)
+        self.end(backend, key.ref, wait)
         backend.destroy(key.ref)
         assert backend.list_keys(label) == []
         for use in (
@@ -300,10 +406,16 @@ class BackendContract:
 
     def test_scheduled_destruction_is_done_or_declined(self, backend: Backend) -> None:
         key = backend.generate(new_label(), ALGORITHMS["ES256"])
-        assert backend.schedule_destroy(key.ref, 7) is self.scheduled_destruction
+        backend.cancel_destroy(key.ref)
+        for days in (7, 30, 30):
+            assert backend.schedule_destroy(key.ref, days) is self.scheduled_destruction
+        if self.scheduled_destruction:
+            seconds = destroy(backend, key.ref)
+            assert 29 * 86_400 < seconds <= 30 * 86_400
+        backend.cancel_destroy(key.ref)
         backend.cancel_destroy(key.ref)
         backend.sign(key.ref, ALGORITHMS["ES256"], Message(b"x"), soon())
-        backend.destroy(key.ref)
+        destroy(backend, key.ref)
 
     def test_keys_are_listed_by_the_prefix_of_their_label(self, backend: Backend) -> None:
         label = new_label()[:30]
@@ -313,11 +425,11 @@ class BackendContract:
             f"{label}-{name}": ref for name, ref in made.items()
         }
         for ref in (*made.values(), other.ref):
-            backend.destroy(ref)
+            destroy(backend, ref)
 
-    def test_a_reference_to_nothing_is_not_found(self, keys: Keys, backend: Backend) -> None:
+    def test_a_reference_to_nothing_is_not_found(self, backend: Backend, wait: Callable[[int], None]) -> None:
         key = backend.generate(new_label(), ALGORITHMS["ES256"])
-        backend.destroy(key.ref)
+        self.end(backend, key.ref, wait)
         with pytest.raises(KeyNotFound):
             backend.sign(key.ref, ALGORITHMS["ES256"], Message(b"x"), soon())
 
@@ -326,14 +438,18 @@ class BackendContract:
         with pytest.raises((BackendRefused, KeyNotFound)):
             backend.sign(KeyRef.of(**locator), ALGORITHMS["ES256"], Message(b"x"), soon())
 
-    def test_a_key_that_is_there_is_adopted(self, backend: Backend) -> None:
+    def test_a_key_that_is_there_is_adopted(self, backend: Backend, wait: Callable[[int], None]) -> None:
         alg = ALGORITHMS["ES256"]
         key = backend.generate(label := new_label(), alg)
         adopted = backend.adopt(label)
         assert adopted.public_jwk == key.public_jwk
         message = Message(b"adopted")
         verify(alg, dict(key.public_jwk), message, backend.sign(adopted.ref, alg, message, soon()))
-        backend.destroy(key.ref)
+        assert backend.adopt(label, key.public_jwk) == adopted
+        other = b64u_encode(os.urandom(32))
+        with pytest.raises(BackendRefused):
+            backend.adopt(label, {**key.public_jwk, "x": other})
+        self.end(backend, key.ref, wait)
         with pytest.raises(KeyNotFound):
             backend.adopt(label)
 
@@ -353,7 +469,7 @@ class BackendContract:
         verify(alg, dict(key.public_jwk), message, keys.backend.sign(key.ref, alg, message, soon()))
 
     def test_threads_get_each_their_own_signature(self, keys: Keys) -> None:
-        cases = [case for case in QUICK if case[0] not in self.unsupported]
+        cases = [case for case in QUICK if case[0] not in self.unsupported | self.left_out.keys()]
         made = {case: keys[case] for case in cases}
 
         def work(thread: int) -> int:
@@ -367,7 +483,9 @@ class BackendContract:
         with ThreadPoolExecutor(8) as threads:
             assert list(threads.map(work, range(8))) == [24] * 8
 
-    def test_processes_see_each_others_keys_come_and_go(self, backend: Backend, factory: Factory) -> None:
+    def test_processes_see_each_others_keys_come_and_go(
+        self, backend: Backend, factory: Factory, wait: Callable[[int], None]
+    ) -> None:
         alg = ALGORITHMS["ES256"]
         key = backend.generate(new_label(), alg)
         backend.sign(key.ref, alg, Message(b"x"), soon())
@@ -375,6 +493,7 @@ class BackendContract:
             signature = others.submit(sign_elsewhere, factory, key.ref, "ES256", b"elsewhere").result()
             verify(alg, dict(key.public_jwk), Message(b"elsewhere"), signature)
             others.submit(destroy_elsewhere, factory, key.ref).result()
+        self.end(backend, key.ref, wait)
         with pytest.raises(KeyNotFound):
             backend.sign(key.ref, alg, Message(b"x"), soon())
 
@@ -382,3 +501,33 @@ class BackendContract:
         health = backend.ping()
         assert health.description
         assert all(isinstance(fact, str) for pair in health.facts.items() for fact in pair)
+
+    def test_it_says_when_it_opened_the_module(self, factory: Factory) -> None:
+        backend = factory()
+        before = time.monotonic()
+        assert backend.recovered_at == 0.0
+        backend.ping()
+        assert before <= backend.recovered_at <= time.monotonic()
+        backend.close()
+
+    # --- errors ---------------------------------------------------------------------------------------------------
+
+    def test_no_error_of_the_vendor_escapes(self, keys: Keys, vendor: Any, vendor_error: VendorError) -> None:
+        case: Case = ("ES256", None)
+        if vendor_error.call in ("destroy", "schedule_destroy"):
+            key = keys.backend.generate(new_label(), ALGORITHMS["ES256"])
+        else:
+            key = keys[case]
+        keys.backend.sign(key.ref, ALGORITHMS["ES256"], Message(b"before"), soon())
+        vendor_error.arrange(vendor, key)
+        try:
+            with pytest.raises(BackendError) as caught:
+                _calls(keys.backend, key)[vendor_error.call]()
+        finally:
+            vendor.heal()
+        assert type(caught.value) is vendor_error.becomes, caught.value.detail
+        assert caught.value.detail
+        assert vendor_error.says in caught.value.next_step
+        if caught.value.retryable:
+            assert caught.value.retry_after
+        keys.backend.sign(key.ref, ALGORITHMS["ES256"], Message(b"after"), soon())

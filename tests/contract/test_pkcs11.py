@@ -17,6 +17,7 @@ def hsm(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
 
 class TestSoftHsm(BackendContract):
     unsupported = frozenset({"ML-DSA-44", "ML-DSA-65", "ML-DSA-87"})  # SoftHSM 2.6 is older than FIPS 204
+    rsa_keys_shared = False  # CKA_ALLOWED_MECHANISMS
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -269,7 +269,7 @@ static CK_ULONG begin(struct call *call, enum function function, CK_ULONG handle
     struct session *session = &sessions[handle & (SESSIONS - 1)];
     bool known = handle && session->handle == handle && !session->gone;
     if (known) {
-        if (session->inside++)
+        if (session->inside++ && function != AT_C_GetSessionInfo) /* which only reads */
             add(&control->sessions_shared, 1);
         call->session = session;
         call->real = session->real;

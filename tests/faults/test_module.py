@@ -199,7 +199,9 @@ def hanging(hsm: SoftHsm) -> None:
     # Others go on meanwhile; what they must not do is seen.
     assert raw.info(raw.session()) == 0
     assert faults.violations == Violations.NONE
-    assert raw.info(session) == 0
+    assert raw.info(session) == 0  # which only reads
+    assert faults.violations == Violations.NONE
+    raw.call("C_FindObjectsFinal", session)
     assert faults.violations.sessions_shared == 1
     Cryptoki(through.module).finalize()
     assert faults.violations.finalised_under_calls == 1

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import urllib3
+from click.testing import CliRunner, Result
+
+from kms_jwks.cli.app import cli
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
+Run = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 40.0
 STOP_SECONDS = 20.0
@@ -322,3 +327,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running(folder, port) as server:
         wait_until(lambda: settled(server.must("GET", "/v1/key-sets/default/keys/default")))
         yield server
+
+
+@pytest.fixture
+def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """One command as the administrator; its exit code is checked."""
+    for name in [name for name in os.environ if name.startswith("KMS_JWKS_") or name == "COLUMNS"]:
+        monkeypatch.delenv(name)
+
+    def invoke(*words: str, code: int = 0, token: str | None = None, input: str | None = None, **env: str) -> Result:  # noqa: A002
+        variables = {"KMS_JWKS_ADDR": server.url, "KMS_JWKS_TOKEN": token or server.admin, **env}
+        answer = CliRunner().invoke(cli, list(words), input=input, env=variables)
+        if answer.exception is not None and not isinstance(answer.exception, SystemExit):
+            raise answer.exception
+        assert answer.exit_code == code, (words, answer.output)
+        assert server.admin not in answer.output
+        return answer
+
+    return invoke

@@ -6,37 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from kms_jwks.cli.app import cli
 from kms_jwks.client import administration
-from tests.integration.conftest import Server, fresh, wait_until
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(server: Server, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """One command as the administrator; its exit code is checked."""
-    for name in [name for name in os.environ if name.startswith("KMS_JWKS_") or name == "COLUMNS"]:
-        monkeypatch.delenv(name)
-
-    def invoke(*words: str, code: int = 0, token: str | None = None, input: str | None = None, **env: str) -> Result:  # noqa: A002
-        variables = {"KMS_JWKS_ADDR": server.url, "KMS_JWKS_TOKEN": token or server.admin, **env}
-        answer = CliRunner().invoke(cli, list(words), input=input, env=variables)
-        if answer.exception is not None and not isinstance(answer.exception, SystemExit):
-            raise answer.exception
-        assert answer.exit_code == code, (words, answer.output)
-        assert server.admin not in answer.output
-        return answer
-
-    return invoke
+from tests.integration.conftest import Run, Server, fresh, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +48,11 @@ def test_from_a_new_key_set_to_an_emergency(run: Run, tmp_path: Path) -> None:
     assert "Do not trust the token." in refused.stderr
     assert refused.stdout == ""
 
-    kid = json.loads(run("key", "active", name, "main", "--json").stdout)["kid"]
+    def waiting() -> Any:
+        found = json.loads(run("key", "active", name, "main", "--json").stdout)
+        return found["kid"] if found["next"] and found["next"]["not_before"] else None
+
+    kid = wait_until(waiting)
     early = run("key", "rotate", name, "main", code=1)
     assert "usable_at: " in early.stderr
     problem = json.loads(run("key", "rotate", name, "main", "--json", code=1).stderr)
@@ -128,6 +109,22 @@ def test_changes_are_made_at_a_revision(run: Run, orders: str) -> None:
     warned = run("key", "update", orders, "k1", "--publish-lead", "10m", "--allow-unsafe-publish-lead")
     assert "Warning: " in warned.stderr
     run("key", "update", orders, "k1", "--publish-lead", "24h", "--no-allow-unsafe-publish-lead", "--typ", "JWT")
+
+
+def test_the_calendar_of_a_key(run: Run, orders: str) -> None:
+    def update(*options: str) -> Any:
+        return json.loads(run("key", "update", orders, "k2", *options, "--json").stdout)["policy"]
+
+    set_ = update("--rotate-window", "mon-thu 09:00-16:00", "--rotate-jitter", "2h", "--hold-until", "2031-02-03")
+    assert (set_["rotate_window"], set_["rotate_jitter"]) == ("mon-thu 09:00-16:00", 7200)
+    assert set_["hold_until"] == "2031-02-03T00:00:00Z"
+    shown = run("key", "show", orders, "k2").stdout
+    assert "mon-thu 09:00-16:00" in shown
+    assert "2031-02-03 00:00:00Z" in shown
+    assert "weekdays" in run("key", "update", orders, "k2", "--rotate-window", "weekdays 09:00-10:00", code=1).stderr
+    run("key", "update", orders, "k2", "--hold-until", "2031-02-03", "--no-hold", code=2)
+    cleared = update("--rotate-window", "", "--no-hold", "--rotate-jitter", "1h")
+    assert (cleared["rotate_window"], cleared["hold_until"]) == ("", None)
 
 
 def test_external_keys(run: Run, server: Server) -> None:

@@ -11,7 +11,6 @@ from pkcs11 import Attribute, ObjectClass
 
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import KeyRef
-from kms_jwks.errors import BackendRefused
 from tests.softhsm import SoftHsm, in_child, make_token
 
 pytestmark = pytest.mark.softhsm
@@ -94,33 +93,3 @@ def read_private_values(hsm: SoftHsm, refs: dict[str, KeyRef]) -> None:
 
 def test_with_the_pin_nobody_reads_changes_copies_or_wraps_a_key(hsm: SoftHsm, refs: dict[str, KeyRef]) -> None:
     in_child(read_private_values, hsm, refs)
-
-
-def adopt_weak_key(hsm: SoftHsm) -> None:
-    backend = hsm.backend()
-    with pytest.raises(BackendRefused, match="may do more than sign"):
-        backend.adopt("weak")
-    with pytest.raises(BackendRefused, match="extractable"):
-        backend.adopt("id=0badcafe")
-    with pytest.raises(BackendRefused, match="no label and no id="):
-        backend.adopt("id=nothex")
-
-
-def test_a_key_whose_evidence_is_weak_is_not_adopted(hsm: SoftHsm) -> None:
-    made = hsm.pkcs11_tool(
-        "--keypairgen", "--key-type", "rsa:2048", "--label", "weak", "--id", "0bad", "--usage-sign", "--usage-decrypt"
-    )
-    assert "Key pair generated" in made, made
-    made = hsm.pkcs11_tool(
-        "--keypairgen",
-        "--key-type",
-        "EC:prime256v1",
-        "--label",
-        "open",
-        "--id",
-        "0badcafe",
-        "--usage-sign",
-        "--extractable",
-    )
-    assert "Key pair generated" in made, made
-    in_child(adopt_weak_key, hsm)

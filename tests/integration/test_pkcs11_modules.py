@@ -21,7 +21,7 @@ from kms_jwks.backends.base import Digest, Evidence, Message
 from kms_jwks.backends.pkcs11 import Pkcs11Backend, keys, making, objects
 from kms_jwks.backends.pkcs11.connection import Connection
 from kms_jwks.backends.pkcs11.cryptoki import CKR_CANT_LOCK, Cryptoki
-from kms_jwks.backends.pkcs11.meanings import MEANINGS, Meaning, meaning_of
+from kms_jwks.backends.pkcs11.meanings import CODES, Code, Meaning, code_of, meaning_of, said
 from kms_jwks.backends.pkcs11.mechanisms import prepared
 from kms_jwks.backends.pkcs11.objects import jwk_of
 from kms_jwks.errors import BackendRefused, BackendUnavailable, UnsupportedAlgorithm
@@ -35,6 +35,14 @@ pytestmark = pytest.mark.softhsm
 
 ES256 = ALGORITHMS["ES256"]
 SOMETHING = Message(b"something")
+SPOKEN = {
+    0x103: "User type invalid. Should never see this.",
+    0x150: "Buffer was too small. Should never see this.",
+    0xB4: "Parallel not supported. Should never see this.",
+    0x190: "Initialisation error (not initialized). Should never see this.",
+    0x191: "Initialisation error (already initialized). Should never see this.",
+}
+"""python-pkcs11's words for return values for which it has neither a class nor the number."""
 
 
 @pytest.fixture
@@ -167,15 +175,22 @@ def failing_signatures(hsm: SoftHsm) -> None:
     key = backend.generate("here", ES256)
     sign(backend, key)
     patch = pytest.MonkeyPatch()
-    for kind, meaning in MEANINGS.items():
-        patch.setattr(objects, "prepared", fail_once(prepared, kind()))
-        if meaning is Meaning.UNSUPPORTED:
-            with pytest.raises(UnsupportedAlgorithm):
+    for row in CODES.values():
+        if row.vendor is None:
+            continue
+        access = backend._access()
+        assert access._connection is not None
+        access._connection.opened_at = 0.0  # long ago: an answer that speaks of a lost token is believed again
+        patch.setattr(objects, "prepared", fail_once(prepared, row.vendor()))
+        if row.meaning.is_final:
+            with pytest.raises(row.meaning.ends_as):
                 sign(backend, key)
         else:
             sign(backend, key)
         sign(backend, key)
-    for final in (pkcs11.FunctionRejected(), ValueError("odd"), pkcs11.PKCS11Error("Unmapped error code 0x68")):
+    patch.setattr(objects, "prepared", fail_once(prepared, ValueError("odd")))
+    sign(backend, key)
+    for final in (pkcs11.FunctionRejected(), pkcs11.PKCS11Error("Unmapped error code 0x68")):
         patch.setattr(objects, "prepared", fail_once(prepared, final))
         with pytest.raises(BackendRefused):
             sign(backend, key)
@@ -228,12 +243,24 @@ def test_nothing_is_said_about_keys_while_the_token_is_not_well(hsm: SoftHsm) ->
 # --- tables and encodings ---------------------------------------------------------------------------------------------
 
 
-def test_return_values_without_a_row_are_refused_and_unknown_ones_are_doubtful() -> None:
-    assert meaning_of(pkcs11.PinIncorrect()) is Meaning.REFUSED
-    assert meaning_of(pkcs11.PKCS11Error("Unmapped error code 0x80000001")) is Meaning.DOUBTFUL
-    assert (
-        meaning_of(pkcs11.PKCS11Error("Initialisation error (not initialized). Should never see this.")) is Meaning.LOST
-    )
+@pytest.mark.parametrize(("code", "row"), CODES.items(), ids=[row.name for row in CODES.values()])
+def test_each_return_value_is_recognised_in_what_python_pkcs11_raises(code: int, row: Code) -> None:
+    error = row.vendor() if row.vendor else pkcs11.PKCS11Error(SPOKEN.get(code, f"Unmapped error code {code:#x}"))
+    assert code_of(error) == code
+    assert meaning_of(error) is meaning_of(code) is row.meaning
+    assert said(error) == row.name
+
+
+def test_answers_that_no_specification_has_are_doubtful() -> None:
+    for error in (pkcs11.PKCS11Error("Unmapped error code 0x80000001"), pkcs11.PKCS11Error("?"), pkcs11.NoSuchKey()):
+        assert meaning_of(error) is Meaning.DOUBTFUL
+    assert said(pkcs11.PKCS11Error("Unmapped error code 0x80000001")) == "0x80000001"
+
+
+def test_every_class_of_python_pkcs11_that_a_module_can_cause_has_its_row() -> None:
+    own = {pkcs11.NoSuchKey, pkcs11.NoSuchToken, pkcs11.MultipleObjectsReturned, pkcs11.MultipleTokensReturned}
+    classes = set(pkcs11.PKCS11Error.__subclasses__()) - own
+    assert classes == {row.vendor for row in CODES.values() if row.vendor}
 
 
 @pytest.mark.parametrize(("crv", "curve"), [(crv, row.curve) for crv, row in keys.CURVES.items()])

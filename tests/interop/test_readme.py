@@ -2,7 +2,8 @@
 
 A block whose first line is a comment with a file's name becomes that file; shell blocks run in order, in one shell, in
 a folder with `var/` and `.venv/`. Only the address is replaced. A comment before a block says what is special about it:
-`<!-- not run -->`, or `<!-- refused: TEXT -->` for one that has to fail and say TEXT.
+`<!-- not run -->`, `<!-- refused: TEXT -->` for one that has to fail and say TEXT, `<!-- wait: FOR WHAT -->` for one
+that works after a wait. The publish lead is made short there, by name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ ADDRESS = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
 FILE = re.compile(r"(?:#|//) (?P<name>[\w.-]+\.(?:py|mjs))\n")
-TOOLS = ("curl", "openssl")
+SHORT = ("--publish-lead 24h", "--publish-lead 12s --allow-unsafe-publish-lead")
+TOOLS = ("curl", "openssl", "pkcs11-tool")
 """What a machine may lack that runs the tests; blocks that need a missing one are left out."""
 
 
@@ -58,10 +60,13 @@ def script(found: list[Block], address: str) -> str:
     """One shell script of all blocks, each announced by a line `@@ NUMBER`."""
     lines = ["set -euo pipefail", "exec 2>&1"]
     for number, block in enumerate(found):
-        code = block.code.replace(ADDRESS, address)
+        code = block.code.replace(ADDRESS, address).replace(*SHORT)
         lines.append(f"printf '\\n@@ %s\\n' {number}")
         if block.mark.startswith("refused"):
             lines.append(f"if (\n{code}\n); then echo 'it was not refused'; exit 99; fi")
+        elif block.mark.startswith("wait"):
+            first = code.splitlines()[0]
+            lines.append(f"for _ in $(seq 100); do {first} > /dev/null 2>&1 && break; sleep 0.2; done\n{code}")
         else:
             lines.append(code)
     return "\n".join(lines)
@@ -123,10 +128,29 @@ def test_the_api_page_works_when_it_is_pasted(folder: Path, server: Server) -> N
     assert jwt.decode(token, key, algorithms=["ES256"], issuer=issuer, audience="shop")["sub"] == "alice"
 
 
+def test_the_migration_page_works_when_it_is_pasted(folder: Path, server: Server) -> None:
+    ran = run(ROOT / "docs" / "migrate.md", folder, server)
+    shown = [output.partition("\n{\n")[2] for block, output in ran if "kms-jwks jwks" in block.code]
+    documents = [json.loads("{" + text) for text in shown]
+    before, after = ({key["kid"] for key in document["keys"]} for document in documents)
+    assert before - after == {"pem-2025"}
+    token = (folder / "new-token").read_text(encoding="ascii").strip()
+    assert jwt.get_unverified_header(token)["kid"] in after
+    issuer = "https://id.example.com"
+    key = jwt.PyJWKClient(f"{server.url}/login/.well-known/jwks.json").get_signing_key_from_jwt(token)
+    assert jwt.decode(token, key, algorithms=["ES256"], issuer=issuer, audience="shop")["sub"] == "alice"
+
+
+def test_the_page_on_adoption_works_when_it_is_pasted(folder: Path, server: Server) -> None:
+    ran = run(ROOT / "docs" / "adopt.md", folder, server)
+    assert "adopted: it may do more than sign" in "".join(output for _, output in ran)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_is_left_out(page: Path) -> None:
     """Pages whose examples have a test above, and pages without any."""
-    assert page.name in ("README.md", "api.md") or not any(block.runs for block in blocks(page))
+    tested = ("README.md", "adopt.md", "api.md", "migrate.md")
+    assert page.name in tested or not any(block.runs for block in blocks(page))
 
 
 def test_a_block_that_fails_fails_the_test(tmp_path: Path, folder: Path, server: Server) -> None:

@@ -206,6 +206,7 @@ def test_a_revocation_without_a_standby_stops_signing_until_one_is_visible(world
 
 def test_a_revocation_can_be_repeated_by_who_lost_its_answer(world: World) -> None:
     world.create()
+    world.standby()
     first = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="once"))
     active = [v.number for v in world.versions() if v.state is S.ACTIVE]
     again = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="twice"))

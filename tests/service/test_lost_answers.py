@@ -98,7 +98,7 @@ def test_the_dead_are_seen_without_a_custodian(quiet: World) -> None:
     """A node that only publishes has none, and one whose custodian stands by is no better off."""
     late = quiet.worker()
     late.watcher.poll()
-    life = late.watcher._life
+    life = late.watcher._registration._life
     assert life is not None
     life.release(keep_proof=True)
 

@@ -124,13 +124,14 @@ def test_a_dead_worker_is_struck_off_by_its_free_lock(two_workers: World) -> Non
     dead._kick.set()
     assert dead._thread is not None
     dead._thread.join()
-    assert dead._life is not None
+    life = dead._registration._life
+    assert life is not None
     folder = world.settings.state_dir / "workers"
     assert not liveness.is_dead(folder, dead.worker_id or "")  # type: ignore[arg-type]
     import os
 
-    os.close(dead._life._fd)  # what the kernel does when a process ends
-    dead._life._fd = -1
+    os.close(life._fd)  # what the kernel does when a process ends
+    life._fd = -1
     world.standby()
     answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
     assert answer.unconfirmed == []

@@ -36,14 +36,20 @@ class World:
     """`service` is the first worker. The custodian and every worker's watcher run in threads of this process."""
 
     def __init__(
-        self, folder: Path, *, workers: int = 1, backend: MemoryBackend | None = None, lease: int = 10
+        self,
+        folder: Path,
+        *,
+        workers: int = 1,
+        backend: MemoryBackend | None = None,
+        lease: int = 10,
+        url: str | None = None,
     ) -> None:
         self.offset = 0
         self.folder = folder
         self.backend = backend or MemoryBackend()
         self.settings = Settings(
             public_url="https://keys.example",
-            database_url=f"sqlite:///{folder}/registry.sqlite3",
+            database_url=url or f"sqlite:///{folder}/registry.sqlite3",
             state_dir=folder / "state",
             node_name="node-1",
             signing_lease=lease,
@@ -53,10 +59,11 @@ class World:
             },
         )
         self.settings.state_dir.mkdir()
-        self.store().upgrade()
+        self._stores: list[Store] = []
+        self.registry = self.store()
+        self.registry.upgrade()
         self.workers = [self.worker() for _ in range(workers)]
         self.service = self.workers[0]
-        self.registry = self.store()
         self.admin = self.client("admin", Role.ADMIN)
         self.signer = self.client("signer", Role.SIGNER)
         self.raw_signer = self.client("raw", Role.RAW_SIGNER)
@@ -72,7 +79,9 @@ class World:
         return boot_clock() + self.offset
 
     def store(self) -> Store:
-        return Store(self.settings.database_url, wall=self.wall)
+        made = Store(self.settings.database_url, wall=self.wall)
+        self._stores.append(made)
+        return made
 
     def modules(self) -> Modules:
         return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=0.5)})
@@ -94,7 +103,7 @@ class World:
 
     def client(self, name: str, role: Role, key_set: Id | None = None, key: Id | None = None) -> Presented:
         """A client with one grant and a token, straight from the registry."""
-        with self.store().write() as tx:
+        with self.registry.write() as tx:
             owner = add_client(tx, name)
             add_grant(tx, owner, role, key_set, key)
             made, _ = add_token(tx, owner, 400 * 86_400)
@@ -116,7 +125,8 @@ class World:
             self._custodian.join(timeout=10)
         for worker in self.workers:
             worker.stop()
-        self.registry.dispose()
+        for store in self._stores:
+            store.dispose()
 
     def advance(self, seconds: float) -> None:
         """Let time pass, for database and boot clock alike, and let every worker notice it."""

@@ -28,7 +28,12 @@ def test_every_role_has_its_permissions() -> None:
         (Role.VERIFIER, {P.JWKS_READ, P.TOKEN_VERIFY}, {P.JWT_SIGN, P.KEY_READ}),
         (Role.OPERATOR, {P.KEY_ROTATE, P.VERSION_REVOKE}, {P.JWT_SIGN, P.GRANT_MANAGE, P.CLIENT_MANAGE, P.KEY_CREATE}),
         (Role.AUDITOR, {P.KEY_READ, P.CLIENT_READ, P.NODE_READ}, {P.KEY_ROTATE, P.JWT_SIGN, P.GRANT_MANAGE}),
-        (Role.ADMIN, {P.KEY_CREATE, P.GRANT_MANAGE, P.VERSION_DESTROY}, {P.JWT_SIGN, P.JWS_SIGN, P.RAW_SIGN}),
+        (
+            Role.ADMIN,
+            {P.KEY_CREATE, P.GRANT_MANAGE, P.VERSION_DESTROY},
+            {P.JWT_SIGN, P.JWS_SIGN, P.RAW_SIGN, P.BREAK_GLASS},
+        ),
+        (Role.BREAK_GLASS, {P.BREAK_GLASS}, set(P) - {P.BREAK_GLASS}),
     ],
 )
 def test_roles(role: Role, may: set[Permission], may_not: set[Permission]) -> None:

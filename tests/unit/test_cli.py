@@ -31,6 +31,7 @@ LEAVES = {path: command for path, command in ALL.items() if not isinstance(comma
 NODE_LOCAL = {"init", "serve", "custodian", "doctor", "db upgrade", "db check"}
 DESTRUCTIVE = {
     "version revoke": ["s", "k", "1"],
+    "revoke": ["--key-set", "s", "--reason", "x"],
     "version destroy": ["s", "k", "1"],
     "external-key remove": ["s", "kid"],
     "client delete": ["c"],
@@ -43,7 +44,8 @@ DESTRUCTIVE = {
 def test_the_commands_are_those_that_were_promised() -> None:
     assert sorted(cli.commands) == sorted(
         {"init", "serve", "custodian", "doctor", "db"}
-        | {"key-set", "key", "version", "external-key", "client", "grant", "node", "jwks", "sign", "verify"}
+        | {"key-set", "key", "version", "external-key", "client", "grant", "node"}
+        | {"revoke", "jwks", "sign", "verify"}
     )
 
 

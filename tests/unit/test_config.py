@@ -98,6 +98,26 @@ def test_variables_reach_into_backends(toml: Path, monkeypatch: pytest.MonkeyPat
     assert backend.environment == {"Vendor_CONF": "/etc/hsm,conf"}
 
 
+KMS = '[backends.aws]\ntype = "aws-kms"\nregion = "eu-central-1"\nendpoint_url = "{}"\n'
+
+
+@pytest.mark.parametrize(
+    "url", ["https://vpce.example", "http://127.0.0.1:5000", "http://[::1]:80", "http://localhost"]
+)
+def test_kms_is_reached_safely(toml: Path, url: str) -> None:
+    toml.write_text(KMS.format(url))
+    backend = load_settings(toml).backends["aws"]
+    assert isinstance(backend, AwsKmsBackend)
+    assert backend.endpoint_url == url
+
+
+@pytest.mark.parametrize("url", ["http://kms.example", "http://127.0.0.1.example", "ftp://localhost", "kms.example"])
+def test_nobody_may_answer_in_place_of_kms(toml: Path, url: str) -> None:
+    toml.write_text(KMS.format(url))
+    with pytest.raises(ConfigurationError, match="endpoint_url must begin with https"):
+        load_settings(toml)
+
+
 def test_lists_in_variables_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KMS_JWKS_BIND", "127.0.0.1:80, [::1]:80,unix:/run/kms.sock")
     monkeypatch.setenv("KMS_JWKS_FORWARDED_ALLOW_IPS", "10.0.0.0/8,::1")

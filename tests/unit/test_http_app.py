@@ -43,8 +43,8 @@ class FakeService:
         self.clients = SimpleNamespace(create=self._use, delete=self._use)
         self.operation = SimpleNamespace(ready=self._use, ready_sign=self._use)
 
-    def _use(self, *arguments: Any) -> Any:
-        self.asked.append(arguments)
+    def _use(self, *arguments: Any, **named: Any) -> Any:
+        self.asked.append((*arguments, *named.values()))
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -388,9 +388,8 @@ class TestPublicKey:
         assert response.headers["Vary"] == "Accept"
 
 
+@pytest.mark.parametrize("path", ["/main/.well-known/jwks.json", "/main/.well-known/jwks-pq.json"])
 class TestDocuments:
-    PATH = "/main/.well-known/jwks.json"
-
     @pytest.mark.parametrize(
         ("accept", "media"),
         [
@@ -402,10 +401,10 @@ class TestDocuments:
         ],
     )
     def test_the_registered_type_for_who_names_it(
-        self, client: Client, service: FakeService, accept: str | None, media: str
+        self, client: Client, service: FakeService, path: str, accept: str | None, media: str
     ) -> None:
         service.answer = JWKS
-        response = client.get(self.PATH, headers={"Accept": accept} if accept else {})
+        response = client.get(path, headers={"Accept": accept} if accept else {})
         assert response.data == JWKS.body
         assert response.content_type == media
         assert response.headers["Vary"] == "Accept"
@@ -417,9 +416,9 @@ class TestDocuments:
         ("given", "status"),
         [('"abc"', 304), ('W/"abc"', 304), ('"x", "abc"', 304), ("*", 304), ('"abd"', 200), ("abc", 200)],
     )
-    def test_if_none_match(self, client: Client, service: FakeService, given: str, status: int) -> None:
+    def test_if_none_match(self, client: Client, service: FakeService, path: str, given: str, status: int) -> None:
         service.answer = JWKS
-        response = client.get(self.PATH, headers={"If-None-Match": given})
+        response = client.get(path, headers={"If-None-Match": given})
         assert response.status_code == status
         assert response.headers["ETag"] == '"abc"'
         assert response.headers["Vary"] == "Accept"
@@ -427,41 +426,48 @@ class TestDocuments:
             assert response.data == b""
             assert "Content-Type" not in response.headers
 
-    def test_head(self, client: Client, service: FakeService) -> None:
+    def test_head(self, client: Client, service: FakeService, path: str) -> None:
         service.answer = JWKS
-        response = client.head(self.PATH)
+        response = client.head(path)
         assert response.data == b""
         assert response.headers["Content-Length"] == str(len(JWKS.body))
 
-    def test_preflight_asks_nobody(self, client: Client, service: FakeService) -> None:
-        response = client.options(self.PATH, headers={"Origin": "https://a", "Access-Control-Request-Method": "GET"})
+    def test_preflight_asks_nobody(self, client: Client, service: FakeService, path: str) -> None:
+        response = client.options(path, headers={"Origin": "https://a", "Access-Control-Request-Method": "GET"})
         assert response.status_code == 204
         assert response.headers["Access-Control-Allow-Origin"] == "*"
         assert response.headers["Access-Control-Allow-Methods"] == "GET, HEAD"
         assert not service.asked
 
-    def test_restricted_sets_have_no_cors_and_vary_by_caller(self, client: Client, service: FakeService) -> None:
+    def test_restricted_sets_have_no_cors_and_vary_by_caller(
+        self, client: Client, service: FakeService, path: str
+    ) -> None:
         service.answer = RESTRICTED
-        response = client.get(self.PATH)
+        response = client.get(path)
         assert "Access-Control-Allow-Origin" not in response.headers
         assert response.headers["Vary"] == "Accept, Authorization"
         assert response.headers["Cache-Control"] == "private, max-age=300"
 
-    @pytest.mark.parametrize(
-        ("path", "name"),
-        [
-            ("/.well-known/jwks.json", "main"),
-            ("/other/.well-known/jwks.json", "other"),
-            ("/.well-known/openid-configuration", None),
-            ("/other/.well-known/openid-configuration", "other"),
-            ("/.well-known/oauth-authorization-server", None),
-            ("/.well-known/oauth-authorization-server/other", "other"),
-        ],
-    )
-    def test_which_set_a_path_names(self, client: Client, service: FakeService, path: str, name: str | None) -> None:
-        service.answer = JWKS
-        assert client.get(path).status_code == 200
-        assert service.asked[0][1] == name
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/.well-known/jwks.json", "main"),
+        ("/other/.well-known/jwks.json", "other"),
+        ("/.well-known/jwks-pq.json", "main"),
+        ("/other/.well-known/jwks-pq.json", "other"),
+        ("/.well-known/openid-configuration", None),
+        ("/other/.well-known/openid-configuration", "other"),
+        ("/.well-known/oauth-authorization-server", None),
+        ("/.well-known/oauth-authorization-server/other", "other"),
+    ],
+)
+def test_which_set_a_path_names(client: Client, service: FakeService, path: str, name: str | None) -> None:
+    service.answer = JWKS
+    assert client.get(path).status_code == 200
+    assert service.asked[0][1] == name
+    if "jwks" in path:
+        assert service.asked[0][2] is ("jwks-pq" in path)
 
 
 def test_a_pin_is_held_until_the_answer_has_left(service: FakeService) -> None:
@@ -474,7 +480,7 @@ def test_a_pin_is_held_until_the_answer_has_left(service: FakeService) -> None:
     assert service.pins == 0
 
 
-DOCUMENTS = ["/a/.well-known/jwks.json", "/.well-known/openid-configuration"]
+DOCUMENTS = ["/a/.well-known/jwks.json", "/a/.well-known/jwks-pq.json", "/.well-known/openid-configuration"]
 PRIVATE = ["/v1/key-sets", "/docs", "/openapi.json", "/readyz/sign"]
 
 

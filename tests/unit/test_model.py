@@ -25,7 +25,7 @@ S = VersionState
 
 # The table of states: state → what it may become.
 MAY_BECOME = {
-    S.CREATING: {S.PUBLISHED, S.DESTROYED},
+    S.CREATING: {S.PUBLISHED, S.REVOKED, S.DESTROYED},
     S.PUBLISHED: {S.ACTIVE, S.RETIRED, S.REVOKED},
     S.ACTIVE: {S.RETIRING, S.REVOKED},
     S.RETIRING: {S.RETIRED, S.REVOKED},

@@ -138,19 +138,27 @@ def test_keys_of_a_set_rotate_one_at_a_time() -> None:
 def kinds(
     keys: list[Key], versions: list[KeyVersion], externals: list[ExternalKey], now: Instant = T0
 ) -> list[tuple[StepKind, int]]:
-    return [(step.kind, (step.due - T0) // SECOND) for step in timeline.plan(keys, versions, externals, now)]
+    """What has a date, in seconds after T0."""
+    steps = timeline.plan(key_set(), keys, versions, now, externals)
+    return [(step.kind, (step.due - T0) // SECOND) for step in steps if step.due is not None]
 
 
 def test_an_active_version_gets_a_standby_and_no_second_one() -> None:
     active = version(1, S.ACTIVE, activated_at=T0)
     assert kinds([key()], [active], []) == [(StepKind.CREATE, 0)]
-    for state in (S.CREATING, S.PUBLISHED):
-        assert kinds([key()], [active, version(2, state)], []) == []
+    assert kinds([key()], [active, version(2, S.CREATING, kid=None)], []) == []
+    assert kinds([key()], [active, version(2, S.CREATING)], []) == [(StepKind.PUBLISH, 0)]
+    assert kinds([key()], [active, version(2, S.PUBLISHED)], []) == []
 
 
-def test_a_standby_is_not_activated_by_itself_while_another_signs() -> None:
-    standby = version(2, S.PUBLISHED, visible_since=T0)
-    assert kinds([key()], [version(1, S.ACTIVE), standby], [], now=at(10 * DAY)) == []
+def test_the_first_document_waits_for_every_pair_that_was_asked_for() -> None:
+    made, unmade = version(1, S.CREATING), version(1, S.CREATING, id=Id("v"), key_id=Id("key-2"), kid=None)
+    keys = [key(), key(id=Id("key-2"), name="second")]
+    assert kinds(keys, [made, unmade], []) == []
+    steps = timeline.plan(key_set(), keys, [made, unmade], T0)
+    assert "1 of 2 are made" in steps[0].waits_for
+    later_one = key_set(first_published_at=T0)
+    assert [s.due for s in timeline.plan(later_one, keys, [made, unmade], T0)] == [T0, None]
 
 
 def test_the_first_version_signs_when_it_is_usable() -> None:
@@ -164,16 +172,16 @@ def test_the_first_version_signs_when_it_is_usable() -> None:
 def test_after_a_revocation_without_a_standby_one_is_made_and_signs_however_young() -> None:
     gone = version(1, S.REVOKED, activated_at=T0, deactivated_at=at(5), revoked_at=at(5))
     assert kinds([key()], [gone], []) == [(StepKind.CREATE, 0)]
-    assert kinds([key()], [gone, version(2, S.CREATING)], []) == []
+    assert kinds([key()], [gone, version(2, S.CREATING, kid=None)], []) == []
     for seen in (at(9), None):
         young = version(2, S.PUBLISHED, visible_since=seen)
-        (step,) = timeline.plan([key()], [gone, young], [], at(10))
+        (step,) = timeline.plan(key_set(), [key()], [gone, young], at(10))
         assert (step.kind, step.due, step.breach) == (StepKind.ACTIVATE, at(10), "I1")
 
 
 def test_a_version_revoked_after_its_rotation_is_no_emergency() -> None:
     rotated = version(1, S.REVOKED, activated_at=T0, deactivated_at=at(5), revoked_at=at(50))
-    steps = timeline.plan([key()], [rotated, version(2, S.PUBLISHED, visible_since=at(9))], [], at(60))
+    steps = timeline.plan(key_set(), [key()], [rotated, version(2, S.PUBLISHED, visible_since=at(9))], at(60))
     assert [s.breach for s in steps] == [None]
 
 
@@ -183,6 +191,7 @@ def test_a_disabled_key_is_only_withdrawn_from_and_destroyed_in() -> None:
     doomed = version(2, S.RETIRED, destroy_at=at(50))
     waiting = version(3, S.PUBLISHED, visible_since=T0, first_fill=True)
     assert kinds([off], [retiring, doomed, waiting], []) == [
+        (StepKind.TELL, 0),
         (StepKind.DESTROY, 50),
         (StepKind.WITHDRAW, 60 + 10 + 3600 + 300),
     ]

@@ -1,11 +1,11 @@
-"""The examples of RFC 7515, 7520, 7638 and 8037: keys, thumbprints, signing inputs and signatures."""
+"""The examples of RFC 7515, 7520, 7638, 8037 and 9964: keys, thumbprints, signing inputs and signatures."""
 
 import json
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, mldsa
 
 from kms_jwks import jose
 from kms_jwks.algorithms import ALGORITHMS
@@ -275,3 +275,18 @@ def test_the_rfc_s_claims_pass_verify_once_the_header_names_the_key() -> None:
     assert verify(token, now=1_300_819_379, **arguments).claims["http://example.com/is_root"] is True
     with pytest.raises(TokenExpired):
         verify(token, now=1_300_819_380, **arguments)
+
+
+# --- RFC 9964 appendix A ----------------------------------------------------------------------------------------------
+
+
+def test_rfc_9964_the_thumbprint_of_an_akp_key_counts_its_alg() -> None:
+    """The key of its example: ML-DSA-44 from the seed of 32 zero octets."""
+    jwk = jose.public_jwk(mldsa.MLDSA44PrivateKey.from_seed_bytes(bytes(32)).public_key())
+    assert (jwk["kty"], jwk["alg"], sorted(jwk)) == ("AKP", "ML-DSA-44", ["alg", "kty", "pub"])
+    assert jwk["pub"].startswith("unH59k4RuutY-pxvu24U5h8YZD2rSVtHU5qRZsoBmBMcRPgmu9VuNOVdteXi1zNIXjnqJg_GAAxepLqA00Vc")
+    assert jwk["pub"].endswith("TP07e7gEWzw4MFRrndjbDQ")
+    assert jose.thumbprint(jwk) == "T4xl70S7MT6Zeq6r9V9fPJGVn76wfnXJ21-gyo0Gu6o"
+    assert jose.thumbprint({**jwk, "kid": "any", "use": "sig"}) == jose.thumbprint(jwk)
+    with pytest.raises(InvalidJwk):
+        jose.thumbprint({"kty": "AKP", "pub": jwk["pub"]})

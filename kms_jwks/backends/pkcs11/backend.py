@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -12,13 +12,14 @@ from pkcs11 import Attribute, ObjectClass
 
 from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
 from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
-from kms_jwks.backends.pkcs11 import keys, making, objects
+from kms_jwks.backends.pkcs11 import adopting, keys, making, objects
 from kms_jwks.backends.pkcs11.access import Access
+from kms_jwks.backends.pkcs11.errands import Errands
 from kms_jwks.backends.pkcs11.locks import locked
 from kms_jwks.backends.pkcs11.meanings import Lost
 from kms_jwks.backends.pkcs11.mechanisms import offered
-from kms_jwks.backends.pkcs11.module import module_at
-from kms_jwks.backends.pkcs11.opening import lock_path, serial_of
+from kms_jwks.backends.pkcs11.module import module_at, serial_of
+from kms_jwks.backends.pkcs11.opening import lock_path
 from kms_jwks.errors import BackendRefused, BackendTimeout, UnsupportedAlgorithm
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Pkcs11Backend:
         self.sign_in_place = options.sign_in_place
         self._options = options
         self.recovered_at = 0.0
+        self._errands = Errands()
         self._bound_to: str | None = None
         # By process: a child of a fork sees the parent's entry, keeps it alive (its locks and handles are not the
         # child's to touch) and makes its own.
@@ -95,15 +97,10 @@ class Pkcs11Backend:
 
         return self._read("listing keys", work)
 
-    def adopt(self, locator: str) -> GeneratedKey:
-        """Find the one private key with a label, or with ``id=<hexadecimal CKA_ID>``."""
-        template = _adoption(locator)
-
-        def work(seat: Seat) -> GeneratedKey:
-            ref = objects.the_one(seat, template, locator)
-            return GeneratedKey(ref, objects.jwk_of(seat, ref, objects.private_key(seat, ref)))
-
-        return self._read("adopting a key", work)
+    def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
+        """Find the one private key with a label, with ``id=<hexadecimal CKA_ID>``, or by a PKCS#11 URI (RFC 7512)."""
+        wanted = adopting.wanted(locator, self._options.module)
+        return self._read("adopting a key", lambda seat: adopting.adopted(seat, wanted, public_jwk))
 
     def ping(self) -> Health:
         """See `Backend.ping`. The counts of sessions are the module's, where it tells, and this process's own."""
@@ -136,8 +133,13 @@ class Pkcs11Backend:
 
     # --- making and destroying ------------------------------------------------------------------------------------
 
-    def generate(self, label: str, alg: Algorithm, *, rsa_bits: int | None = None) -> GeneratedKey:
-        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns."""
+    def generate(
+        self, label: str, alg: Algorithm, *, rsa_bits: int | None = None, purpose: Mapping[str, str] | None = None
+    ) -> GeneratedKey:
+        """See `Backend.generate`. The key has signed, and the signature was verified, when this returns.
+
+        `purpose` is not written anywhere: tokens keep no tags, and their labels are random.
+        """
         if not label.isascii() or not label.isprintable() or not 0 < len(label) <= _LABEL_BYTES:
             raise BackendRefused(f"A key's label is 1 to {_LABEL_BYTES} printable ASCII characters.")
         if alg.is_rsa:
@@ -148,14 +150,19 @@ class Pkcs11Backend:
             raise BackendRefused(f"{alg.name} keys have no RSA modulus.")
         request = making.Request(label, alg, rsa_bits)
         made: list[bytes] = []
-        return self._mutate("generating a key", lambda seat: making.generated(seat, request, made))
+        return self._mutate(
+            "generating a key",
+            lambda seat: making.generated(seat, request, made),
+            undo=lambda late: self.destroy(late.ref),
+        )
 
     def destroy(self, ref: KeyRef) -> None:
         """See `Backend.destroy`. Both halves are gone, and were looked for again, when this returns."""
         self._mutate("destroying a key", lambda seat: making.destroyed(seat, ref))
 
     def distrust(self, ref: KeyRef) -> None:
-        """See `Backend.distrust`."""
+        """See `Backend.distrust`: the session is replaced before its next use."""
+        self._access().distrust()
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
         """Tokens have no waiting period: False."""
@@ -177,29 +184,29 @@ class Pkcs11Backend:
         pid = os.getpid()
         access = self._accesses.get(pid)
         if access is None:
-            access = Access(module_at(self._options.module), self._options, bound_to=self._bound_to)
+            access = Access(
+                module_at(self._options.module), self._options, bound_to=self._bound_to, opened=self._note_opening
+            )
             access = self._accesses.setdefault(pid, access)
         return access
 
-    def _read(self, doing: str, work: Callable[[Seat], T]) -> T:
-        return self._access().run(work, time.monotonic() + _READING, doing=doing)
+    def _note_opening(self, at: float) -> None:
+        self.recovered_at = at
 
-    def _mutate(self, doing: str, work: Callable[[Seat], T]) -> T:
-        """One at a time per token, whatever the thread or process: SoftHSM fails beside readers otherwise."""
+    def _read(self, doing: str, work: Callable[[Seat], T]) -> T:
+        access, deadline = self._access(), time.monotonic() + _READING
+        return self._errands.run(lambda: access.run(work, deadline, doing=doing), deadline, doing=doing)
+
+    def _mutate(self, doing: str, work: Callable[[Seat], T], undo: Callable[[T], None] | None = None) -> T:
         deadline = time.monotonic() + _MUTATING
+        return self._errands.run(lambda: self._alone(doing, work, deadline), deadline, doing=doing, undo=undo)
+
+    def _alone(self, doing: str, work: Callable[[Seat], T], deadline: float) -> T:
+        """One at a time per token, whatever the thread or process: SoftHSM fails beside readers otherwise."""
         access = self._access()
         serial = access.run(lambda seat: seat.connection.serial, deadline, doing=doing)
         with locked(lock_path(self._options.lock_dir, "mutate", serial), deadline):
             return access.run(work, deadline, doing=doing, pool=lambda connection: connection.mutating)
-
-
-def _adoption(locator: str) -> keys.Template:
-    if not locator.startswith("id="):
-        return {Attribute.LABEL: locator}
-    try:
-        return {Attribute.ID: bytes.fromhex(locator[3:])}
-    except ValueError:
-        raise BackendRefused(f"The locator {locator!r} is no label and no id=<hexadecimal CKA_ID>.") from None
 
 
 def _known(count: int | None) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from pkcs11 import Attribute, KeyType, Object, PKCS11Error
+from pkcs11 import Attribute, KeyType, Mechanism, Object, PKCS11Error
 from pkcs11.attributes import AttributeMapper, handle_ulong
 
 from kms_jwks import jose
-from kms_jwks.algorithms import Algorithm
+from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.base import Evidence, PublicJwk
 from kms_jwks.backends.pkcs11.meanings import Meaning, meaning_of
 from kms_jwks.errors import BackendRefused, InvalidJwk, UnsupportedAlgorithm
@@ -29,6 +30,16 @@ class Mapper(AttributeMapper):
         for attribute in (Attribute.KEY_TYPE, Attribute.KEY_GEN_MECHANISM):
             # As numbers: vendors define their own, which python-pkcs11's enumerations refuse.
             self.register_handler(attribute, *handle_ulong)
+        # One that python-pkcs11 leaves out: CK_MECHANISM_TYPE, one after the other.
+        self.register_handler(Attribute.ALLOWED_MECHANISMS, _packed, _unpacked)
+
+
+def _packed(mechanisms: Iterable[int]) -> bytes:
+    return array("L", mechanisms).tobytes()
+
+
+def _unpacked(value: bytes) -> tuple[int, ...]:
+    return tuple(array("L", value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,8 @@ CURVES: Final[Mapping[str, Curve]] = MappingProxyType(
         ),
     }
 )
+PARAMETER_SETS: Final[Mapping[int, str]] = MappingProxyType({1: "ML-DSA-44", 2: "ML-DSA-65", 3: "ML-DSA-87"})
+"""CKA_PARAMETER_SET of ML-DSA keys (CKP_ML_DSA_…, PKCS#11 v3.2) → `alg`."""
 _CRV: Final = {parameters: crv for crv, row in CURVES.items() for parameters in row.parameters}
 
 
@@ -89,6 +102,19 @@ PUBLIC: Final[Mapping[Attribute, Any]] = MappingProxyType(
 )
 FROZEN: Final[Mapping[Attribute, Any]] = MappingProxyType({Attribute.MODIFIABLE: False, Attribute.COPYABLE: False})
 """Added where the module takes it: else whoever has the PIN could give a key, or a copy of it, further uses."""
+
+
+def strict(mechanisms: Collection[Mechanism]) -> Iterator[tuple[Template, Template]]:
+    """What to add to a private and a public key's template, strictest first; the last adds nothing.
+
+    `mechanisms` are all that the key is to sign with (CKA_ALLOWED_MECHANISMS).
+    """
+    restricted: Template = {Attribute.ALLOWED_MECHANISMS: mechanisms}
+    frozen = dict(FROZEN)
+    yield {**frozen, **restricted}, frozen
+    yield frozen, frozen
+    yield restricted, {}
+    yield {}, {}
 
 
 # --- public keys ------------------------------------------------------------------------------------------------------
@@ -131,16 +157,39 @@ def crv_of(parameters: bytes) -> str:
     return crv
 
 
+def ml_dsa_jwk(parameter_set: int, value: bytes) -> PublicJwk:
+    """The JWK of CKA_PARAMETER_SET and a public key's CKA_VALUE (PKCS#11 v3.2, RFC 9964 §3).
+
+    Raises UnsupportedAlgorithm, BackendRefused.
+    """
+    name = PARAMETER_SETS.get(parameter_set)
+    if name is None:
+        raise UnsupportedAlgorithm(f"The key has CKA_PARAMETER_SET {parameter_set:#x}, which FIPS 204 does not have.")
+    if len(value) != ALGORITHMS[name].public_bytes:
+        raise BackendRefused(f"The module holds a public key of {len(value)} bytes, which {name} never has.")
+    return {"kty": "AKP", "alg": name, "pub": jose.b64u_encode(value)}
+
+
+def variant(alg: Algorithm) -> str | None:
+    """What tells keys of one `kty` apart: the curve, or the parameter set, None for RSA."""
+    return alg.name if alg.is_post_quantum else alg.crv
+
+
 def fits(alg: Algorithm, jwk: PublicJwk) -> bool:
     """Whether the key is one that `alg` signs with."""
-    if jwk["kty"] != alg.kty or jwk.get("crv") != alg.crv:
+    if jwk["kty"] != alg.kty or (jwk.get("crv") or jwk.get("alg")) != variant(alg):
         return False
     return not alg.is_rsa or modulus_bits(jwk) in alg.rsa_bits
 
 
-def modulus_bits(jwk: PublicJwk) -> int:
+def modulus(jwk: PublicJwk) -> int:
     """Of an RSA key."""
-    return int.from_bytes(jose.b64u_decode(jwk["n"]), "big").bit_length()
+    return int.from_bytes(jose.b64u_decode(jwk["n"]), "big")
+
+
+def modulus_bits(jwk: PublicJwk) -> int:
+    """The length of an RSA key's modulus."""
+    return modulus(jwk).bit_length()
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------
@@ -165,6 +214,10 @@ _EVIDENCE: Final = (
     Attribute.PRIVATE,
     Attribute.MODIFIABLE,
     Attribute.COPYABLE,
+    Attribute.DESTROYABLE,
+    Attribute.ALLOWED_MECHANISMS,
+    Attribute.ALWAYS_AUTHENTICATE,
+    Attribute.WRAP_WITH_TRUSTED,
     Attribute.SIGN,
     *_USES,
 )
@@ -175,7 +228,7 @@ def optional(key: Object, attribute: Attribute) -> Any:
     try:
         return key[attribute]
     except PKCS11Error as error:
-        if meaning_of(error) in (Meaning.REFUSED, Meaning.UNSUPPORTED):
+        if meaning_of(error) is Meaning.ABSENT:
             return None
         raise
 
@@ -184,7 +237,7 @@ def evidence_of(private: Object) -> Evidence:
     """Read a private key's attributes back and judge them."""
     read = {attribute: optional(private, attribute) for attribute in _EVIDENCE}
     return Evidence(
-        attributes={f"CKA_{attribute.name}": value for attribute, value in read.items()},
+        attributes={f"CKA_{attribute.name}": _shown(value) for attribute, value in read.items()},
         generated_in_module=read[Attribute.LOCAL] is True,
         non_extractable=(
             read[Attribute.SENSITIVE] is True
@@ -194,3 +247,17 @@ def evidence_of(private: Object) -> Evidence:
         ),
         sign_only=read[Attribute.SIGN] is True and not any(read[use] for use in _USES),
     )
+
+
+def _shown(value: Any) -> Any:
+    """An attribute as evidence keeps it: mechanisms by their names, an empty list as no restriction."""
+    if not isinstance(value, tuple):
+        return value
+    return ", ".join(_mechanism(number) for number in sorted(value)) or None
+
+
+def _mechanism(number: int) -> str:
+    try:
+        return f"CKM_{Mechanism(number).name}"
+    except ValueError:
+        return f"{number:#x}"

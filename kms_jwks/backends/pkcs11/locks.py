@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kms_jwks.backends.pkcs11.meanings import unavailable
 from kms_jwks.errors import BackendRefused, BackendTimeout
 
 _FIRST_WAIT = 0.002
 _LONGEST_WAIT = 0.05
+_AT_THE_DOOR = 0.5
+"""Seconds to wait at a gate that is closed. A module that takes longer to start is away, and callers are told so."""
+_UNTIL_ALL_ARE_OUT = 0.5
+"""Seconds to keep everybody out while waiting for calls to come back: those of other tokens wait too."""
 
 
 @contextmanager
@@ -78,15 +83,15 @@ class Gate:
         self._closed = False
 
     def enter(self, deadline: float) -> bool:
-        """Come in; the answer is to be given to `leave`. Raises BackendTimeout."""
+        """Come in; the answer is to be given to `leave`. Raises BackendTimeout, BackendUnavailable."""
         turn = self.serial
         if turn and not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise BackendTimeout("Another call was inside the module, which takes one at a time.")
         with self._lock:
-            if self._closed and not self._changed.wait_for(self._is_open, max(0.0, deadline - time.monotonic())):
+            if self._closed and not self._changed.wait_for(self._is_open, _left(deadline, _AT_THE_DOOR)):
                 if turn:
                     self._turn.release()
-                raise BackendTimeout("The module was being started again.")
+                raise unavailable("The module is being started again.")
             self._inside += 1
         return turn
 
@@ -110,14 +115,17 @@ class Gate:
 
     @contextmanager
     def alone(self, deadline: float) -> Iterator[None]:
-        """Let nobody in and wait until everybody is out. Raises BackendTimeout when a call does not come back."""
+        """Let nobody in and wait a little until everybody is out. Raises BackendUnavailable when a call is stuck."""
         with self._lock:
-            if not self._changed.wait_for(self._is_open, max(0.0, deadline - time.monotonic())):
-                raise BackendTimeout("The module was being started again.")
+            if not self._changed.wait_for(self._is_open, _left(deadline, _AT_THE_DOOR)):
+                raise unavailable("The module is being started again.")
             self._closed = True
             try:
-                if not self._changed.wait_for(lambda: not self._inside, max(0.0, deadline - time.monotonic())):
-                    raise BackendTimeout("A call into the module does not come back, so it cannot be started again.")
+                if not self._changed.wait_for(lambda: not self._inside, _left(deadline, _UNTIL_ALL_ARE_OUT)):
+                    raise unavailable(
+                        "A call into the module does not come back, so it cannot be started again.",
+                        next_step="Repeat the call after Retry-After; a process with a stuck call has to be replaced.",
+                    )
             except BaseException:
                 self._reopen()
                 raise
@@ -133,3 +141,7 @@ class Gate:
     def _reopen(self) -> None:
         self._closed = False
         self._changed.notify_all()
+
+
+def _left(deadline: float, longest: float) -> float:
+    return min(max(0.0, deadline - time.monotonic()), longest)

@@ -13,8 +13,8 @@ from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, PKCS11Error, 
 from kms_jwks import jose
 from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
 from kms_jwks.backends.pkcs11 import keys
-from kms_jwks.backends.pkcs11.meanings import Lost, Meaning, meaning_of, said, unavailable
-from kms_jwks.backends.pkcs11.mechanisms import ROWS
+from kms_jwks.backends.pkcs11.meanings import Garbled, Lost, meaning_of, said, unavailable
+from kms_jwks.backends.pkcs11.mechanisms import ROWS, Row
 from kms_jwks.backends.pkcs11.objects import find, jwk_of, locator, look, private_key, signed
 from kms_jwks.errors import (
     BackendError,
@@ -59,8 +59,10 @@ def generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
         return _generated(seat, request, made)
     except BaseException as error:
         try:
+            # In a session of its own: an operation of the one that failed may be in the way.
+            seat.replace()
             clear(seat, made)
-        except (PKCS11Error, Lost, BackendRefused) as failure:
+        except (PKCS11Error, Lost, Garbled) as failure:
             if isinstance(error, BackendError):
                 raise BackendRefused(
                     f"{error.detail} Destroying what was made of it failed too: {said(failure)}.",
@@ -79,7 +81,7 @@ def _generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
         raise UnsupportedAlgorithm(f"The module makes no keys for {request.alg.name}.")
     id_ = os.urandom(_ID_BYTES)
     made.append(id_)
-    _make(session, request, id_, row.generate)
+    _make(session, request, id_, row)
     ref = KeyRef.of(label=request.label, id=id_.hex(), serial=connection.serial)
     try:
         private = private_key(seat, ref)
@@ -105,18 +107,25 @@ def _generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
     return GeneratedKey(ref, jwk)
 
 
-def _make(session: Session, request: Request, id_: bytes, mechanism: pkcs11.Mechanism) -> None:
+def _make(session: Session, request: Request, id_: bytes, row: Row) -> None:
     """C_GenerateKeyPair with the strictest template the module takes."""
     if request.alg.is_rsa:
         key_type = KeyType.RSA
         domains: list[keys.Template] = [{}]
+    elif request.alg.is_post_quantum:
+        key_type = KeyType.ML_DSA
+        domains = [
+            {Attribute.PARAMETER_SET: number}
+            for number, name in keys.PARAMETER_SETS.items()
+            if name == request.alg.name
+        ]
     else:
         curve = keys.CURVES[request.alg.crv or ""]
         key_type = curve.key_type
         domains = [{Attribute.EC_PARAMS: parameters} for parameters in curve.parameters]
     refusal: PKCS11Error | None = None
     for domain in domains:
-        for frozen in (keys.FROZEN, {}):
+        for private, public in keys.strict(row.signing):
             try:
                 session.generate_keypair(
                     key_type,
@@ -125,13 +134,13 @@ def _make(session: Session, request: Request, id_: bytes, mechanism: pkcs11.Mech
                     label=request.label,
                     store=True,
                     capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
-                    mechanism=mechanism,
-                    public_template={**keys.PUBLIC, **frozen, **domain},
-                    private_template={**keys.PRIVATE, **frozen},
+                    mechanism=row.generate,
+                    public_template={**keys.PUBLIC, **public, **domain},
+                    private_template={**keys.PRIVATE, **private},
                 )
                 return
             except PKCS11Error as error:
-                if meaning_of(error) not in (Meaning.REFUSED, Meaning.UNSUPPORTED):
+                if not meaning_of(error).is_final:
                     raise
                 refusal = error
     assert refusal is not None
@@ -143,11 +152,12 @@ def destroyed(seat: Seat, ref: KeyRef) -> None:
     with suppress(KeyNotFound):
         private_key(seat, ref)
     seat.handles.pop(ref, None)
-    destroy_all(seat, locator(ref, ObjectClass.PRIVATE_KEY))
+    # A pair that has no CKA_ID is known by its label, which the public key of somebody else's pair may have too.
+    destroy_all(seat, {Attribute.ID: b"", **locator(ref, ObjectClass.PRIVATE_KEY)})
 
 
 def destroy_all(seat: Seat, template: keys.Template) -> None:
-    """Destroy all halves of pairs that fit, and see that none is left. Raises PKCS11Error, Lost, BackendRefused."""
+    """Destroy all halves of pairs that fit, and see that none is left. Raises PKCS11Error, Lost, Garbled."""
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
         # Nothing there is as good as destroyed, so it has to be certain.
         for key in look(seat.connection, seat.session, {**template, Attribute.CLASS: kind}):
@@ -156,7 +166,7 @@ def destroy_all(seat: Seat, template: keys.Template) -> None:
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
         left = find(seat.connection, seat.session, {**template, Attribute.CLASS: kind})
         if left:
-            raise BackendRefused(f"The token still shows {len(left)} object(s) that it said it destroyed.")
+            raise Garbled(f"that it destroyed {len(left)} object(s) which it still shows")
     if not seat.connection.is_healthy():
         raise Lost
 

@@ -38,8 +38,8 @@ class Hash:
 class Row:
     """How one JOSE algorithm is asked for.
 
-    `plain` signs a `hash` made here, with `prefix` before it; EdDSA has none and takes the message itself. `hashing`
-    hashes in the module, for modules that do not offer `plain`.
+    `plain` signs a `hash` made here, with `prefix` before it; EdDSA and ML-DSA have none and take the message itself.
+    `hashing` hashes in the module, for modules that do not offer `plain`.
     """
 
     generate: Mechanism
@@ -49,12 +49,18 @@ class Row:
     prefix: bytes = b""
     pss: Pss | None = None
 
+    @property
+    def signing(self) -> tuple[Mechanism, ...]:
+        """Every mechanism that may be asked to sign with the algorithm: all that a new key is allowed."""
+        return (self.plain,) if self.hashing is None else (self.plain, self.hashing)
+
 
 _M = Mechanism
 _S256 = Hash(sha256, 32, bytes.fromhex("3031300d060960864801650304020105000420"), (_M.SHA256, MGF.SHA256, 32))
 _S384 = Hash(sha384, 48, bytes.fromhex("3041300d060960864801650304020205000430"), (_M.SHA384, MGF.SHA384, 48))
 _S512 = Hash(sha512, 64, bytes.fromhex("3051300d060960864801650304020305000440"), (_M.SHA512, MGF.SHA512, 64))
 _RSA, _EC, _ED = _M.RSA_PKCS_KEY_PAIR_GEN, _M.EC_KEY_PAIR_GEN, _M.EC_EDWARDS_KEY_PAIR_GEN
+_ML = _M.ML_DSA_KEY_PAIR_GEN
 
 ROWS: Final[Mapping[str, Row]] = MappingProxyType(
     {
@@ -70,12 +76,19 @@ ROWS: Final[Mapping[str, Row]] = MappingProxyType(
         "ES256K": Row(_EC, _M.ECDSA, _M.ECDSA_SHA256, _S256),
         "EdDSA": Row(_ED, _M.EDDSA),
         "Ed25519": Row(_ED, _M.EDDSA),
+        # CKM_ML_DSA without a parameter is pure ML-DSA with an empty context, as RFC 9964 §4 has it (PKCS#11 v3.2).
+        "ML-DSA-44": Row(_ML, _M.ML_DSA),
+        "ML-DSA-65": Row(_ML, _M.ML_DSA),
+        "ML-DSA-87": Row(_ML, _M.ML_DSA),
     }
 )
 
 
 def offered(mechanisms: Collection[object]) -> frozenset[str]:
-    """The `alg` names a token with these mechanisms can make keys for and sign with. Curves are not among them."""
+    """The `alg` names a token with these mechanisms can make keys for and sign with.
+
+    Curves and parameter sets are not among them.
+    """
     return frozenset(
         name
         for name, row in ROWS.items()

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 
+_STEPS = {
+    "CKR_PIN_LOCKED": "Have the token's security officer unlock the PIN (C_InitPIN) and put it anew into {source}",
+    "CKR_PIN_EXPIRED": "Set a new PIN with the vendor's tool and put it into {source}",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class PinSource:
     """A file, an environment variable, or standard input. The first two are read at each login, the last one once."""
@@ -98,7 +104,8 @@ class RefusedPins:
         """Raise BackendRefused while the source is as it was when the token with this serial refused its PIN."""
         record = self._record(serial)
         try:
-            refused = json.loads(record.read_bytes())["fingerprint"]
+            facts = json.loads(record.read_bytes())
+            refused, answer = facts["fingerprint"], str(facts.get("answer", "CKR_PIN_INCORRECT"))
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -107,16 +114,20 @@ class RefusedPins:
                 next_step=f"Make sure that the PIN in {source.description} is right, then remove {record}.",
             ) from None
         if refused == source.fingerprint(self._key()):
-            raise self._refusal(source, serial)
+            raise self._refusal(source, serial, answer)
 
-    def refuse(self, source: PinSource, serial: str, fingerprint: str) -> BackendRefused:
-        """Record that the token refused the PIN; the error to raise. `fingerprint` is from before the PIN was read."""
+    def refuse(self, source: PinSource, serial: str, fingerprint: str, answer: str) -> BackendRefused:
+        """Record what the token answered to the PIN; the error to raise.
+
+        `fingerprint` is from before the PIN was read, `answer` the name of the return value.
+        """
         record = self._record(serial)
         part = record.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"serial": serial, "source": source.description, "fingerprint": fingerprint}))
+        facts = {"serial": serial, "source": source.description, "fingerprint": fingerprint, "answer": answer}
+        part.write_text(json.dumps(facts))
         part.chmod(0o600)
         part.replace(record)
-        return self._refusal(source, serial)
+        return self._refusal(source, serial, answer)
 
     def forget(self, serial: str) -> None:
         """The token took the PIN."""
@@ -126,12 +137,11 @@ class RefusedPins:
         """The source as it is now."""
         return source.fingerprint(self._key())
 
-    def _refusal(self, source: PinSource, serial: str) -> BackendRefused:
-        record = self._record(serial)
-        step = f"Put the right PIN into {source.description}; it is tried again when that changes"
+    def _refusal(self, source: PinSource, serial: str, answer: str) -> BackendRefused:
+        step = _STEPS.get(answer, "Put the right PIN into {source}").format(source=source.description)
         return BackendRefused(
-            f"The token with serial {serial} refused the PIN from {source.description}.",
-            next_step=f"{step}, or when {record} is removed.",
+            f"The token with serial {serial} refused the PIN from {source.description}: {answer}.",
+            next_step=f"{step}; it is tried again when that changes, or when {self._record(serial)} is removed.",
         )
 
     def _record(self, serial: str) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from kms_jwks import errors
 from kms_jwks.backends.base import Backend, KeyRef
-from kms_jwks.model import KeyVersion
+from kms_jwks.model import KeyVersion, VersionState
 from kms_jwks.service.doctor.checks import Check, State, failed, some
 from kms_jwks.service.doctor.orphans import orphans
 from kms_jwks.service.doctor.registry import Registry
@@ -29,6 +29,7 @@ def module(name: str, backend: Backend, store: Store, registry: Registry | None)
     yield _mechanisms(name, offered, registry)
     try:
         yield from _keys(name, backend, registry)
+        yield from _accepted(name, registry)
         yield from _orphans(name, backend, store)
     except errors.BackendError as error:
         yield failed(f"backend {name}", error, step)
@@ -57,11 +58,23 @@ def _keys(name: str, backend: Backend, registry: Registry) -> Iterator[Check]:
             continue
         trouble = _trouble(backend, version)
         if trouble is None:
-            good += 1
+            good += not version.weaknesses
             continue
         what, step = trouble
         yield Check(f"key {registry.name_of(version)}", State.FAILURE, f"{what} (kid {version.kid})", step)
     yield Check(f"keys in {name}", State.OK, f"{good} read back: made there, not extractable, sign-only, as recorded")
+
+
+def _accepted(name: str, registry: Registry) -> Iterator[Check]:
+    """What was accepted of adopted keys."""
+    for version in registry.versions:
+        if version.backend == name and version.weaknesses:
+            yield Check(
+                f"key {registry.name_of(version)}",
+                State.WARNING,
+                f"adopted although {', '.join(version.weaknesses)} (kid {version.kid})",
+                "Rotate to a key that was made here, and have this one destroyed where nobody else uses it.",
+            )
 
 
 def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
@@ -75,6 +88,9 @@ def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
     except errors.KeyNotFound:
         return "the module does not hold it", f"Bring the token back from its backup. If the key is lost: {replace_it}"
     except errors.BackendRefused as error:
+        waits = version.state in (VersionState.RETIRED, VersionState.REVOKED) and version.destroy_at is not None
+        if waits and error.fields.get("key_state") == "PendingDeletion":
+            return None
         return error.detail, error.next_step
     if public != dict(version.public_jwk or {}):
         return "the module holds another public key than the registry", f"Find out who replaced it. {replace_it}"
@@ -87,13 +103,18 @@ def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
     ]
     if changed:
         return "; ".join(changed), f"Find out who changed it. {replace_it}"
-    if not evidence.holds:
-        return "the module does not say that it is non-extractable, sign-only and made there", replace_it
+    if worse := [words for words in evidence.weaknesses if words not in version.weaknesses]:
+        return f"the module says of it that {', '.join(worse)}", replace_it
     return None
 
 
 def _orphans(name: str, backend: Backend, store: Store) -> Iterator[Check]:
-    left = [orphan.label for orphan in orphans(store, {name: backend})]
+    try:
+        left = [orphan.label for orphan in orphans(store, {name: backend})]
+    except errors.BackendRefused as error:
+        # Those that only sign need not be able to list keys.
+        yield Check(f"orphans in {name}", State.WARNING, f"not looked for: {error.detail}", error.next_step)
+        return
     if not left:
         yield Check(f"orphans in {name}", State.OK, "every key pair of this installation belongs to a key version")
         return

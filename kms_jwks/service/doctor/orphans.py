@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from kms_jwks.backends.base import Backend, KeyRef
 from kms_jwks.model import IntentKind, IntentState
 from kms_jwks.service.doctor.registry import Registry
 from kms_jwks.store import Store
+
+DAYS = 7
+"""How long a module that has a waiting period keeps an orphan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +42,23 @@ def orphans(store: Store, backends: Mapping[str, Backend]) -> list[Orphan]:
     return [orphan for orphan in listed if not known.needs(orphan)]
 
 
-def remove(orphan: Orphan, store: Store, backends: Mapping[str, Backend]) -> bool:
-    """Destroy an orphan's pair in its module; False, and nothing done, when it is none any more."""
+class Removal(StrEnum):
+    """What became of an orphan."""
+
+    DESTROYED = "destroyed"
+    SCHEDULED = f"destroyed by its module in {DAYS} days"
+    NEEDED = "needed after all, and left alone"
+
+
+def remove(orphan: Orphan, store: Store, backends: Mapping[str, Backend]) -> Removal:
+    """Destroy an orphan's pair in its module, or have the module do it; nothing is done when it is none any more."""
     if _Known.of(Registry.of(store)).needs(orphan):
-        return False
-    backends[orphan.backend].destroy(orphan.ref)
-    return True
+        return Removal.NEEDED
+    backend = backends[orphan.backend]
+    if backend.schedule_destroy(orphan.ref, DAYS):
+        return Removal.SCHEDULED
+    backend.destroy(orphan.ref)
+    return Removal.DESTROYED
 
 
 @dataclass(frozen=True, slots=True)

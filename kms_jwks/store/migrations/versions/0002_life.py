@@ -1,4 +1,4 @@
-"""Rotation by schedule, adopted keys, destruction by the module's own calendar, and what workers say of backends."""
+"""Rotation by schedule, adopted keys, destruction by the module's own calendar, and what workers and custodian say."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ def upgrade() -> None:
     rebuild: Literal["always", "never"] = "always" if op.get_bind().dialect.name == "sqlite" else "never"
     with op.batch_alter_table("workers", recreate=rebuild) as batch:
         batch.add_column(sa.Column("backends", _TEXT, nullable=True))
+
+    with op.batch_alter_table("custodian", recreate=rebuild) as batch:
+        batch.add_column(sa.Column("since", sa.BigInteger(), nullable=True))
 
     with op.batch_alter_table("intents") as batch:
         batch.drop_constraint(op.f("ck_intents_kind"), type_="check")

@@ -1,0 +1,149 @@
+"""Time as lines of text: the states of versions side by side, and both sides of an invariant. No colour is needed.
+
+Everything takes the width in columns and answers lines that are no longer; on a terminal without block characters the
+same is drawn in ASCII.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kms_jwks import wire
+
+_LEAST, _MOST = 40, 160
+_BLOCKS = {
+    "creating": ".",
+    "published": "░",
+    "active": "█",
+    "retiring": "▒",
+    "retired": "·",
+    "revoked": "x",
+    "destroyed": " ",
+}
+_ASCII = {**_BLOCKS, "published": "-", "active": "#", "retiring": "=", "retired": ".", "creating": "'"}
+_MEANING = {
+    "creating": "being made",
+    "published": "published, waits",
+    "active": "signs",
+    "retiring": "published till its tokens expire",
+    "retired": "out of the JWKS, still in the module",
+    "revoked": "revoked, still in the module",
+}
+
+
+def width() -> int:
+    """The columns there are: the terminal's, COLUMNS', or 100 where neither says."""
+    return max(_LEAST, min(_MOST, shutil.get_terminal_size((100, 24)).columns))
+
+
+def key_bars(found: wire.Timeline, columns: int, *, ascii_only: bool | None = None) -> list[str]:
+    """A line of states for each version that is not gone, under an axis on which `now` is marked."""
+    plain = _is_plain() if ascii_only is None else ascii_only
+    marks = _ASCII if plain else _BLOCKS
+    shown = [v for v in found.versions if v.state != "destroyed"]
+    if not shown:
+        return []
+    label = max(len(_label(v)) for v in shown)
+    room = columns - label - 2
+    start = min(span.start for v in shown for span in v.spans)
+    # As far as something is planned, and a little further; what has no end goes on to the edge.
+    known = [
+        found.now,
+        *(s.due for s in found.steps if s.due is not None),
+        *(v.next_at for v in shown if v.next_at is not None),
+    ]
+    end = min(found.until, max(known))
+    scale = _Scale(start, max(end, found.now) + (max(end, found.now) - start) / 10, room)
+    lines = [" " * (label + 2) + line for line in scale.axis(found.now, plain=plain)]
+    for each in shown:
+        cells, cursor = [" "] * room, 0
+        for span in each.spans:
+            # A span that is too short for the scale still has one column: nothing is left out.
+            first = min(max(scale.cell(span.start), cursor), room - 1)
+            last = room if span.end is None else min(room, max(first + 1, scale.cell(span.end)))
+            cells[first:last] = marks[span.state] * (last - first)
+            cursor = last
+        lines.append(f"{_label(each):<{label}}  {''.join(cells)}".rstrip())
+    used = {span.state for v in shown for span in v.spans}
+    return [*lines, "", *_legend([f"{marks[s]} {_MEANING[s]}" for s in _MEANING if s in used], columns)]
+
+
+def check_bars(found: wire.Safety, columns: int, *, ascii_only: bool | None = None) -> list[str]:
+    """A line for each invariant whose sides are known: from when it is allowed, and when it was or is."""
+    plain = _is_plain() if ascii_only is None else ascii_only
+    allowed, taken, fill, gap = ("[", "*", "=", "-") if plain else ("├", "●", "━", "╌")
+    known = [(c, c.left, c.right) for c in found.checks if c.left is not None and c.right is not None]
+    if not known:
+        return []
+    instants = [found.now, *(at for _, left, right in known for at in (left, right))]
+    label, room = max(len(c.invariant) for c, _, _ in known), columns - 4
+    scale = _Scale(min(instants), max(instants), room)
+    lines = ["    " + line for line in scale.axis(found.now, plain=plain)]
+    for check, left, right in known:
+        cells = [" "] * room
+        a, b = scale.cell(right), scale.cell(left)
+        low, high = min(a, b), max(a, b)
+        cells[low : high + 1] = (fill if check.holds else gap) * (high + 1 - low)
+        cells[a] = allowed
+        cells[b] = taken
+        lines.append(f"{check.invariant:<{max(label, 2)}}  {''.join(cells)}".rstrip())
+    legend = [f"{allowed} allowed from here on", f"{taken} when it was done, or now", f"{gap} too early by this much"]
+    return [*lines, "", *_legend(legend, columns)]
+
+
+class _Scale:
+    """Instants onto columns 0 to `room` - 1."""
+
+    def __init__(self, start: datetime, end: datetime, room: int) -> None:
+        self.start, self.room = start, room
+        self.seconds = max(1.0, (end - start).total_seconds())
+        self.end = end
+
+    def cell(self, at: datetime) -> int:
+        """The column of an instant, within the line."""
+        place = (at - self.start).total_seconds() / self.seconds * (self.room - 1)
+        return max(0, min(self.room - 1, round(place)))
+
+    def axis(self, now: datetime, *, plain: bool) -> list[str]:
+        """Where the line begins and ends, and a mark at `now`."""
+        left, right = _stamp(self.start, self.seconds), _stamp(self.end, self.seconds)
+        dates = left + " " * max(1, self.room - len(left) - len(right)) + right
+        place = self.cell(now)
+        here = "v" if plain else "▼"
+        text = f"{here} now" if place + 5 <= self.room else f"now {here}"
+        column = place if text.startswith(here) else place - 4
+        return [dates[: self.room], " " * max(0, column) + text]
+
+
+def _label(version: wire.TimelineVersion) -> str:
+    return f"{version.number} {version.state}"
+
+
+def _stamp(at: datetime, seconds: float) -> str:
+    form = "%Y-%m-%d" if seconds > 20 * 86_400 else "%m-%d %H:%M" if seconds > 3600 else "%H:%M:%S"
+    return at.astimezone(UTC).strftime(form) + ("" if seconds > 20 * 86_400 else "Z")
+
+
+def _legend(parts: Sequence[str], columns: int) -> Iterable[str]:
+    line = ""
+    for part in parts:
+        if line and len(line) + 3 + len(part) > columns:
+            yield line
+            line = ""
+        line = f"{line}   {part}" if line else part
+    if line:
+        yield line
+
+
+def _is_plain() -> bool:
+    """Whether standard output cannot show block characters."""
+    try:
+        "█░▒·▼├●━╌".encode(sys.stdout.encoding or "ascii")
+    except (LookupError, UnicodeEncodeError):
+        return True
+    return False

@@ -1,0 +1,164 @@
+"""`kms-jwks revoke`, and how a revocation is shown: what happened, and which verifiers may go on trusting the key."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+from msgspec import UNSET
+
+from kms_jwks import wire
+from kms_jwks.cli.api import api_command, confirm, dry_run_option, yes_option
+from kms_jwks.cli.text import details, duration, note, table, when
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    from kms_jwks.cli.api import Api
+
+
+@api_command(None, "revoke")
+@click.option("--backend", metavar="NAME", help="Everything that has its key pair in this module.")
+@click.option("--key-set", metavar="NAME", help="Everything of this key set.")
+@click.option("--reason", required=True, help="Why; stays on the versions.")
+@click.option(
+    "--disable-keys/--no-disable-keys",
+    default=None,
+    help="Make no successors: disable the keys. [default: with --backend, where nothing else could make them]",
+)
+@dry_run_option
+@yes_option
+def revoke(
+    api: Api,
+    backend: str | None,
+    key_set: str | None,
+    reason: str,
+    disable_keys: bool | None,
+    dry_run: bool,
+    sure: bool,
+) -> None:
+    """Emergency: revoke every version of a module or a key set at once, all or none.
+
+    One version alone: `kms-jwks version revoke`. Who calls needs the permission for every key that is touched.
+    """
+    if (backend is None) == (key_set is None):
+        raise click.UsageError("Give exactly one of --backend and --key-set.")
+    if not dry_run:
+        what = f"in backend {backend}" if backend is not None else f"of key set {key_set}"
+        confirm(f"Revoke every version {what}? That cannot be undone.", sure=sure)
+    done = api.client.revoke_everything(
+        wire.RevocationCreate(
+            reason=reason,
+            backend=UNSET if backend is None else backend,
+            key_set=UNSET if key_set is None else key_set,
+            disable_keys=UNSET if disable_keys is None else disable_keys,
+            dry_run=dry_run,
+        )
+    )
+    api.show(lambda: _show_everything(done))
+    _warn(done.unconfirmed)
+
+
+def show_revoked(api: Api, done: wire.Revoked) -> None:
+    """The revocation of one version."""
+
+    def render() -> None:
+        verb = "was revoked before" if not done.changed else "would be revoked" if done.dry_run else "is revoked"
+        click.echo(f"Version {done.version.number} ({done.version.kid or 'without a key pair'}) {verb}.")
+        if done.successor is not None:
+            signs = "would sign" if done.dry_run else "signs now"
+            seen = done.successor_visible_for
+            age = (
+                "not every worker publishes it yet"
+                if seen is None
+                else f"verifiers could fetch it for {duration(seen)}"
+            )
+            click.echo(f"Version {done.successor.number} ({done.successor.kid}) {signs}; {age}.")
+            for breach in done.successor.breaches:
+                note(f"Warning: {breach.invariant} is overridden: {breach.reason}")
+        if done.without_successor:
+            note("Warning: there is no standby; the key does not sign until its next version is active.")
+        if done.exposure is not None:
+            show_exposure(done.exposure)
+
+    api.show(render)
+    _warn(done.unconfirmed)
+
+
+def show_exposure(found: wire.Exposure) -> None:
+    """Who may go on trusting a revoked kid."""
+    click.echo()
+    details(
+        ("out of the JWKS by", when(found.withdrawn_at)),
+        ("trusted until", f"{when(found.trusted_until)} at the latest, by verifiers that have a limit"),
+        ("without a limit", ", ".join(found.unbounded) or "-"),
+        ("second rotation", f"not before {when(found.second_rotation_not_before)}")
+        if found.second_rotation_not_before is not None
+        else ("second rotation", "not needed: no verifier holds the successor's kid"),
+    )
+    click.echo()
+    table(
+        ("VERIFIER", "TRUSTS UNTIL", "BEHIND A CACHE", "ENDED BY", "SUCCESSOR'S KEY", "FIGURES OF"),
+        (
+            (
+                v.verifier,
+                _limit(v.trusts_until, v.ends),
+                _limit(v.trusts_until_behind_cache, v.ends),
+                _ENDS.get(v.ends, v.ends),
+                f"fetched by {when(v.learns_by)}" if v.learns_by is not None else _LEARNS.get(v.learns, v.learns),
+                v.source,
+            )
+            for v in found.verifiers
+        ),
+    )
+
+
+_ENDS = {
+    "expiry": "its copy expires",
+    "successor": "successor's kid, restart",
+    "second-rotation": "second rotation, restart",
+    "unknown": "not documented",
+}
+_LEARNS = {
+    "knows": "held",
+    "fetches": "held, or fetched at its kid",
+    "unknown": "not documented",
+    "nothing": "-",
+}
+
+
+def _limit(until: datetime | None, ends: str) -> str:
+    if until is not None:
+        return when(until)
+    return "not known" if ends == "unknown" else "no limit"
+
+
+def _show_everything(done: wire.Revocation) -> None:
+    verb = "would be revoked" if done.dry_run else "revoked"
+    changed = sum(v.changed for v in done.versions)
+    click.echo(f"{changed} {'version' if changed == 1 else 'versions'} {verb}, {len(done.versions) - changed} before.")
+    table(
+        ("KEY SET", "KEY", "NUMBER", "KID", "SUCCESSOR"),
+        (
+            (v.key_set, v.key, v.version.number, v.version.kid or "-", v.successor.kid if v.successor else "-")
+            for v in done.versions
+        ),
+    )
+    for place in done.disabled:
+        note(
+            f"Key {place.key_set} {place.key} {'would be' if done.dry_run else 'is'} disabled: `key enable` undoes it."
+        )
+    for place in done.without_successor:
+        note(f"Warning: key {place.key_set} {place.key} does not sign until its next version is active.")
+    for each in done.exposures:
+        click.echo(f"\n{each.key_set}")
+        show_exposure(each.exposure)
+
+
+def _warn(workers: Iterable[wire.UnconfirmedWorker]) -> None:
+    for worker in workers:
+        note(
+            f"Warning: worker {worker.worker} on node {worker.node} has not confirmed and may publish the old JWKS; "
+            f"last heard of at {when(worker.heartbeat_at)}."
+        )

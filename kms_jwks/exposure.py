@@ -1,0 +1,237 @@
+"""Who goes on trusting a revoked key, and for how long: one row per kind of verifier, by how it caches a JWKS. Pure.
+
+A revocation reaches verifiers when they fetch the JWKS again. Each row says how long a product uses what it has
+fetched and what it does at a `kid` it does not know; `report` turns the rows into instants. A token that a thief signs
+lives as long as the thief likes, so the life of our tokens bounds nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kms_jwks.model import SECOND, Instant
+
+
+class Keeps(StrEnum):
+    """What decides how long a verifier uses a key that it has fetched."""
+
+    SECONDS = "seconds"
+    """A time of its own, whatever the JWKS' Cache-Control says."""
+    MAX_AGE = "max-age"
+    """The JWKS' Cache-Control, with `seconds` as the least."""
+    FOR_EVER = "for-ever"
+    """Until something makes it fetch again, or it is restarted."""
+    UNKNOWN = "unknown"
+    """Not documented."""
+
+
+class UnknownKid(StrEnum):
+    """What a verifier does at a token whose kid it does not know."""
+
+    FETCHES = "fetches"
+    WAITS = "waits"
+    """Rejects it until its copy has expired."""
+    APPLICATION = "application"
+    """Fetches where the application asks it to, else waits."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """One kind of verifier. `seconds` belongs to `keeps`; `pause` is the least time between two forced fetches."""
+
+    name: str
+    source: str
+    """Where the figures were read: product and version."""
+    keeps: Keeps
+    seconds: int
+    unknown_kid: UnknownKid
+    pause: int = 0
+    note: str = ""
+
+
+_S, _M, _F, _U = Keeps.SECONDS, Keeps.MAX_AGE, Keeps.FOR_EVER, Keeps.UNKNOWN
+_FETCHES, _WAITS = UnknownKid.FETCHES, UnknownKid.WAITS
+
+SHARED_CACHE = Verifier("a CDN or shared cache in between", "RFC 9111, RFC 5861", _M, 0, _WAITS)
+
+VERIFIERS: tuple[Verifier, ...] = (
+    SHARED_CACHE,
+    Verifier("jose (Node.js, browsers)", "panva/jose 6", _S, 600, _FETCHES, 30),
+    Verifier("PyJWT, PyJWKClient", "PyJWT 2.15", _S, 300, _FETCHES, 30),
+    Verifier("Authlib", "Authlib 1.9", _F, 0, _FETCHES),
+    Verifier("node-jwks-rsa", "node-jwks-rsa 4", _S, 600, _FETCHES, note="each kid by itself"),
+    Verifier("jwks-rsa-java", "jwks-rsa-java", _S, 36_000, _FETCHES, 6, note="each kid by itself"),
+    Verifier("Nimbus, JWKSourceBuilder", "Nimbus JOSE + JWT", _S, 300, _FETCHES, 30),
+    Verifier("Spring Security, NimbusJwtDecoder", "Spring Security", _S, 300, _FETCHES),
+    Verifier("go-oidc", "go-oidc 3", _F, 0, _FETCHES),
+    Verifier("kube-apiserver, OIDC", "kube-apiserver", _M, 0, _WAITS),
+    Verifier("jwx", "lestrrat-go/jwx 2", _M, 900, _WAITS),
+    Verifier("keyfunc, jwkset", "MicahParks/jwkset", _S, 3600, _FETCHES, 300),
+    Verifier("Envoy, remote_jwks", "Envoy", _S, 600, _WAITS),
+    Verifier("Istio", "Istio", _S, 3600, _WAITS, note="20 to 60 minutes"),
+    Verifier(".NET, ConfigurationManager", ".NET IdentityModel", _S, 43_200, UnknownKid.APPLICATION),
+    Verifier("AWS API Gateway, HTTP APIs", "AWS API Gateway developer guide", _S, 7200, UnknownKid.UNKNOWN),
+    Verifier("AWS Application Load Balancer", "AWS Elastic Load Balancing", _U, 0, UnknownKid.UNKNOWN),
+)
+"""The one table: as these products come, without settings that somebody changed."""
+
+
+class Ends(StrEnum):
+    """What ends a verifier's trust in the revoked key."""
+
+    EXPIRY = "expiry"
+    """Its copy of the JWKS expires, at `trusts_until` at the latest."""
+    SUCCESSOR = "successor"
+    """The first token with the successor's kid, which it cannot know yet, makes it fetch."""
+    SECOND_ROTATION = "second-rotation"
+    """It may hold the successor's kid already, so only the kid after that makes it fetch. A restart does too."""
+    UNKNOWN = "unknown"
+
+
+class Learns(StrEnum):
+    """How a verifier comes to the successor's public key."""
+
+    KNOWS = "knows"
+    """Every copy that has not expired holds it."""
+    FETCHES = "fetches"
+    """At the first token with that kid, or it holds it already; where caches and pauses delay it, by `learns_by`."""
+    WAITS = "waits"
+    """When its copy expires, at `learns_by` at the latest; until then it rejects the successor's tokens."""
+    UNKNOWN = "unknown"
+    NOTHING = "nothing"
+    """There is no successor yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One revocation. Durations in seconds."""
+
+    withdrawn_at: Instant
+    """By then every worker that has confirmed it publishes a JWKS without the key."""
+    cache_lifetime: int
+    stale_if_error: int
+    has_successor: bool
+    successor_visible_since: Instant | None
+    second_rotation_at: Instant | None = None
+    """Not before this instant a kid signs that no copy from before the revocation holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed:
+    """What the revocation means for one kind of verifier."""
+
+    verifier: Verifier
+    keeps: int | None
+    """Seconds for which it uses a copy; None where nothing bounds them."""
+    trusts_until: Instant | None
+    """It may accept the revoked kid until then; None where nothing bounds it."""
+    trusts_until_behind_cache: Instant | None
+    """The same where it fetches through a shared cache."""
+    ends: Ends
+    learns: Learns
+    learns_by: Instant | None
+    words: str
+
+
+def report(case: Case) -> list[Exposed]:
+    """Every row of the table for one revocation."""
+    return [_exposed(verifier, case) for verifier in VERIFIERS]
+
+
+def trusted_until(rows: Sequence[Exposed]) -> Instant | None:
+    """The last instant at which any verifier with a bound may accept the key, shared caches included."""
+    return max((row.trusts_until_behind_cache for row in rows if row.trusts_until_behind_cache), default=None)
+
+
+def unbounded(rows: Sequence[Exposed]) -> list[str]:
+    """The verifiers whose trust no time bounds."""
+    return [row.verifier.name for row in rows if row.trusts_until is None]
+
+
+def _exposed(verifier: Verifier, case: Case) -> Exposed:
+    keeps = _kept(verifier, case)
+    behind = case.stale_if_error if verifier is SHARED_CACHE else case.cache_lifetime
+    until = None if keeps is None else _after(case.withdrawn_at, keeps)
+    ends = _ends(verifier, case)
+    learns, learns_by = _learns(verifier, keeps, case)
+    words = f"{_trust(verifier, keeps, ends, case)} {_learning(verifier, learns)}".strip()
+    return Exposed(
+        verifier, keeps, until, None if until is None else _after(until, behind), ends, learns, learns_by, words
+    )
+
+
+def _kept(verifier: Verifier, case: Case) -> int | None:
+    match verifier.keeps:
+        case Keeps.SECONDS:
+            return verifier.seconds
+        case Keeps.MAX_AGE:
+            return max(verifier.seconds, case.cache_lifetime)
+        case _:
+            return None
+
+
+def _ends(verifier: Verifier, case: Case) -> Ends:
+    if verifier.keeps is Keeps.UNKNOWN:
+        return Ends.UNKNOWN
+    if verifier.keeps is not Keeps.FOR_EVER:
+        return Ends.EXPIRY
+    # Nobody can have fetched a successor that was not published: it makes them all fetch again.
+    return Ends.SECOND_ROTATION if case.successor_visible_since is not None else Ends.SUCCESSOR
+
+
+def _learns(verifier: Verifier, keeps: int | None, case: Case) -> tuple[Learns, Instant | None]:
+    if not case.has_successor:
+        return Learns.NOTHING, None
+    seen = case.successor_visible_since
+    # A shared cache may hand out for its lifetime what it fetched just before the successor was published.
+    stale = _after(case.withdrawn_at if seen is None else seen, case.cache_lifetime)
+    if keeps is not None and seen is not None and _after(stale, keeps) <= case.withdrawn_at:
+        return Learns.KNOWS, None
+    if verifier.unknown_kid is UnknownKid.FETCHES:
+        by = _after(stale, verifier.pause)
+        return Learns.FETCHES, by if by > case.withdrawn_at else None
+    return (Learns.UNKNOWN, None) if keeps is None else (Learns.WAITS, _after(stale, keeps))
+
+
+def _trust(verifier: Verifier, keeps: int | None, ends: Ends, case: Case) -> str:
+    if verifier is SHARED_CACHE:
+        stale = f", {case.stale_if_error} s longer while it cannot reach this service" if case.stale_if_error else ""
+        return f"Hands out the older JWKS for {keeps} s{stale}; purge it to end that."
+    match ends:
+        case Ends.EXPIRY:
+            sooner = ", less when an unknown kid makes it fetch" if verifier.unknown_kid is UnknownKid.FETCHES else ""
+            note = f" ({verifier.note})" if verifier.note else ""
+            return f"Trusts it for up to {keeps} s{note}{sooner}."
+        case Ends.SUCCESSOR:
+            return "Trusts it until the first token with the successor's kid makes it fetch, or a restart."
+        case Ends.SECOND_ROTATION:
+            return (
+                "Trusts it until a kid from after the revocation makes it fetch (the second rotation's), or a restart."
+            )
+        case _:
+            return "How long it keeps a JWKS is not documented."
+
+
+def _learning(verifier: Verifier, learns: Learns) -> str:
+    if verifier is SHARED_CACHE:
+        return ""
+    match learns:
+        case Learns.KNOWS:
+            return "It holds the successor's key."
+        case Learns.FETCHES:
+            pause = f", {verifier.pause} s after its last fetch at the earliest" if verifier.pause else ""
+            return f"It fetches the successor's key when it meets its kid{pause}, unless it holds it."
+        case Learns.WAITS:
+            unless = ", unless the application has it fetch" if verifier.unknown_kid is UnknownKid.APPLICATION else ""
+            return f"It may reject the successor's tokens until its copy expires{unless}."
+        case Learns.NOTHING:
+            return ""
+        case _:
+            return "When it learns the successor's key is not documented."
+
+
+def _after(instant: Instant, seconds: int) -> Instant:
+    return Instant(instant + seconds * SECOND)

@@ -1,0 +1,325 @@
+"""Every return value of PKCS#11 × every function that the backend calls: the right error, nothing else, then recovery.
+
+A row of `USES` says how a call of one function is brought about. For each return value the function answers it once,
+and then always until the fault is taken back; after that the backend works, has lost no session, left no key behind
+and tried no refused PIN again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+from kms_jwks.algorithms import ALGORITHMS
+from kms_jwks.backends.base import GeneratedKey, Message
+from kms_jwks.backends.pkcs11 import access, connection, objects, opening
+from kms_jwks.backends.pkcs11.meanings import CODES, Meaning, meaning_of, named
+from kms_jwks.errors import BackendError, BackendRefused, BackendUnavailable
+from tests.contract.suite import verify
+from tests.faults.harness import FUNCTIONS, Faults, Violations
+from tests.softhsm import SoftHsm, make_token
+
+pytestmark = [pytest.mark.softhsm, pytest.mark.slow]
+
+LONG = os.environ.get("KMS_JWKS_TEST_LONG") == "1"
+ES256 = ALGORITHMS["ES256"]
+VENDOR_DEFINED = 0x80000001
+ALL_CODES = (*CODES, VENDOR_DEFINED)
+CKR_USER_ALREADY_LOGGED_IN = 0x100
+SECONDS = 8.0
+"""More than any call may take here, with a machine that is busy."""
+
+
+class Bench:
+    """One backend over the faulty module, in the process that runs the matrix."""
+
+    def __init__(self, hsm: SoftHsm) -> None:
+        # What these wait for is another process, and there is none.
+        opening._WAITS = (0.001,) * 5  # type: ignore[misc]
+        opening._WAITS_AGAIN = (0.001,)  # type: ignore[misc]
+        connection._GLANCES = (0.0, 0.001)  # type: ignore[misc]
+        objects._LOOKS = (0.0, 0.001)  # type: ignore[misc]
+        access._PAUSE = 0.001  # type: ignore[misc]
+        self.faults, self.hsm = Faults.over(hsm)
+        self.backend = self.hsm.backend(sessions=2)
+        self.key = self.backend.generate("the-key", ES256)
+        self.labels = (f"passing-{number}" for number in itertools.count())
+
+    @property
+    def access(self) -> Any:
+        return self.backend._access()
+
+    # --- uses: each ends with something that was looked at --------------------------------------------------------
+
+    def sign(self) -> None:
+        message = Message(os.urandom(20))
+        signature = self.backend.sign(self.key.ref, ES256, message, time.monotonic() + SECONDS / 2)
+        verify(ES256, dict(self.key.public_jwk), message, signature)
+
+    def read(self) -> None:
+        assert self.backend.public_key(self.key.ref) == self.key.public_jwk
+        assert self.backend.attributes(self.key.ref).holds
+
+    def generate(self) -> None:
+        made: GeneratedKey | None = None
+        label = next(self.labels)
+        try:
+            made = self.backend.generate(label, ES256)
+        finally:
+            self.faults.clear()
+            self.forgive()
+            left = [stored.ref for stored in self.backend.list_keys(label)]
+            assert left == ([made.ref] if made else []), f"left behind: {left}"
+            for ref in left:
+                self.backend.destroy(ref)
+
+    def destroy(self) -> None:
+        key = self.backend.generate(next(self.labels), ES256)
+        self.arm()
+        try:
+            self.backend.destroy(key.ref)
+        finally:
+            self.faults.clear()
+            self.forgive()
+            self.backend.destroy(key.ref)
+            assert self.backend.list_keys(key.ref["label"]) == []
+
+    def replace_and_sign(self) -> None:
+        for _ in range(2):  # both seats
+            self.sign()
+            self.backend.distrust(self.key.ref)
+        self.arm()
+        self.sign()
+
+    def open_and_sign(self) -> None:
+        self.drop()
+        self.arm()
+        self.sign()
+
+    def restart_and_sign(self) -> None:
+        self.drop()
+        self.access._restart = True
+        self.arm()
+        self.sign()
+
+    def load_and_sign(self) -> None:
+        self.access.module._library = None
+        self.restart_and_sign()
+
+    # --- the faults -----------------------------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """Set the fault of this cell; uses that prepare something with the module do so before."""
+        self._arm()
+
+    def run(self, use: Callable[[Bench], None], arm: Callable[[], None]) -> BackendError | None:
+        """What the use ends as with the fault that `arm` sets."""
+        self._arm = arm
+        self.forgive()
+        if use in (Bench.sign, Bench.read, Bench.ping, Bench.generate):
+            arm()
+        began = time.monotonic()
+        ended: BackendError | None = None
+        try:
+            use(self)
+        except BackendError as error:
+            ended = error
+        finally:
+            self.faults.clear()
+            assert time.monotonic() - began < SECONDS, "it took too long"
+        if isinstance(ended, BackendUnavailable | BackendRefused):
+            assert ended.next_step, "no next step"
+        return ended
+
+    def ping(self) -> None:
+        assert self.backend.ping().facts["token_label"] == self.hsm.label
+
+    def drop(self) -> None:
+        self.access.close(time.monotonic() + 1)
+
+    def forgive(self) -> None:
+        """As if the wait after a failure were over, and the connection older than a moment."""
+        self.access._closed_until = 0.0
+        if self.access._connection is not None:
+            self.access._connection.opened_at = 0.0
+
+    def recovered(self) -> None:
+        """All is as before: first call, no session too many, nothing done that may not be."""
+        self.forgive()
+        self.sign()
+        self.read()
+        self.ping()
+        if self.access.module._leftovers:  # closed before the next session is opened
+            self.replace_and_sign()
+            self.ping()
+        known = int(self.backend.ping().facts["sessions_of_process"])
+        assert self.faults.sessions == known <= 4, f"{self.faults.sessions} sessions open, {known} known"
+        assert self.faults.violations == Violations.NONE, self.faults.violations
+
+
+USES: dict[str, Callable[[Bench], None]] = {
+    "C_Initialize": Bench.restart_and_sign,
+    "C_Finalize": Bench.restart_and_sign,
+    "C_GetInfo": Bench.load_and_sign,
+    "C_GetSlotList": Bench.open_and_sign,
+    "C_GetSlotInfo": Bench.open_and_sign,
+    "C_GetTokenInfo": Bench.open_and_sign,
+    "C_GetMechanismList": Bench.open_and_sign,
+    "C_OpenSession": Bench.replace_and_sign,
+    "C_CloseSession": Bench.replace_and_sign,
+    "C_GetSessionInfo": Bench.ping,
+    "C_Login": Bench.open_and_sign,
+    "C_FindObjectsInit": Bench.read,
+    "C_FindObjects": Bench.read,
+    "C_FindObjectsFinal": Bench.read,
+    "C_GetAttributeValue": Bench.read,
+    "C_SignInit": Bench.sign,
+    "C_Sign": Bench.sign,
+    "C_GenerateKeyPair": Bench.generate,
+    "C_DestroyObject": Bench.destroy,
+}
+MORE_USES: list[tuple[str, Callable[[Bench], None]]] = [
+    ("C_OpenSession", Bench.open_and_sign),
+    ("C_GetTokenInfo", Bench.ping),
+    ("C_GetSessionInfo", Bench.open_and_sign),
+    *((name, Bench.generate) for name in ("C_FindObjectsInit", "C_FindObjects", "C_GetAttributeValue", "C_SignInit")),
+    *((name, Bench.generate) for name in ("C_Sign", "C_GetSessionInfo", "C_GetTokenInfo")),
+    *((name, Bench.destroy) for name in ("C_FindObjectsInit", "C_FindObjects", "C_FindObjectsFinal")),
+]
+"""Functions that are called on several ways, for the full matrix."""
+
+HIDDEN = ("C_CloseSession", "C_Finalize")
+"""What they answer changes nothing for whoever wants a signature."""
+JUDGED_BY_HEALTH = ("C_GetSessionInfo", "C_GetTokenInfo")
+"""Whatever they answer, the token counts as gone."""
+
+LIES = {("C_CloseSession", code) for code in (0xB0, 0xB3, 0x190)}
+"""That a session which is closed was closed before: whoever is told so believes it."""
+
+
+def expected(function: str, code: int) -> set[type[BackendError] | None]:
+    """What a use may end as while the function goes on answering the code; None: it succeeds."""
+    if function in HIDDEN:
+        return {None}
+    if function == "C_Login":
+        if code == CKR_USER_ALREADY_LOGGED_IN:
+            return {BackendUnavailable, None}  # nobody is, which is found out
+        if code == VENDOR_DEFINED or meaning_of(code).is_final:
+            return {BackendRefused}
+        return {BackendUnavailable}
+    if function == "C_Initialize":
+        return {BackendUnavailable}
+    kinds: set[type[BackendError] | None] = {meaning_of(code).ends_as}
+    if function in JUDGED_BY_HEALTH:
+        kinds.add(BackendUnavailable)
+    if function == "C_GetInfo":
+        kinds = {BackendUnavailable}
+    if function == "C_GetAttributeValue" and meaning_of(code) is Meaning.ABSENT:
+        kinds.add(BackendRefused)
+    return kinds
+
+
+def judges_the_pin(function: str, code: int) -> bool:
+    return function == "C_Login" and (code == VENDOR_DEFINED or meaning_of(code) is Meaning.PIN)
+
+
+def cell(bench: Bench, function: str, use: Callable[[Bench], None], code: int) -> Iterator[str]:
+    """What is wrong with one cell of the matrix."""
+    for shape in ({"last": 1}, {"first": 2, "last": 2}, {}):
+        logins = bench.faults.calls("C_Login")
+
+        def arm(shape: dict[str, int] = shape) -> None:
+            bench.faults.answer(function, code, **shape)
+
+        try:
+            ended = bench.run(use, arm)
+            kind = None if ended is None else type(ended)
+            allowed = expected(function, code)
+            if shape:
+                # Once: mended within the call where that is possible.
+                allowed = allowed | {None} if meaning_of(code).is_final or judges_the_pin(function, code) else {None}
+                if function == "C_Initialize":
+                    allowed = {None, BackendUnavailable}
+                if function == "C_GetInfo":
+                    allowed = {None, BackendUnavailable}
+            assert kind in allowed, f"ended as {kind and kind.__name__}: {ended}"
+            if judges_the_pin(function, code) and kind is not None:
+                assert bench.faults.calls("C_Login") == logins + 1
+                for _ in range(3):
+                    bench.forgive()
+                    with pytest.raises(BackendRefused):
+                        bench.sign()
+                assert bench.faults.calls("C_Login") == logins + 1, "a refused PIN was tried again"
+                bench.hsm.pin_file.write_text(bench.hsm.pin)
+            bench.recovered()
+        except Exception as error:  # noqa: BLE001 — every cell is told
+            yield f"{function} {named(code)} {shape}: {type(error).__name__} {error}"
+
+
+_bench: list[Bench] = []
+
+
+def start(hsm: SoftHsm) -> None:
+    _bench.append(Bench(hsm))
+
+
+def column(function: str, use: Callable[[Bench], None], codes: list[int]) -> str:
+    """All that is wrong with one function; runs in the process that holds the module."""
+    (bench,) = _bench
+    return "\n".join(wrong for code in codes for wrong in cell(bench, function, use, code))
+
+
+def used() -> set[str]:
+    """The functions that have been called in all that the backend offers."""
+    (bench,) = _bench
+    bench.run(Bench.load_and_sign, lambda: None)
+    bench.run(Bench.destroy, lambda: None)
+    bench.recovered()
+    bench.backend.capabilities()
+    bench.backend.adopt("the-key")
+    return {name for name in FUNCTIONS if bench.faults.calls(name)}
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    hsm = make_token(tmp_path_factory.mktemp("matrix"))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(start, hsm).result(60)
+        yield pool
+
+
+def test_the_matrix_has_a_row_for_every_function_that_is_called(process: ProcessPoolExecutor) -> None:
+    assert process.submit(used).result(60) == set(USES)
+
+
+def codes_for(row: int, function: str, others: int) -> list[int]:
+    """All with --long; else one of each meaning, and every so many'th of the others, different ones for each row."""
+    codes = [code for code in ALL_CODES if (function, code) not in LIES]
+    if LONG:
+        return codes
+    ones = {meaning_of(code): code for code in reversed(codes)}.values()
+    return [code for number, code in enumerate(codes) if code in ones or (others and (number + row) % others == 0)]
+
+
+@pytest.mark.parametrize(("row", "function"), list(enumerate(USES)), ids=list(USES))
+def test_every_return_value_of(row: int, function: str, process: ProcessPoolExecutor) -> None:
+    makes_keys = USES[function] in (Bench.generate, Bench.destroy)
+    codes = codes_for(row, function, 0 if makes_keys else 4)
+    assert not process.submit(column, function, USES[function], codes).result(600)
+
+
+@pytest.mark.parametrize(
+    ("row", "use"), list(enumerate(MORE_USES)), ids=[f"{name}-{use.__name__}" for name, use in MORE_USES]
+)
+def test_the_same_on_other_ways(
+    row: int, use: tuple[str, Callable[[Bench], None]], process: ProcessPoolExecutor
+) -> None:
+    codes = codes_for(row, use[0], 0)
+    assert not process.submit(column, *use, codes).result(600)

@@ -1,0 +1,24 @@
+"""A world whose custodian is ticked by hand, and one that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.world import World
+from tests.service.world import world as make_world
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with make_world(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path).start(custodian=False)
+    yield made
+    made.close()

@@ -1,0 +1,413 @@
+"""Key pairs that a module holds already become key versions: what is looked at, refused, accepted and recorded."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from kms_jwks import errors, jose, wire
+from kms_jwks.access import Role
+from kms_jwks.algorithms import ALGORITHMS
+from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
+from kms_jwks.model import DAY, Origin, VersionState
+from kms_jwks.service.adoption import GIVEN
+from kms_jwks.service.guard import Presented
+from kms_jwks.service.instants import to_datetime
+from kms_jwks.timeline import later
+from tests.service.world import World
+
+S = VersionState
+WEAK = {
+    "imported": "it was not generated in the module",
+    "extractable": "it is or was extractable",
+    "versatile": "it may do more than sign",
+}
+
+
+def foreign(world: World, alg: str = "ES256", label: str = "theirs", rsa_bits: int | None = None) -> GeneratedKey:
+    """A pair that somebody else made."""
+    return world.backend.generate(label, ALGORITHMS[alg], rsa_bits=rsa_bits)
+
+
+def adopt(world: World, locator: str = "theirs", **more: Any) -> dict[str, Any]:
+    """A key to create, in JSON."""
+    alg = more.pop("alg", "ES256")
+    fields: dict[str, Any] = {name: more.pop(name) for name in ("name", "rsa_bits") if name in more}
+    return {"name": "default", "alg": alg, **fields, "adopt": {"locator": locator, **more}}
+
+
+def create_key(world: World, key: dict[str, Any], who: Presented | None = None) -> wire.Key:
+    return world.service.keys.create(who or world.admin, "main", wire.convert(key, wire.KeyCreate)).answer
+
+
+def create_version(world: World, who: Presented | None = None, **adopted: Any) -> wire.Version:
+    request = wire.convert({"adopt": {"locator": "theirs", **adopted}}, wire.VersionCreate)
+    return world.service.versions.create(who or world.admin, "main", "default", request).answer
+
+
+def signing_kid(world: World) -> str | None:
+    """Which kid the worker signs with now."""
+    try:
+        return world.sign().kid
+    except errors.NoActiveVersion:
+        return None
+
+
+# --- what is adopted
+
+
+def test_an_adopted_key_is_the_first_version_and_signs(world: World) -> None:
+    pair = foreign(world)
+    made = world.create(keys=[adopt(world)])
+    (key,) = made.keys
+    first = key.versions[0]
+    assert (first.number, first.state, first.origin, first.weaknesses) == (1, "active", "adopted", [])
+    assert first.kid == jose.thumbprint(pair.public_jwk)
+    assert world.sign().kid == first.kid
+    assert key.warnings == []
+    assert world.version(1).evidence == {
+        "attributes": {"memory": True},
+        "generated_in_module": True,
+        "non_extractable": True,
+        "sign_only": True,
+    }
+
+
+def test_its_successor_is_made_here(world: World) -> None:
+    foreign(world)
+    world.create(keys=[adopt(world)])
+    standby = world.standby()
+    assert (standby.number, standby.origin.value) == (2, "generated")
+
+
+def test_it_keeps_the_kid_that_verifiers_know(world: World) -> None:
+    foreign(world)
+    world.create(existing_issuer=True, keys=[adopt(world, kid="2019/key#7")])
+    assert world.kids() == ["2019/key#7"]
+    world.advance(DAY + 1)
+    assert world.until(lambda: signing_kid(world)) == "2019/key#7"
+    assert world.service.versions.get(world.admin, "main", "default", "2019/key#7").number == 1
+
+
+def test_in_a_set_that_published_before_it_waits_for_the_publish_lead(world: World) -> None:
+    world.create(keys=[{"name": "other", "alg": "ES256"}])
+    foreign(world)
+    made = create_key(world, adopt(world))
+    assert [v.state for v in made.versions] == ["published"]
+    with pytest.raises(errors.NotYetUsable):
+        world.service.versions.activate(world.admin, "main", "default", "1")
+    world.advance(DAY + 1)
+    world.until(lambda: world.service.keys.get(world.admin, "main", "default").active_kid)
+
+
+@pytest.mark.parametrize("alg", sorted(ALGORITHMS))
+def test_every_algorithm_is_tried_and_verified(world: World, alg: str) -> None:
+    bits = 2048 if ALGORITHMS[alg].is_rsa else None
+    pair = foreign(world, alg, rsa_bits=bits)
+    (key,) = world.create(keys=[adopt(world, alg=alg)]).keys
+    assert key.versions[0].public_jwk is not None
+    assert jose.thumbprint(key.versions[0].public_jwk) == jose.thumbprint(pair.public_jwk)
+    assert key.rsa_bits == bits
+
+
+def test_several_first_keys_of_a_set_sign_at_once(world: World) -> None:
+    foreign(world, label="one")
+    foreign(world, label="two")
+    keys = [
+        adopt(world, "one", name="one"),
+        {"name": "made", "alg": "ES256"},
+        adopt(world, "two", name="two"),
+    ]
+    made = world.create(keys=keys)
+    assert [k.active_kid is not None for k in made.keys] == [True, True, True]
+
+
+def test_a_version_is_adopted_beside_the_standby_and_activated_by_name(world: World) -> None:
+    world.create()
+    world.standby()
+    foreign(world)
+    made = create_version(world, kid="theirs-1")
+    assert (made.number, made.state, made.origin) == (3, "published", "adopted")
+    with pytest.raises(errors.NotYetUsable):
+        world.service.versions.activate(world.admin, "main", "default", "3")
+    world.advance(DAY + 1)
+    world.service.versions.activate(world.admin, "main", "default", "theirs-1")
+    assert signing_kid(world) == "theirs-1"
+
+
+def test_the_trial_signature_is_over_what_can_be_no_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    signed: list[bytes] = []
+    really = world.backend.sign
+
+    def sign(ref: KeyRef, alg: Any, what: Message | Digest, deadline: float) -> bytes:
+        assert isinstance(what, Message)
+        signed.append(what.data)
+        return really(ref, alg, what, deadline)
+
+    monkeypatch.setattr(world.backend, "sign", sign)
+    foreign(world)
+    world.create(keys=[adopt(world)])
+    (trial,) = signed
+    assert b"\0" in trial  # never part of a JWS signing input, which is base64url and a dot
+    assert len(trial) >= 32
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("weakness", sorted(WEAK))
+def test_a_weak_key_is_refused_until_it_is_accepted(world: World, weakness: str) -> None:
+    pair = foreign(world)
+    getattr(world.backend, weakness).add(pair.ref["id"])
+    with pytest.raises(errors.AdoptionRefused) as refusal:
+        world.create(keys=[adopt(world)])
+    assert refusal.value.fields["weaknesses"] == [WEAK[weakness]]
+    assert world.versions() == []
+
+    made = world.create(keys=[adopt(world, accept=True)])
+    (key,) = made.keys
+    assert key.versions[0].weaknesses == [WEAK[weakness]]
+    assert key.warnings == [f"version 1 was adopted although {WEAK[weakness]}"]
+    listed = world.service.versions.list(world.admin, "main", "default", 10, None).items
+    assert [v.weaknesses for v in listed if v.number == 1] == [[WEAK[weakness]]]
+    assert world.service.keys.list(world.admin, "main", 10, None).items[0].warnings == key.warnings
+    assert world.service.key_sets.get(world.admin, "main").keys[0].warnings == key.warnings
+
+
+def test_accept_alone_makes_no_key_weak(world: World) -> None:
+    foreign(world)
+    assert world.create(keys=[adopt(world, accept=True)]).keys[0].versions[0].weaknesses == []
+
+
+def test_without_a_public_half_one_has_to_be_given_and_accepted(world: World) -> None:
+    pair = foreign(world)
+    world.backend.halved.add(pair.ref["id"])
+    with pytest.raises(errors.AdoptionRefused, match="public half"):
+        world.create(keys=[adopt(world, accept=True)])
+    with pytest.raises(errors.AdoptionRefused) as refusal:
+        world.create(keys=[adopt(world, public_key=dict(pair.public_jwk))])
+    assert refusal.value.fields["weaknesses"] == [GIVEN]
+
+    pem = jose.to_pem(pair.public_jwk)
+    (key,) = world.create(keys=[adopt(world, accept=True, public_key=pem)]).keys
+    assert key.versions[0].weaknesses == [GIVEN]
+    world.sign()
+
+
+def test_a_given_public_key_that_is_not_the_keys_is_found_out(world: World) -> None:
+    pair = foreign(world)
+    world.backend.halved.add(pair.ref["id"])
+    other = jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
+    with pytest.raises(errors.AdoptionRefused, match="does not verify"):
+        world.create(keys=[adopt(world, accept=True, public_key=other)])
+    world.backend.halved.clear()
+    with pytest.raises(errors.InvalidField, match="not the one that the module holds"):
+        world.create(keys=[adopt(world, accept=True, public_key=other)])
+    assert world.versions() == []
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "words"),
+    [
+        ("ES256", "ES384", "crv"),
+        ("ES256", "RS256", "kty"),
+        ("ES256", "ES256K", "crv"),
+        ("ML-DSA-44", "ML-DSA-65", "ML-DSA-44"),
+        ("EdDSA", "ES256", "kty"),
+    ],
+)
+def test_a_key_of_another_algorithm_is_refused(world: World, made: str, wanted: str, words: str) -> None:
+    foreign(world, made)
+    with pytest.raises(errors.AdoptionRefused, match=words):
+        world.create(keys=[adopt(world, alg=wanted, accept=True)])
+
+
+@pytest.mark.parametrize(("bits", "wanted"), [(2048, 3072), (2176, None)])
+def test_a_modulus_of_another_size_is_refused(world: World, bits: int, wanted: int | None) -> None:
+    foreign(world, "RS256", rsa_bits=bits)
+    key = adopt(world, alg="RS256", accept=True) | ({"rsa_bits": wanted} if wanted else {})
+    with pytest.raises(errors.AdoptionRefused, match=str(bits)):
+        world.create(keys=[key])
+
+
+def test_what_is_not_there_or_not_one_is_refused(world: World) -> None:
+    with pytest.raises(errors.AdoptionRefused):
+        world.create(keys=[adopt(world, "nobody")])
+    one = foreign(world, label="a")
+    foreign(world, label="b")
+    world.backend.keys[one.ref["id"]] = ("b", world.backend.keys[one.ref["id"]][1])
+    with pytest.raises(errors.AdoptionRefused, match="Several"):
+        world.create(keys=[adopt(world, "b")])
+
+
+def test_a_module_that_is_away_is_said_so_and_writes_nothing(world: World) -> None:
+    foreign(world)
+    world.backend.fail = errors.BackendUnavailable()
+    with pytest.raises(errors.BackendUnavailable):
+        world.create(keys=[adopt(world)])
+    world.backend.fail = errors.BackendRefused("The PIN is wrong.")
+    with pytest.raises(errors.BackendRefused):
+        world.create(keys=[adopt(world)])
+    world.backend.fail = None
+    with pytest.raises(errors.KeySetNotFound):
+        world.service.key_sets.get(world.admin, "main")
+
+
+@pytest.mark.parametrize("kid", ["", "k" * 256, "line\nbreak"])
+def test_a_kid_outside_its_bounds_is_refused(world: World, kid: str) -> None:
+    foreign(world)
+    with pytest.raises(errors.InvalidField):
+        world.create(keys=[adopt(world, kid=kid)])
+
+
+# --- twice
+
+
+def test_one_pair_is_one_version_for_ever(world: World) -> None:
+    pair = foreign(world)
+    world.create(keys=[adopt(world)])
+    for more in ({}, {"kid": "another"}):
+        with pytest.raises(errors.KeyTaken) as refusal:
+            world.create("second", keys=[adopt(world, **more)])
+        assert refusal.value.fields["kid"] == world.version(1).kid
+        with pytest.raises(errors.KeyTaken):
+            create_version(world, None, **more)
+    # The same key under another reference: a copy.
+    world.backend.keys["copy"] = ("copy", world.backend.keys[pair.ref["id"]][1])
+    with pytest.raises(errors.KeyTaken):
+        create_version(world, locator="copy", kid="copy")
+
+
+def test_a_pair_that_was_made_here_is_not_adopted(world: World) -> None:
+    world.create()
+    standby = world.standby()
+    assert standby.ref is not None
+    with pytest.raises(errors.KeyTaken):
+        create_version(world, locator=standby.ref["label"])
+
+
+def test_a_revoked_version_does_not_come_back(world: World) -> None:
+    foreign(world)
+    world.create(keys=[adopt(world)])
+    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    with pytest.raises(errors.KeyTaken):
+        create_version(world, kid="under another name")
+
+
+def test_two_who_adopt_one_pair_at_once_do_not_both_get_it(world: World) -> None:
+    foreign(world)
+    world.create()
+    looked = threading.Barrier(2, timeout=60)
+    world.backend.before = lambda call: looked.wait() if call == "sign" else None  # type: ignore[assignment]
+
+    def adopted(number: int) -> str | None:
+        try:
+            return create_key(world, adopt(world, name=f"key-{number}", kid=f"kid-{number}")).name
+        except errors.KeyTaken:
+            return None
+
+    with ThreadPoolExecutor(2) as both:
+        names = list(both.map(adopted, range(2)))
+    assert names.count(None) == 1
+    assert len([v for v in world.versions() if v.origin is Origin.ADOPTED]) == 1
+
+
+def test_twice_in_one_call_is_refused_whole(world: World) -> None:
+    foreign(world)
+    with pytest.raises(errors.KeyTaken):
+        world.create(keys=[adopt(world, name="one"), adopt(world, name="two", kid="two")])
+    with pytest.raises(errors.KeySetNotFound):
+        world.service.key_sets.get(world.admin, "main")
+
+
+def test_a_kid_stays_with_what_it_was_given_to(world: World) -> None:
+    pair = foreign(world)
+    world.create()
+    request = wire.ExternalKeyCreate(
+        kid="known", alg="ES256", remove_at=to_datetime(later(world.now(), DAY)), jwk=dict(pair.public_jwk)
+    )
+    world.service.external_keys.create(world.admin, "main", request)
+    with pytest.raises(errors.KidTaken, match="external key"):
+        create_version(world, kid="known")
+    with pytest.raises(errors.KidTaken):
+        create_version(world, kid=world.version(1).kid)
+    made = create_version(world)  # the same key, under its thumbprint
+    assert {"known", made.kid} <= set(world.kids())
+
+
+# --- who may, and what becomes of it
+
+
+def test_only_who_may_adopt_adopts(world: World) -> None:
+    foreign(world)
+    world.create(keys=[{"name": "default", "alg": "ES256"}])
+    operator = world.client("operator", Role.OPERATOR)
+    for call in (
+        lambda: create_version(world, operator),
+        lambda: create_key(world, adopt(world, name="more"), operator),
+        lambda: create_version(world, world.signer),
+    ):
+        with pytest.raises(errors.Forbidden) as refusal:
+            call()
+        assert refusal.value.fields["permission"] == "key:adopt"
+
+
+def test_the_module_is_not_asked_for_who_may_not(world: World) -> None:
+    world.create()
+    asked: list[str] = []
+    world.backend.before = asked.append
+    with pytest.raises(errors.Forbidden):
+        create_version(world, world.signer)
+    assert "adopt" not in asked
+
+
+def test_a_disabled_key_adopts_nothing(world: World) -> None:
+    foreign(world)
+    world.create()
+    world.service.keys.disable(world.admin, "main", "default")
+    with pytest.raises(errors.KeyDisabled):
+        create_version(world)
+
+
+def test_an_adopted_pair_is_destroyed_only_when_somebody_says_so(world: World) -> None:
+    pair = foreign(world)
+    world.create(keys=[adopt(world)])
+    world.standby()
+    world.advance(DAY + 1)
+    world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
+    world.advance(2 * 3600)
+    world.until(lambda: world.version(1).state is S.RETIRED)
+    assert world.version(1).destroy_at is None
+    world.advance(40 * DAY)
+    assert pair.ref["id"] in world.backend.keys
+
+    world.service.versions.destroy(world.admin, "main", "default", "1", wire.DestroyRequest())
+    assert world.version(1).destroy_at is not None
+    world.advance(31 * DAY)
+    world.until(lambda: world.version(1).state is S.DESTROYED)
+    assert pair.ref["id"] not in world.backend.keys
+
+
+def test_a_revoked_adopted_pair_stays_in_its_module_too(world: World) -> None:
+    foreign(world)
+    world.create(keys=[adopt(world)])
+    world.standby()
+    done = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="test"))
+    assert (done.version.state, done.version.destroy_at) == ("revoked", None)
+    assert done.successor is not None
+
+
+def test_the_document_has_room_for_so_many(world: World) -> None:
+    world.create()
+    world.standby()
+    for number in range(8):
+        foreign(world, label=f"theirs-{number}")
+        create_version(world, locator=f"theirs-{number}")
+    foreign(world, label="one too many")
+    with pytest.raises(errors.LimitReached):
+        create_version(world, locator="one too many")
+    assert len(world.kids()) == 10

@@ -1,0 +1,420 @@
+"""An installation of several nodes in virtual time: the real use cases, workers' watchers and custodians, one registry
+in memory, one module in memory, and clocks, crashes and partitions that a test commands.
+
+Nothing sleeps and nothing runs in a thread: a test lets time pass, lets a worker poll, lets a custodian tick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import structlog
+
+from kms_jwks import model, wire
+from kms_jwks.access import Role
+from kms_jwks.errors import Error
+from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
+from kms_jwks.service.clients import add_client, add_grant, add_token
+from kms_jwks.service.clocks import DatabaseClock
+from kms_jwks.service.confirmation import Confirmation
+from kms_jwks.service.control import CUSTODIAN_WAIT, Control, _settled
+from kms_jwks.service.custodian import Custodian
+from kms_jwks.service.external_keys import ExternalKeys
+from kms_jwks.service.guard import Guard, Presented
+from kms_jwks.service.key_sets import KeySets
+from kms_jwks.service.keys import Keys
+from kms_jwks.service.modules import Limits, Modules
+from kms_jwks.service.office import Fenced, Office
+from kms_jwks.service.operation import Operation
+from kms_jwks.service.recycling import Recycling
+from kms_jwks.service.signing import Signing
+from kms_jwks.service.snapshot import Snapshot
+from kms_jwks.service.versions import Versions
+from kms_jwks.service.watcher import Watcher
+from tests.memory_backend import MemoryBackend
+from tests.simulation.store import MemoryStore, Registry
+from tests.unit.builders import T0
+
+TICK = 0.25
+"""Seconds between two rounds in which every live process gets its turn."""
+URL = "https://keys.example"
+NOWHERE = Path("/nowhere")
+
+
+class Crash(BaseException):
+    """Ends a process as kill -9 would."""
+
+
+class Bomb:
+    """Goes off at the `left`-th point at which a process can die; never while `left` is 0."""
+
+    def __init__(self, at_point: Callable[[str], None] = lambda _: None) -> None:
+        self.left = 0
+        self.gone_off = False
+        self._at_point = at_point
+        """Hears of every point that is passed alive; it may raise Crash, or do something while the process stands."""
+
+    def __call__(self, point: str) -> None:
+        if self.gone_off:
+            raise Crash  # who is dead does nothing more
+        try:
+            self._at_point(point)
+        except Crash:
+            self.gone_off = True
+            raise
+        if self.left:
+            self.left -= 1
+            if not self.left:
+                self.gone_off = True
+                raise Crash
+
+
+class Node:
+    """One machine: its boot clock, its way to the registry, its workers and its custodian."""
+
+    def __init__(self, plant: Plant, name: str, boot_offset: int) -> None:
+        self.plant = plant
+        self.name = name
+        self.boot_offset = boot_offset
+        self.cut = False
+        """Cut off from the registry."""
+        self.down = False
+        self.workers: list[SimWorker] = []
+        self.custodian = self.new_custodian()
+
+    def boot(self) -> int:
+        return self.plant.now + self.boot_offset
+
+    def store(self) -> MemoryStore:
+        store = self.plant.make_store()
+        store.away = lambda: self.cut or self.plant.registry_down
+        return store
+
+    def new_custodian(self) -> Custodian:
+        self.bomb = Bomb(lambda point: self.plant.at_point(self, point))
+        store = self.store()
+        store.before = self.bomb
+        return Custodian(
+            store,
+            self.plant.modules(),
+            SimConfirmation(self.plant, store, self),
+            SimOffice(store, node=self.name, boot=self.boot),
+            monotonic=lambda: self.boot() / SECOND,
+        )
+
+    def add_worker(self) -> SimWorker:
+        worker = SimWorker(self)
+        self.workers.append(worker)
+        return worker
+
+
+class SimOffice(Office):
+    """Without the thread that renews while a module works: here a module answers at once."""
+
+    def kept(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class SimConfirmation(Confirmation):
+    """Waits in virtual time."""
+
+    def __init__(self, plant: Plant, store: MemoryStore, node: Node) -> None:
+        super().__init__(store, node=node.name, state_dir=NOWHERE, lease=plant.lease, kick=lambda: None)
+        self._plant = plant
+
+    def _wait(self, epoch: Epoch, seconds: float, *, only_live: bool) -> list[Worker]:
+        end = self._plant.now + seconds * SECOND
+        while True:
+            with self._store.read() as tx:
+                waiting, now = self.unconfirmed(tx, epoch), tx.now()
+            if only_live:
+                waiting = [w for w in waiting if not self.silent(w, now)]
+            if not waiting or self._plant.now >= end:
+                return waiting
+            self.reap()
+            self._plant.round(custodians=False)
+
+
+class SimControl(Control):
+    """Waits in virtual time."""
+
+    def wait_for_custodian(self, ids: list[Id]) -> bool:
+        plant = self.confirmation._plant  # type: ignore[attr-defined]
+        end = plant.now + CUSTODIAN_WAIT * SECOND
+        while plant.now < end:
+            with self.store.read() as tx:
+                versions = [v for v in (tx.version(i) for i in ids) if v is not None]
+                if all(_settled(tx, v) for v in versions):
+                    return True
+            plant.round()
+        return False
+
+
+class SimWorker:
+    """One worker process with everything it serves."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.alive = True
+        self.forgotten = False
+        self.bomb = Bomb()
+        store = node.store()
+        store.before = self.bomb
+        guard, plant = Guard(), node.plant
+        modules = plant.modules()
+        self.watcher = Watcher(
+            store,
+            node=node.name,
+            lease=plant.lease,
+            poll_interval=TICK,
+            state_dir=NOWHERE,
+            used=guard.drain_used,
+            bind=lambda _: None,
+            reap=lambda: None,
+            backends=dict,
+            clock=DatabaseClock(node.boot),
+        )
+        self.watcher._shelf = SimpleNamespace(store=lambda _: None, snapshot=lambda: None)  # type: ignore[assignment]
+        control = SimControl(store, guard, SimConfirmation(plant, store, node), modules, URL)
+        self.store = store
+        self.signing = Signing(self.watcher, guard, modules)
+        self.key_sets, self.keys, self.versions = KeySets(control), Keys(control), Versions(control)
+        self.external_keys = ExternalKeys(control)
+        self.operation = Operation(control, self.watcher, Recycling(NOWHERE, 1))
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        return self.watcher._current.snapshot
+
+    @property
+    def lease_until(self) -> int:
+        """In true time."""
+        return self.watcher._lease_until - self.node.boot_offset
+
+    def poll(self) -> None:
+        if not self.alive:
+            return
+        try:
+            self.watcher.poll()
+        except Crash:
+            self.die()
+
+    def die(self) -> None:
+        self.alive = False
+        life = self.watcher._registration._life
+        if life is not None:
+            life.release()
+
+
+class Plant:
+    """`now` is true time in microseconds; the registry's clock is `step` away from it."""
+
+    def __init__(
+        self,
+        *,
+        nodes: int = 2,
+        workers: int = 1,
+        lease: int = 10,
+        seed: int = 0,
+        make_store: Callable[[Plant], MemoryStore] | None = None,
+    ) -> None:
+        self.now: int = T0
+        self.step = 0
+        self.lease = lease
+        self.random = random.Random(seed)
+        self.registry_down = False
+        self.backend = MemoryBackend("memory")
+        self.living: set[Id] = set()
+        self.ended: list[Id] = []
+        """Workers whose life line holds."""
+        self.watch: list[Callable[[], None]] = []
+        """Called before time passes: what was possible until now is over then."""
+        self.on_commit: list[Callable[[Any, Any], None]] = []
+        self.at_point: Callable[[Node, str], None] = lambda *_: None
+        """Called at every point of every custodian."""
+        self.registry: Registry = _Watched(self)
+        self.acting: Node | None = None
+        """Whose custodian is at work."""
+        self.stores: list[MemoryStore] = []
+        self._make_store = make_store
+        self.view = store = self.make_store()
+        with store.write() as tx:
+            owner = add_client(tx, "admin")
+            for role in (Role.ADMIN, Role.SIGNER):
+                add_grant(tx, owner, role, None, None)
+            made, _ = add_token(tx, owner, 300 * 366 * model.DAY)
+            token = made.token
+        self.who = Presented(f"Bearer {token}")
+        self.nodes = [Node(self, f"node-{n}", (n + 1) * 1_000_000 * SECOND) for n in range(nodes)]
+        for node in self.nodes:
+            for _ in range(workers):
+                node.add_worker()
+        self.round()
+
+    def modules(self) -> Modules:
+        return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=5.0)})
+
+    def make_store(self) -> MemoryStore:
+        """One process's way to the registry."""
+        self.stores.append(MemoryStore(self.registry) if self._make_store is None else self._make_store(self))
+        return self.stores[-1]
+
+    # --- what there is
+
+    @property
+    def workers(self) -> list[SimWorker]:
+        return [w for node in self.nodes for w in node.workers if w.alive and not node.down]
+
+    def api(self) -> SimWorker | None:
+        """A worker that can answer the control plane."""
+        return next((w for w in self.workers if not w.node.cut and not w.forgotten), None)
+
+    def versions(self) -> list[KeyVersion]:
+        with self.view.registry_view() as tx:
+            return tx.versions()
+
+    # --- time
+
+    def wall(self) -> int:
+        return self.now + self.step
+
+    def pass_(self, seconds: float) -> None:
+        """Let time go by in which nobody polls and nothing ticks."""
+        for look in self.watch:
+            look()
+        self.now += round(seconds * SECOND)
+        for look in self.watch:
+            look()
+
+    def round(self, *, seconds: float = TICK, custodians: bool = True) -> None:
+        """Let time go by, and give every live process its turn."""
+        self.pass_(seconds)
+        for worker in self.workers:
+            worker.poll()
+        if custodians:
+            for node in self.nodes:
+                self.tick(node)
+        for look in self.watch:
+            look()
+
+    def tick(self, node: Node) -> None:
+        """One round of a node's custodian; one that crashes is replaced."""
+        if node.down:
+            return
+        before, self.backend.before = self.backend.before, node.bomb
+        others, self.acting = self.acting, node
+        try:
+            node.custodian.tick()
+        except Crash:
+            node.custodian = node.new_custodian()
+        except Exception as error:
+            # What `run` does: another term has begun, or the registry is away. The next tick begins anew.
+            if isinstance(error, Fenced):
+                node.custodian._office.term = 0
+            elif not isinstance(error, Error):
+                raise
+        finally:
+            self.backend.before, self.acting = before, others
+
+    def settle(self, rounds: int = 8) -> None:
+        """Let everything that can happen now happen."""
+        for _ in range(rounds):
+            self.round()
+
+    def advance(self, seconds: float, rounds: int = 3) -> None:
+        """Let much time go by at once, and everything that has become due happen."""
+        self.pass_(seconds)
+        self.settle(rounds)
+
+    def until(self, condition: Callable[[], object], rounds: int = 200) -> None:
+        for _ in range(rounds):
+            if condition():
+                return
+            self.round()
+        raise AssertionError("it did not happen in time")
+
+    # --- shorthands
+
+    def create(self, *keys: dict[str, Any], name: str = "main", **fields: Any) -> None:
+        api = self.api()
+        assert api is not None
+        wanted = list(keys) or [{"name": "default", "alg": "EdDSA"}]
+        request = wire.convert({"name": name, "keys": wanted, **fields}, wire.KeySetCreate)
+        api.key_sets.create(self.who, request)
+
+
+class _Watched(Registry):
+    """Tells the plant's listeners of every commit."""
+
+    def __init__(self, plant: Plant) -> None:
+        self._plant = plant
+        self._committed: Any = None
+        super().__init__(plant.wall, lambda: f"{plant.random.getrandbits(128):032x}")
+
+    @property  # type: ignore[override]
+    def committed(self) -> Any:
+        return self._committed
+
+    @committed.setter
+    def committed(self, contents: Any) -> None:
+        before, self._committed = self._committed, contents
+        if before is not None:
+            for tell in self._plant.on_commit:
+                tell(before, contents)
+
+
+class _Life:
+    """A life line without a file."""
+
+    plant: Plant
+
+    def __init__(self, folder: Path, worker: Id) -> None:
+        self._worker = worker
+        self.plant.living.add(worker)
+
+    def release(self, *, keep_proof: bool = False) -> None:
+        self.plant.living.discard(self._worker)
+        self.plant.ended.append(self._worker)
+
+
+@contextlib.contextmanager
+def simulated(seed: int = 0, **options: Any) -> Iterator[Plant]:
+    """A plant whose every choice follows from `seed`; quiet, and nothing of it outside this process."""
+    rng = random.Random(seed)
+    clock = SimpleNamespace(time_ns=lambda: T0 * 1000)
+    life = type("Life", (_Life,), {})
+    before = structlog.get_config()
+    structlog.configure(
+        logger_factory=structlog.ReturnLoggerFactory(), processors=[lambda *_: ""], cache_logger_on_first_use=False
+    )
+    known: list[Plant] = []
+    liveness = SimpleNamespace(
+        is_dead=lambda _, worker: worker not in known[0].living,
+        dead=lambda _: list(known[0].ended),
+        age=lambda *_: 0.0,
+        clear=lambda _, worker: known[0].ended.remove(worker),
+    )
+    with (
+        patch.object(model, "os", SimpleNamespace(urandom=rng.randbytes)),
+        patch.object(model, "time", clock),
+        patch("kms_jwks.service.registration.LifeLine", life),
+        patch("kms_jwks.service.confirmation.liveness", liveness),
+    ):
+        plant = Plant.__new__(Plant)
+        known.append(plant)
+        life.plant = plant  # type: ignore[attr-defined]
+        clock.time_ns = lambda: getattr(plant, "now", T0) * 1000
+        plant.__init__(seed=seed, **options)  # type: ignore[misc]
+        try:
+            yield plant
+        finally:
+            structlog.configure(**before)
+            for store in plant.stores:
+                store.dispose()
