@@ -54,6 +54,7 @@ def soon(seconds: float = 30.0) -> float:
 def signer_of(backend: MemoryBackend, name: str) -> Signer:
     alg = ALGORITHMS[name]
     made = backend.generate(f"{name}-{len(backend.keys)}", alg)
+    backend.recovered_at = 0.001  # long ago
     return Signer(jose.thumbprint(made.public_jwk), alg, "memory", made.ref, dict(made.public_jwk), "")
 
 
