@@ -85,7 +85,7 @@ def standby_usable_at(admin: Client, issuer: Issuer) -> float | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["by command", "by schedule"] if LONG else ["by command"])
 def test_two_rotations_are_noticed_by_nobody(
-    server: Server, admin: Client, jose: Jose, how: str, say: Callable[[str], None]
+    server: Server, admin: Client, jose: Jose, how: str, figure: Callable[[str], None]
 ) -> None:
     policy = {"rotate_every": FASTEST, "clock_skew": 60} if how == "by schedule" else {}
     issuer = an_issuer(server, admin, publish_lead=LEAD, max_token_ttl=TTL, **policy)
@@ -99,7 +99,7 @@ def test_two_rotations_are_noticed_by_nobody(
                     admin.rotate(issuer.name, "main")
                 time.sleep(0.2)
         watchers.look()
-    say(
+    figure(
         f"two rotations {how}, watched by PyJWKClient and jose (publish_lead {LEAD} s): {len(set(watchers.kids))} "
         f"kids, {watchers.verified} verifications, 0 failed; a pinned PyJWT issuer signed through them"
     )

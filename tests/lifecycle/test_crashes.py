@@ -131,19 +131,21 @@ def play(at: int, act: Callable[[Node, str], None], make_store: Callable[[Plant]
     return points
 
 
-def test_a_crash_at_every_point_loses_nothing(say: Callable[[str], None]) -> None:
+def test_a_crash_at_every_point_loses_nothing(figure: Callable[[str], None]) -> None:
     points = play(0, crash).seen
     assert {"write", "commit", "committed", "generate", "generated", "schedule_destroy", "destroy"} <= set(points)
     for at in range(1, len(points) + 1):
         play(at, crash)
-    say(f"crashes: a custodian ended at each of {len(points)} points of a key's life, nothing lost or doubled")
+    figure(f"crashes: a custodian ended at each of {len(points)} points of a key's life, nothing lost or doubled")
 
 
-def test_a_custodian_overtaken_at_every_point_changes_nothing_more(say: Callable[[str], None]) -> None:
+def test_a_custodian_overtaken_at_every_point_changes_nothing_more(figure: Callable[[str], None]) -> None:
     points = play(0, overtake).seen
     for at in range(1, len(points) + 1):
         play(at, overtake)
-    say(f"overtaken: a custodian stood still past its lease at each of {len(points)} points, nothing lost or doubled")
+    figure(
+        f"overtaken: a custodian stood still past its lease at each of {len(points)} points, nothing lost or doubled"
+    )
 
 
 def usurp(node: Node, point: str) -> None:
