@@ -13,6 +13,7 @@ from kms_jwks import errors, timeline, wire
 from kms_jwks.access import Permission, Scope, allow
 from kms_jwks.algorithms import ALGORITHMS, DEFAULT_RSA_BITS
 from kms_jwks.model import (
+    Instant,
     Key,
     KeySet,
     KeyVersion,
@@ -92,7 +93,7 @@ class Keys:
             check_revision(found.key.revision, if_match)
             changed = replace(
                 found.key,
-                policy=merge_policy(found.key.policy, request.policy),
+                policy=merge_policy(found.key.policy, request.policy, tx.now()),
                 profile=merge(found.key.profile, request.profile),
             )
             if changed != found.key:
@@ -181,7 +182,7 @@ def add_key(
         alg=request.alg,
         rsa_bits=_rsa_bits(request) if candidate is None else candidate.rsa_bits,
         backend=backend_of(control, request),
-        policy=merge_policy(Policy(), request.policy),
+        policy=merge_policy(Policy(), request.policy, now),
         profile=merge(SigningProfile(), request.profile),
         created_at=now,
         updated_at=now,
@@ -225,7 +226,7 @@ def merge(current: T, changes: msgspec.Struct | msgspec.UnsetType) -> T:
     return replace(current, **{name: value for name, value in given.items() if value is not UNSET})
 
 
-def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType) -> Policy:
+def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType, now: Instant) -> Policy:
     """`merge`, with the API's datetime as an instant. Raises InvalidField."""
     if changes is UNSET or changes.hold_until is UNSET or changes.hold_until is None:
         return merge(current, changes)
@@ -233,6 +234,8 @@ def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType
         until = to_instant(changes.hold_until)
     except ValueError as error:
         raise errors.InvalidField(f"hold_until: {error}", fields={"field": "policy.hold_until"}) from None
+    if until > timeline.later(now, timeline.FARTHEST):
+        raise errors.InvalidField("hold_until: lies over 10 years ahead", fields={"field": "policy.hold_until"})
     return replace(merge(current, changes), hold_until=until)
 
 

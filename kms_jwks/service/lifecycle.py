@@ -312,6 +312,8 @@ def schedule_destruction(tx: WriteTx, version: KeyVersion, when: Instant | None,
             else "a token it signed can be alive until then (I2)"
         )
         raise errors.InvalidField(f"destroy_at: {why}", fields={"field": "destroy_at", "earliest": to_datetime(ended)})
+    if at > timeline.later(now, timeline.FARTHEST):
+        raise errors.InvalidField("destroy_at: lies over 10 years ahead", fields={"field": "destroy_at"})
     _forget_attempts(tx, version)
     scheduled = replace(version, destroy_at=at)
     tx.save(scheduled)

@@ -25,6 +25,7 @@ from kms_jwks.timeline.invariants import (
 from kms_jwks.timeline.plan import in_emergency, plan
 from kms_jwks.timeline.policies import (
     CACHE_LIFETIME,
+    FARTHEST,
     HANDOVER,
     MAX_DOCUMENT,
     MAX_KIDS,
@@ -45,6 +46,7 @@ from kms_jwks.timeline.steps import Step, StepKind
 
 __all__ = [
     "CACHE_LIFETIME",
+    "FARTHEST",
     "HANDOVER",
     "MAX_DOCUMENT",
     "MAX_KIDS",

@@ -22,6 +22,7 @@ _MONDAY = 3 * DAY * SECOND
 """From the Monday before the epoch, which was a Thursday, to the epoch."""
 _SPAN = re.compile(r"(?:([a-z,-]+) )?([0-9]{2}):([0-9]{2})-([0-9]{2}):([0-9]{2})")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // timedelta(microseconds=1)
 
 
 def later(instant: Instant, seconds: int) -> Instant:
@@ -30,8 +31,8 @@ def later(instant: Instant, seconds: int) -> Instant:
 
 
 def shown(instant: Instant) -> str:
-    """An instant in words, to the second: ``2027-01-15T08:00:00Z``."""
-    return (_EPOCH + timedelta(microseconds=instant)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """An instant in words, to the second: ``2027-01-15T08:00:00Z``. What lies after the year 9999 is its end."""
+    return (_EPOCH + timedelta(microseconds=min(instant, _LAST))).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def jitter(version: KeyVersion, policy: Policy) -> int:

@@ -16,6 +16,8 @@ MIN_CLOCK_SKEW = 60
 MIN_DESTROY_AFTER = 7 * DAY
 MIN_PUBLISH_LEAD = 2 * 3600
 STALE_MARGIN = 300
+FARTHEST = 10 * 366 * DAY
+"""Seconds ahead that a date may lie: a hold, a destruction."""
 TELL_DAYS = (7, 30)
 """How many days ahead a module with a calendar of its own can be told a destruction."""
 

@@ -111,9 +111,16 @@ class Jose:
         answers: list[dict[str, Any]] = json.loads(line)
         return answers
 
-    def verify(self, token: str, jwks_uri: str, *, alg: str, issuer: str, audience: str) -> dict[str, Any]:
-        """The claims, after `createRemoteJWKSet` found the key. Raises JoseError."""
+    def verify(
+        self, token: str, jwks_uri: str, *, alg: str, issuer: str, audience: str, cache: str | None = None
+    ) -> dict[str, Any]:
+        """The claims, after `createRemoteJWKSet` found the key. Calls with one `cache` are one verifier's.
+
+        Raises JoseError.
+        """
         job = {"token": token, "jwks_uri": jwks_uri, "issuer": issuer, "audience": audience, "algorithms": [alg]}
+        if cache is not None:
+            job["cache"] = cache
         return self._claims(job)
 
     def discover(self, token: str, *, alg: str, issuer: str, audience: str) -> dict[str, Any]:

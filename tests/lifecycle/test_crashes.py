@@ -131,19 +131,21 @@ def play(at: int, act: Callable[[Node, str], None], make_store: Callable[[Plant]
     return points
 
 
-def test_a_crash_at_every_point_loses_nothing(say: Callable[[str], None]) -> None:
+def test_a_crash_at_every_point_loses_nothing(figure: Callable[[str], None]) -> None:
     points = play(0, crash).seen
     assert {"write", "commit", "committed", "generate", "generated", "schedule_destroy", "destroy"} <= set(points)
     for at in range(1, len(points) + 1):
         play(at, crash)
-    say(f"crashes: a custodian ended at each of {len(points)} points of a key's life, nothing lost or doubled")
+    figure(f"crashes: a custodian ended at each of {len(points)} points of a key's life, nothing lost or doubled")
 
 
-def test_a_custodian_overtaken_at_every_point_changes_nothing_more(say: Callable[[str], None]) -> None:
+def test_a_custodian_overtaken_at_every_point_changes_nothing_more(figure: Callable[[str], None]) -> None:
     points = play(0, overtake).seen
     for at in range(1, len(points) + 1):
         play(at, overtake)
-    say(f"overtaken: a custodian stood still past its lease at each of {len(points)} points, nothing lost or doubled")
+    figure(
+        f"overtaken: a custodian stood still past its lease at each of {len(points)} points, nothing lost or doubled"
+    )
 
 
 def usurp(node: Node, point: str) -> None:
@@ -179,6 +181,36 @@ def test_without_fencing_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
         except Broken as broken:
             found += "out of office" in str(broken)
     assert found > 0
+
+
+def test_the_last_word_to_a_module_is_the_truth() -> None:
+    """A custodian stands still with a destruction date on its lips; meanwhile the destruction is taken back."""
+    with simulated(nodes=2) as plant:
+        plant.backend.puts_off = 7 * DAY
+        taken_back = 0
+
+        def act(node: Node, point: str) -> None:
+            nonlocal taken_back
+            if point != "schedule_destroy" or taken_back:
+                return
+            taken_back += 1
+            overtake(node, point)
+            api = plant.api()
+            assert api is not None
+            api.versions.cancel_destroy(plant.who, "main", "default", "1")
+            overtake(node, point)
+            assert plant.backend.told == {}
+
+        plant.create({"name": "default", "alg": "EdDSA", "policy": POLICY})
+        plant.settle()
+        plant.advance(20_000, rounds=6)
+        plant.at_point = act
+        plant.advance(740, rounds=6)
+        plant.settle(60)
+        version = plant.versions()[0]
+        assert taken_back == 1
+        assert (version.state, version.destroy_at, version.destroy_told) == (S.RETIRED, None, None)
+        assert plant.backend.told == {}
 
 
 # --- the real store

@@ -6,6 +6,7 @@ import pytest
 
 from kms_jwks import errors, wire
 from kms_jwks.model import DAY, IntentKind, IntentState, VersionState
+from kms_jwks.service import lifecycle
 from kms_jwks.service.instants import to_datetime
 from tests.service.world import UNSAFE, World
 
@@ -64,6 +65,57 @@ def test_hold_until_and_the_window_are_kept(world: World) -> None:
     cleared = wire.KeyPatch(policy=wire.PolicyFields(hold_until=None))
     world.service.keys.patch(world.admin, "main", "default", cleared, 2)
     world.until(lambda: world.version(2).state is S.ACTIVE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hold_until", "9999-12-31T23:59:59Z"),
+        ("hold_until", "2031-01-01T00:00:00"),
+        ("hold_until", 5),
+        ("rotate_window", None),
+        ("rotate_window", "mon 0900-1600"),
+        ("rotate_jitter", -1),
+    ],
+)
+def test_a_calendar_that_nobody_could_keep_is_refused(world: World, field: str, value: object) -> None:
+    def create() -> None:
+        request = wire.convert({"name": "k", "alg": "ES256", "policy": {field: value}}, wire.KeyCreate)
+        world.service.keys.create(world.admin, "main", request)
+
+    world.create(keys=[])
+    with pytest.raises((errors.InvalidRequest, errors.PolicyRefused)) as refused:
+        create()
+    assert field in refused.value.detail + str(refused.value.fields)
+
+
+def test_a_key_that_is_held_is_created_and_waits(world: World) -> None:
+    later = to_datetime(world.now() + 5 * DAY * 1_000_000)  # type: ignore[arg-type]
+    key = wire.KeyCreate(name="default", alg="ES256", policy=wire.PolicyFields(hold_until=later))
+    made = world.service.key_sets.create(world.admin, wire.KeySetCreate(name="main", keys=[key]))
+    assert (made.complete, made.answer.keys[0].active_kid) == (True, None)
+    assert len(world.kids()) == 1
+    world.advance(5 * DAY + 1)
+    world.until(lambda: world.version(1).state is S.ACTIVE)
+
+
+def test_a_restored_registry_signs_nothing_and_knows_no_standby_until_it_was_seen_again(world: World) -> None:
+    world.create()
+    world.standby()
+    world.advance(2 * DAY)
+    with world.store().write() as tx:
+        (disabled,) = lifecycle.begin_anew(tx)
+    assert disabled.name == "default"
+    with pytest.raises(errors.KeyDisabled):
+        world.until(lambda: world.sign() is None)
+    world.until(lambda: world.version(2).visible_since)
+    assert world.version(1).visible_since is not None
+    world.service.keys.enable(world.admin, "main", "default")
+    world.until(world.sign)
+    with pytest.raises(errors.NotYetUsable):
+        world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
+    world.advance(DAY + 1)
+    world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
 
 
 def test_two_keys_that_are_overdue_rotate_one_after_the_other(world: World) -> None:

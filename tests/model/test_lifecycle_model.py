@@ -145,6 +145,16 @@ class Histories(RuleBasedStateMachine):
     @rule(early=st.sampled_from([0, 0, 1]))
     def time_passes_until_something_is_due(self, early: int) -> None:
         """The sharpest moment: what a planner does too early, it does right then."""
+        self.to_the_next_step(early)
+
+    @rule(steps=st.integers(2, 8))
+    def all_is_well_for_a_while(self, steps: int) -> None:
+        self.heal()
+        self.plant.settle()
+        for _ in range(steps):
+            self.to_the_next_step()
+
+    def to_the_next_step(self, early: int = 0) -> None:
         with self.plant.view.registry_view() as tx:
             key_set, now = tx.key_set("main"), tx.now()
             assert key_set is not None
@@ -324,17 +334,21 @@ class Histories(RuleBasedStateMachine):
 
     # --- the end of every history
 
-    def everything_heals_and_nothing_is_lost(self) -> None:
-        plant = self.plant
-        plant.registry_down, plant.backend.fail, plant.step = False, None, 0
-        for node in plant.nodes:
+    def heal(self) -> None:
+        """Everything that is away comes back, and what is gone for good is forgotten."""
+        self.plant.registry_down, self.plant.backend.fail, self.plant.step = False, None, 0
+        for number, node in enumerate(self.plant.nodes):
             node.cut = False
             if node.down:
-                self.a_node_goes_down_or_comes_back(plant.nodes.index(node))
+                self.a_node_goes_down_or_comes_back(number)
             if not any(w.alive for w in node.workers):
                 node.add_worker()
-        plant.advance(130, rounds=10)
+        self.plant.advance(130, rounds=4)
         self.somebody_forgets_workers_that_are_gone()
+
+    def everything_heals_and_nothing_is_lost(self) -> None:
+        plant = self.plant
+        self.heal()
         for name in self.keys:
             self.oracle.disabled.discard(name)
             self.ask(lambda w, n=name: w.keys.enable(plant.who, "main", n))  # type: ignore[misc]

@@ -55,6 +55,7 @@ def signer_of(backend: MemoryBackend, name: str) -> Signer:
     alg = ALGORITHMS[name]
     backend.recovered_at = backend.recovered_at or time.monotonic() - 60  # it was opened long ago
     made = backend.generate(f"{name}-{len(backend.keys)}", alg)
+    backend.recovered_at = 0.001  # long ago
     return Signer(jose.thumbprint(made.public_jwk), alg, "memory", made.ref, dict(made.public_jwk), "")
 
 

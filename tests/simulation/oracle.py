@@ -104,19 +104,18 @@ class Oracle:
         found = snapshot.key_sets.get(self.key_set) if snapshot is not None else None
         if found is None or worker.lease_until <= 0:
             return
-        registry_now = worker.watcher.clock.now()
+        # What the worker takes for the registry's time when its lease ends, or now.
+        at = worker.watcher.clock.now() - (self.plant.now - until)
         for key in found.keys.values():
-            signers = [key.active, *key.pinned.values()] if key.enabled and key.active else []
-            for signer in signers:
-                if signer is None or (
-                    signer.until is not None and registry_now - (self.plant.now - until) >= signer.until
-                ):
-                    continue
+            if not key.enabled or key.active is None:
+                continue
+            pinned = [s for s in key.pinned.values() if s.until is not None and at < s.until]
+            for signer in (key.active, *pinned):
                 self.possible += 1
                 if until >= self.plant.now:
                     hold(signer.kid not in self.stopped, "promise 5: it can sign after its revocation", kid=signer.kid)
                     hold(key.name not in self.disabled, "it can sign with a disabled key", key=key.name)
-                stays = registry_now - (self.plant.now - until) + key.rules.max_token_ttl * SECOND + DRIFT * SECOND
+                stays = at + (key.rules.max_token_ttl + DRIFT) * SECOND
                 self.alive_until[signer.kid] = max(self.alive_until.get(signer.kid, 0), stays)
 
     # --- what is committed

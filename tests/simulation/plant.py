@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,8 +117,9 @@ class Node:
 class SimOffice(Office):
     """Without the thread that renews while a module works: here a module answers at once."""
 
-    def kept(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        yield
 
 
 class SimConfirmation(Confirmation):
@@ -358,7 +358,7 @@ class _Watched(Registry):
         self._committed: Any = None
         super().__init__(plant.wall, lambda: f"{plant.random.getrandbits(128):032x}")
 
-    @property  # type: ignore[override]
+    @property
     def committed(self) -> Any:
         return self._committed
 

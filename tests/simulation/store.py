@@ -143,8 +143,8 @@ class _Read(ReadTx):
         )
 
     def ever_published(self, key_set_id: Id | None = None) -> frozenset[tuple[Id, str]]:
-        published = [v for v in self._all(KeyVersion) if v.published_at is not None]
-        shown = [(thing.key_set_id, thing.alg) for thing in (*published, *self._all(ExternalKey))]
+        shown = {(v.key_set_id, v.alg) for v in self._all(KeyVersion) if v.published_at is not None}
+        shown |= {(e.key_set_id, e.alg) for e in self._all(ExternalKey)}
         return frozenset(pair for pair in shown if key_set_id in (None, pair[0]))
 
     # --- finders

@@ -12,7 +12,7 @@ from tests.unit.builders import T0
 
 class TestMemoryStore(StoreContract):
     @pytest.fixture
-    def store(self) -> Store:  # type: ignore[override]
+    def store(self) -> Store:  # nothing to close
         return MemoryStore(Registry(lambda: T0))
 
     # Processes, disks, schemas, references and writers that wait for each other: there are none of them here.

@@ -3,7 +3,8 @@
 // In: one JSON array of jobs a line on standard input, {"token", "jwks_uri", "issuer", "audience", "algorithms"}, and
 // {"discover": issuer} in place of a jwks_uri for a verifier that reads the issuer's metadata first.
 // Out: one JSON array a line in the same order, {"payload", "header"} or {"error": {"name", "code", "message"}}.
-// Every job has a JWKS cache of its own: each is a verifier that has never seen the service before.
+// Every job has a JWKS cache of its own: each is a verifier that has never seen the service before. Jobs with the same
+// "cache" are one verifier, which keeps what it has fetched.
 
 import { webcrypto } from 'node:crypto'
 import { createInterface } from 'node:readline'
@@ -19,9 +20,19 @@ async function jwksUri(issuer) {
   return metadata.jwks_uri
 }
 
+const kept = new Map()
+
+async function keysOf(job) {
+  const known = job.cache && kept.get(job.cache)
+  if (known) return known
+  const keys = createRemoteJWKSet(new URL(job.discover ? await jwksUri(job.discover) : job.jwks_uri))
+  if (job.cache) kept.set(job.cache, keys)
+  return keys
+}
+
 async function verify(job) {
   try {
-    const keys = createRemoteJWKSet(new URL(job.discover ? await jwksUri(job.discover) : job.jwks_uri))
+    const keys = await keysOf(job)
     const { payload, protectedHeader } = await jwtVerify(job.token, keys, {
       issuer: job.issuer,
       audience: job.audience,
