@@ -185,12 +185,14 @@ def test_a_worker_or_a_node_that_starts_without_a_database_serves_the_last_jwks(
         kill(pid)
     wait_until(lambda: len(first.workers()) == 2 and not set(first.workers()) & set(old), START_SECONDS)
     for node in cluster.nodes:
-        wait_until(node.server.alive, START_SECONDS)
-        with cluster.lines() as lines:
-            for pid in node.workers():
-                assert lines[pid][0].kids("default") == kids
-                status, body, _ = lines[pid][0].ask("POST", f"{KEY}/jwt", cluster.admin.signer, CLAIMS)
-                assert status == 503, body
+        wait_until(lambda node=node: len(node.workers()) == 2 and node.server.alive(), START_SECONDS)
+    with cluster.lines() as lines:
+        assert len(lines) == 4
+        for (line,) in lines.values():
+            assert line.kids("default") == kids
+            status, body, _ = line.ask("POST", f"{KEY}/jwt", cluster.admin.signer, CLAIMS)
+            assert status == 503, body
+    for node in cluster.nodes:
         assert node.server.call("GET", "/readyz", token=None).status == 200
     own.start()
     cluster.until_ready()
