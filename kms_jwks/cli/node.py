@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kms_jwks import errors
-from kms_jwks.cli.api import confirm
+from kms_jwks.cli.api import confirm, yes_option
 from kms_jwks.cli.failures import ExitCode
 from kms_jwks.cli.text import clean, note
 
@@ -255,6 +255,26 @@ def check(config: Path | None) -> None:
         with store.read() as tx:
             epoch = tx.epoch()
         click.echo(f"The schema of {store.url} is right; epoch {epoch.counter} of {epoch.incarnation}.")
+
+
+@db.command()
+@_config_option
+@yes_option
+def restored(config: Path | None, sure: bool) -> None:
+    """Say that the registry was restored from a backup: nothing signs until somebody enables each key.
+
+    To be run before the service is started on it. A backup may know keys as active that were revoked since.
+    """
+    from kms_jwks.service import lifecycle
+
+    confirm("Begin a new incarnation and disable every key until somebody enables it?", sure=sure)
+    with _registry(_settings(config)) as store:
+        store.check_schema()
+        with store.write() as tx:
+            disabled = lifecycle.begin_anew(tx)
+            names = [f"{tx.key_set_by_id(k.key_set_id).name}/{k.name}" for k in disabled]  # type: ignore[union-attr]
+        click.echo(f"{len(names)} key(s) are disabled: {', '.join(names) or 'none'}.")
+        note("Compare each with what you know of revocations since the backup, then: kms-jwks key enable SET KEY")
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------

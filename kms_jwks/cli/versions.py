@@ -274,7 +274,6 @@ def _show(found: wire.Version) -> None:
         ("revoked", when(found.revoked_at) + (f" ({found.revoke_reason})" if found.revoke_reason else "")),
         ("destroy at", when(found.destroy_at)),
         ("destroyed", when(found.destroyed_at)),
-        ("origin", found.origin),
         *((("absence", msgspec.json.encode(found.absence).decode()),) if found.absence is not None else ()),
     )
     if found.weaknesses:

@@ -215,4 +215,7 @@ def _modulus_bits(jwk: Mapping[str, str]) -> int:
 def _printable(kid: str) -> str:
     if not kid.isprintable():
         raise errors.InvalidField("kid: it holds characters that cannot be printed", fields={"field": "adopt.kid"})
+    if kid.isascii() and kid.isdigit() and len(kid) < 10:
+        # A version is named by its number or its kid: in an emergency the wrong one would be revoked.
+        raise errors.InvalidField("kid: it would pass for the number of a version", fields={"field": "adopt.kid"})
     return kid

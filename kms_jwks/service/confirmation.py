@@ -66,7 +66,8 @@ class Confirmation:
         if not ended:
             return []
         with self._store.read() as tx:
-            suspects = [w.id for w in tx.workers() if w.node == self._node and w.id in ended]
+            # Their locks lie in our own folder, whatever the node was called when they registered.
+            suspects = [w.id for w in tx.workers() if w.id in ended]
         struck = []
         if suspects:
             with self._store.write() as tx:
@@ -102,7 +103,7 @@ class Confirmation:
                 waiting = [w for w in waiting if not self.silent(w, now)]
             if not waiting or time.monotonic() >= end:
                 return waiting
-            if any(w.node == self._node and liveness.is_dead(self._folder, w.id) for w in waiting):
+            if any(liveness.is_dead(self._folder, w.id) for w in waiting):
                 self.reap()
                 continue
             time.sleep(_PACE)

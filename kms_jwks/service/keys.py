@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET
 
 from kms_jwks import errors, timeline, wire
-from kms_jwks.access import Permission, Scope, allow
+from kms_jwks.access import EVERYTHING, Permission, Scope, allow
 from kms_jwks.algorithms import ALGORITHMS, DEFAULT_RSA_BITS
 from kms_jwks.model import (
     Instant,
@@ -73,7 +73,10 @@ class Keys:
         control = self._control
         permission = Permission.KEY_CREATE if request.adopt is UNSET else Permission.KEY_ADOPT
         with control.store.read() as reading:
-            control.guard.enter_set(reading, who, permission, key_set)
+            entered = control.guard.enter_set(reading, who, permission, key_set)
+            if request.adopt is not UNSET:
+                # A module is no key set's own: whoever may adopt from it could take any application's key.
+                control.guard.require(entered.caller, permission, EVERYTHING)
         candidate = look_at(control, request)
         with control.store.write() as tx:
             found = control.guard.enter_set(tx, who, permission, key_set)
@@ -282,10 +285,10 @@ def _touched(tx: WriteTx, key: Key) -> Key:
 
 
 def _standby(key: Key, versions: list[KeyVersion]) -> KeyVersion:
-    waiting = sorted((v for v in versions if v.state is VersionState.PUBLISHED), key=lambda v: v.number)
-    if not waiting:
+    standby = timeline.successor(versions, key.policy)
+    if standby is None:
         raise errors.NoStandby(f"Key {key.name!r} has no published standby version.")
-    return waiting[0]
+    return standby
 
 
 def _rsa_bits(request: wire.KeyCreate) -> int | None:

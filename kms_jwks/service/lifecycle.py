@@ -86,10 +86,12 @@ def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
     """Publish the versions of `key_set` whose pairs are made, in the document that they belong to.
 
     The first publication of a document waits until every pair that was asked for is there, so that all its first keys
-    fill it at once and may sign as soon as every worker serves it (I1).
+    fill it at once and may sign as soon as every worker serves it (I1). A disabled key's pair is not waited for.
     """
     known = {is_post_quantum(alg) for _, alg in tx.ever_published(key_set.id)}
+    enabled = {key.id for key in tx.keys(key_set.id) if key.disabled_at is None}
     creating = tx.versions(key_set_id=key_set.id, states={_S.CREATING})
+    creating = [v for v in creating if v.kid is not None or v.key_id in enabled]
     published: list[KeyVersion] = []
     for post_quantum in (False, True):
         asked = [v for v in creating if is_post_quantum(v.alg) is post_quantum]
@@ -147,15 +149,17 @@ def activate(
     if active is not None:
         require_rotation_room(tx, key_set, key, versions)
         ended = replace(active, state=_S.RETIRING, deactivated_at=now, bounds=active.bounds.widened(in_force))
-        # This is the second rotation, if one was to come.
         tx.save(replace(ended, emergency=False))
+    took_over = active is None and timeline.lost_by_revocation(own)
+    # The second rotation is one to a kid that nobody can hold yet: until then the emergency goes on.
+    goes_on = active is not None and active.emergency and (version.published_at or now) <= (active.activated_at or now)
     started = replace(
         version,
         state=_S.ACTIVE,
         activated_at=now,
         bounds=in_force,
         breaches=(*version.breaches, Breach("I1", now, breach, who)) if breach is not None else version.breaches,
-        emergency=active is None and timeline.lost_by_revocation(own),
+        emergency=took_over or goes_on,
     )
     tx.save(started)
     if key_set.first_activated_at is None:

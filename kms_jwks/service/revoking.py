@@ -90,7 +90,7 @@ class Revoking:
         def step(tx: WriteTx) -> tuple[wire.Revocation, int]:
             lease = control.confirmation.lease(tx)
             touched = self._touched(tx, who, request)
-            disabled = [k for k in touched if self._is_to_be_disabled(tx, k, request)]
+            disabled = [k for k in touched if self._is_to_be_disabled(k, request)]
             for key in disabled:
                 tx.save(replace(key, disabled_at=tx.now(), updated_at=tx.now(), revision=key.revision + 1))
             done = [d for key in touched for d in _revoke_all(tx, key, request, lease)]
@@ -134,15 +134,12 @@ class Revoking:
             guard.require(caller, Permission.VERSION_REVOKE, Scope(key.key_set_id, key.id))
         return touched
 
-    def _is_to_be_disabled(self, tx: ReadTx, key: Key, request: wire.RevocationCreate) -> bool:
-        """A key whose next version would come from the very module that is not trusted, and that has no other."""
+    def _is_to_be_disabled(self, key: Key, request: wire.RevocationCreate) -> bool:
+        """A key whose next version would come from the very module that is not trusted."""
         wanted = request.backend is not UNSET if request.disable_keys is UNSET else request.disable_keys
         if not wanted or key.disabled_at is not None:
             return False
-        if request.backend is UNSET:
-            return True
-        sound = [v for v in tx.versions(key_id=key.id, states={_S.PUBLISHED, _S.ACTIVE}) if v.backend != key.backend]
-        return key.backend == request.backend and not sound
+        return request.backend in (UNSET, key.backend)
 
 
 def _has_pair(version: KeyVersion) -> bool:
@@ -152,6 +149,11 @@ def _has_pair(version: KeyVersion) -> bool:
 def _revoke_all(tx: WriteTx, key: Key, request: wire.RevocationCreate, lease: int) -> list[_Done]:
     key_set, current = tx.key_set_by_id(key.key_set_id), tx.key_by_id(key.id)
     assert key_set is not None and current is not None
+    if request.backend is not UNSET:
+        # A pair that is being made there right now is no better: it is surplus when it comes.
+        for version in tx.versions(key_id=key.id, states={_S.CREATING}):
+            if version.kid is None and version.backend == request.backend:
+                tx.save(replace(version, state=_S.DESTROYED, destroyed_at=tx.now()))
     doomed = [v for v in tx.versions(key_id=key.id) if _has_pair(v) and request.backend in (UNSET, v.backend)]
     doomed.sort(key=lambda v: (_ORDER.index(v.state), v.number))
     return [_revoke(tx, key_set, current, v, request.reason, lease) for v in doomed]
@@ -226,7 +228,7 @@ def _exposure(tx: ReadTx, done: Sequence[_Done], lease: int) -> wire.Exposure | 
     heirs = [_heir(tx, d) for d in shown]
     second = [at for _, at in heirs if at is not None]
     # Where one key's successor was never published before, its kid is new to everybody, and they fetch the whole set.
-    known = [h.visible_since for h, at in heirs if h is not None and h.visible_since is not None and at is not None]
+    known = [t for h, at in heirs if h is not None and at is not None and (t := h.visible_since or h.published_at)]
     case = exposure.Case(
         withdrawn_at=max(_withdrawn_at(d.version, lease) for d in shown),
         cache_lifetime=max(key_set.cache_lifetime, *(d.version.bounds.cache_lifetime for d in shown)),
@@ -255,7 +257,8 @@ def _heir(tx: ReadTx, done: _Done) -> tuple[KeyVersion | None, Instant | None]:
     active = next((v for v in versions if v.state is _S.ACTIVE), None)
     revoked_at = done.version.revoked_at
     assert revoked_at is not None
-    if active is None or active.visible_since is None or (active.published_at or 0) > revoked_at:
+    if active is None or (active.published_at or 0) > revoked_at:
+        # Where some worker does not confirm, it was never visible everywhere, and most verifiers hold it all the same.
         return active, None
     waiting = [v for v in versions if v.state is _S.PUBLISHED and (v.published_at or 0) > revoked_at]
     known = [t for v in waiting if (t := timeline.usable_at(v, done.key.policy)) is not None]

@@ -208,7 +208,7 @@ def _jwks(key_set: KeySet, keys: Sequence[Key], entries: Sequence[Entry], post_q
 def _signing_key(key: Key, key_set: KeySet, versions: Sequence[KeyVersion]) -> SigningKey:
     policy, profile = key.policy, key.profile
     active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
-    waiting = sorted((v for v in versions if v.state is VersionState.PUBLISHED), key=lambda v: v.number)
+    standby = timeline.successor(versions, policy)
     retiring = [v for v in versions if v.state is VersionState.RETIRING]
     return SigningKey(
         id=key.id,
@@ -225,7 +225,7 @@ def _signing_key(key: Key, key_set: KeySet, versions: Sequence[KeyVersion]) -> S
         handover=policy.handover,
         active=_signer(active, key, None) if active else None,
         pinned={s.kid: s for s in (_signer(v, key, timeline.pinned_until(v, policy)) for v in retiring)},
-        standby=(waiting[0].kid or "", timeline.usable_at(waiting[0], policy)) if waiting else None,
+        standby=(standby.kid or "", timeline.usable_at(standby, policy)) if standby else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import UNSET
 
 from kms_jwks import errors, timeline, wire
-from kms_jwks.access import Permission
+from kms_jwks.access import EVERYTHING, Permission
 from kms_jwks.backends.base import KeyRef
 from kms_jwks.model import Id, Instant, KeyVersion, VersionState
 from kms_jwks.service import adoption, lifecycle, present
@@ -59,6 +59,7 @@ class Versions:
         control = self._control
         with control.store.read() as reading:
             found = control.guard.enter_key(reading, who, Permission.KEY_ADOPT, key_set, key)
+            control.guard.require(found.caller, Permission.KEY_ADOPT, EVERYTHING)  # a module is no key set's own
             require_enabled(found.key)
         candidate = adoption.examine(control.modules, found.key.backend, found.key.alg, wanted)
         with control.store.write() as tx:

@@ -84,6 +84,8 @@ class Watcher:
         self._used_flushed = self._reaped = self._confirmed_at = self.clock.boot()
         self._unflushed: dict[Id, Instant] = {}
         self._trouble: str | None = None
+        self._went_back = False
+        """The registry lost changes: once it has come as far again, the same epoch may stand for something else."""
         self.first_poll = threading.Event()
         """Set after the first attempt to reach the database, whatever it gave."""
 
@@ -190,9 +192,10 @@ class Watcher:
             before = self.clock.boot()
             epoch, now = self._store.poll()
             self.clock.observe(before, now)
-            if self._current.snapshot is None or self._current.snapshot.epoch != epoch:
+            if self._current.snapshot is None or self._current.snapshot.epoch != epoch or self._went_back:
                 self._refuse_the_past(epoch)
                 epoch = self._rebuild()
+                self._went_back = False
             try:
                 self._confirm(epoch)
             finally:
@@ -224,6 +227,7 @@ class Watcher:
         """A registry that went back (a standby that had not caught up, an old file) may have forgotten a revocation."""
         known = self._current.snapshot.epoch if self._current.snapshot is not None else None
         if known is not None and known.incarnation == epoch.incarnation and known.counter > epoch.counter:
+            self._went_back = True
             raise errors.StoreUnavailable(
                 f"The registry went back from epoch {known.counter} to {epoch.counter}: it has lost changes."
             )

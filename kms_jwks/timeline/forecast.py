@@ -14,7 +14,7 @@ from kms_jwks.timeline.steps import Step, StepKind
 
 _S = VersionState
 
-_MOST = 2000
+_MOST = 300
 """Steps of the whole set that are looked at: what bounds a forecast over years."""
 _PAST = (
     ("created", "created_at"),

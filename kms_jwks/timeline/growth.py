@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.model import Id, Instant, Key, KeySet, KeyVersion, Policy, VersionState
 from kms_jwks.timeline.calendar import later, shown
-from kms_jwks.timeline.invariants import lost_by_revocation, usable_at
+from kms_jwks.timeline.invariants import lost_by_revocation, of_document, usable_at
 from kms_jwks.timeline.steps import Obstacle, Step, StepKind, due_after, waiting_words
 
 _S = VersionState
@@ -42,17 +43,18 @@ def _again(declined: Sequence[Instant]) -> Instant | None:
 
 
 def publication(key_set: KeySet, versions: Sequence[KeyVersion], disabled: set[Id], now: Instant) -> list[Step]:
-    """A version is published as soon as its pair is made; the first ones of a set all at once."""
+    """A version is published as soon as its pair is made; the first ones of a document all at once."""
     creating = [v for v in versions if v.state is _S.CREATING]
-    made = [v for v in creating if v.kid is not None]
     steps = []
     for version in creating:
         obstacles = []
+        asked = [v for v in of_document(version.alg, creating) if v.kid is not None or v.key_id not in disabled]
+        made = [v for v in asked if v.kid is not None]
         if version.kid is None:
             who = "its key is disabled" if version.key_id in disabled else "the custodian makes its key pair"
             obstacles.append(Obstacle(None, who))
-        elif key_set.first_published_at is None and len(made) < len(creating):
-            words = f"the set's first document waits for every pair asked for: {len(made)} of {len(creating)} are made"
+        elif _is_first(key_set, version, versions) and len(made) < len(asked):
+            words = f"the first document waits for every pair asked for: {len(made)} of {len(asked)} are made"
             obstacles.append(Obstacle(None, words))
         due = due_after(now, obstacles, None)
         reason = f"version {version.number} of a key is published before it signs"
@@ -61,10 +63,22 @@ def publication(key_set: KeySet, versions: Sequence[KeyVersion], disabled: set[I
     return steps
 
 
+def _is_first(key_set: KeySet, version: KeyVersion, versions: Sequence[KeyVersion]) -> bool:
+    """Whether the document that a version belongs to has published nothing yet."""
+    if ALGORITHMS[version.alg].is_post_quantum:
+        return all(v.published_at is None for v in of_document(version.alg, versions))
+    return key_set.first_published_at is None
+
+
 def successor(versions: Sequence[KeyVersion], policy: Policy) -> KeyVersion | None:
-    """The published version that signs next: one that is visible first, then the oldest."""
+    """The published version that signs next: the one that may sign first, and of several the oldest."""
     waiting = [v for v in versions if v.state is _S.PUBLISHED]
-    return min(waiting, key=lambda v: (usable_at(v, policy) is None, v.number), default=None)
+
+    def order(version: KeyVersion) -> tuple[bool, Instant, int]:
+        usable = usable_at(version, policy)
+        return usable is None, usable or Instant(0), version.number
+
+    return min(waiting, key=order, default=None)
 
 
 def activation(key: Key, versions: Sequence[KeyVersion], now: Instant) -> list[Step]:

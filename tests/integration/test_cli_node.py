@@ -384,6 +384,10 @@ def test_init_makes_what_is_missing_and_keeps_what_is_there(node: Node, tmp_path
     assert token.read_text() == made
     node.command("db", "upgrade")
     assert "is right" in node.command("db", "check").stdout
+    assert "--yes" in node.command("db", "restored", code=2).stderr
+    before = node.command("db", "check").stdout
+    assert "disabled" in node.command("db", "restored", "--yes").stdout
+    assert node.command("db", "check").stdout != before, "a new incarnation"
 
 
 def test_init_says_what_it_cannot_write(node: Node) -> None:

@@ -77,7 +77,7 @@ def test_time_as_a_table_and_as_a_bar(run: Run, server: Server) -> None:
     assert re.search(r"^2 published +\S*░", bars, re.MULTILINE)
     assert "I1" in bars
     found = json.loads(run("key", "timeline", name, "k1", "--json").stdout)
-    assert [v["number"] for v in found["versions"]] == [1, 2]
+    assert [(v["number"], v["state"]) for v in found["versions"]] == [(1, "active"), (2, "published"), (3, "planned")]
     assert found["versions"][1]["next_at"] is not None
     safety = run("version", "safety", name, "k1", "2", COLUMNS="80").stdout
     assert "too early by this much" in safety

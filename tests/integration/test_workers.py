@@ -154,7 +154,10 @@ def test_a_revoked_version_signs_nowhere_once_the_call_returns(four: Server, kil
         later = load.since(answered)
         assert later
         successor = successor or four.must("GET", path)["active_kid"]
-        assert {s.body.get("kid") for s in later if s.status == 200} == {successor} != {old}
+        # With a lead this short the second rotation may follow at once.
+        signed = {s.body.get("kid") for s in later if s.status == 200}
+        assert successor in signed
+        assert old not in signed
         assert {s.status for s in later} == {200}
         assert any(s.body.get("kid") == old for s in load.seen), "the load was there before the revocation"
         assert answer["unconfirmed"] == []

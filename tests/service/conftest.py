@@ -21,3 +21,11 @@ def world(tmp_path: Path) -> Iterator[World]:
 def two_workers(tmp_path: Path) -> Iterator[World]:
     with make_world(tmp_path, workers=2) as made:
         yield made
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Iterator[World]:
+    """A world without a custodian."""
+    made = World(tmp_path).start(custodian=False)
+    yield made
+    made.close()

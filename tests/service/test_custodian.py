@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import structlog.testing
@@ -23,14 +21,6 @@ S = VersionState
 
 class Crash(BaseException):
     """Ends a custodian as kill -9 would: nothing of it runs any more."""
-
-
-@pytest.fixture
-def quiet(tmp_path: Path) -> Iterator[World]:
-    """A world whose custodian is ticked by hand."""
-    made = World(tmp_path).start(custodian=False)
-    yield made
-    made.close()
 
 
 def ask(world: World) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,14 +85,6 @@ def test_a_worker_that_cannot_say_goodbye_is_struck_off_by_another(
     world.until(alone)
 
 
-@pytest.fixture
-def quiet(tmp_path: Path) -> Iterator[World]:
-    """A world without a custodian."""
-    made = World(tmp_path).start(custodian=False)
-    yield made
-    made.close()
-
-
 def test_the_dead_are_seen_without_a_custodian(quiet: World) -> None:
     """A node that only publishes has none, and one whose custodian stands by is no better off."""
     late = quiet.worker()
@@ -128,7 +119,9 @@ def test_a_registry_that_went_back_is_not_believed(world: World, monkeypatch: py
         with pytest.raises(errors.RegistryStale):
             watcher.leased()
         assert world.kids() == kids
+    before = watcher.snapshot()
     world.until(watcher.has_lease)
+    assert watcher.snapshot() is not before, "the same epoch may stand for something else now"
 
 
 def test_a_change_that_was_committed_is_answered_though_the_workers_cannot_be_asked(

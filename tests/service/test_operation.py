@@ -48,6 +48,7 @@ def test_a_worker_that_is_silent_has_no_lease_left_and_may_be_forgotten(world: W
 
 def test_backends_as_each_worker_saw_them(world: World) -> None:
     world.create()
+    world.standby()
     assert mine(world).backends in ({}, {"memory": "ok"})
     world.sign()
     world.offset += SECOND
