@@ -7,6 +7,7 @@ and changes nothing. Nothing here touches a module: what a module has to do beco
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -397,8 +398,16 @@ def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, m
             problem,
             fields={"kids": timeline.kids_reserved(keys, externals), "limit": timeline.MAX_KIDS},
         )
-    # What the document holds now may be more than is reserved: a key that rotated often has several retiring versions.
     versions = timeline.of_document(alg, tx.versions(key_set_id=key_set.id))
+    # A key with several standbys (adopted ones) takes up what the others need to rotate.
+    living = Counter(v.key_id for v in versions if v.state in (_S.CREATING, _S.PUBLISHED, _S.ACTIVE))
+    reserved = timeline.kids_reserved(keys, externals) + sum(max(0, count - 2) for count in living.values())
+    if reserved > timeline.MAX_KIDS:
+        raise errors.LimitReached(
+            f"With further standbys the set needs {reserved} kids to rotate; a document holds {timeline.MAX_KIDS}.",
+            fields={"kids": reserved, "limit": timeline.MAX_KIDS},
+        )
+    # What the document holds now may be more than is reserved: a key that rotated often has several retiring versions.
     held = [v for v in versions if v.state.in_jwks or v.state is _S.CREATING]
     coming = len(held) + externals + 2 * more_keys
     if coming > timeline.MAX_KIDS:

@@ -52,6 +52,10 @@ class Shelf:
             if s.public and (s.jwks is not None or s.jwks_pq is not None)
         ]
         data = msgspec.json.encode(_File(snapshot.epoch.incarnation, snapshot.epoch.counter, rows))
+        kept = self._read()
+        here = snapshot.epoch
+        if kept is not None and kept.incarnation == here.incarnation and kept.counter > here.counter:
+            return  # another worker is ahead: what is kept must not go back
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".jwks-")
@@ -70,12 +74,8 @@ class Shelf:
 
     def load(self) -> Mapping[str, PublishedSet]:
         """The key sets as last kept: documents only, no key that signs and no caller. Empty when there is no file."""
-        try:
-            kept = msgspec.json.decode(self._path.read_bytes(), type=_File)
-        except FileNotFoundError:
-            return {}
-        except (OSError, msgspec.DecodeError) as error:
-            log.warning("jwks_not_read", error=str(error))
+        kept = self._read()
+        if kept is None:
             return {}
         return {
             row.name: PublishedSet(
@@ -93,6 +93,15 @@ class Shelf:
             )
             for row in kept.sets
         }
+
+    def _read(self) -> _File | None:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=_File)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("jwks_not_read", error=str(error))
+            return None
 
     def snapshot(self) -> Snapshot | None:
         """A snapshot that serves documents and signs nothing, or None when nothing was kept."""

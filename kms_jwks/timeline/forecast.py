@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kms_jwks.model import ExternalKey, Id, Instant, Key, KeySet, KeyVersion, VersionState
+from kms_jwks.model import ExternalKey, Id, Instant, Key, KeySet, KeyVersion, Origin, VersionState
 from kms_jwks.timeline.calendar import later
 from kms_jwks.timeline.invariants import lost_by_revocation
 from kms_jwks.timeline.plan import plan
@@ -141,7 +141,9 @@ def _changed(
         case StepKind.ACTIVATE:
             return _activated(version, key, key_set, versions, at)
         case StepKind.WITHDRAW:
-            destroy_at = later(at, max(key.policy.destroy_after, MIN_DESTROY_AFTER))
+            # An adopted pair is destroyed only when a person asks for it.
+            adopted = version.origin is Origin.ADOPTED
+            destroy_at = None if adopted else later(at, max(key.policy.destroy_after, MIN_DESTROY_AFTER))
             return [replace(version, state=_S.RETIRED, retired_at=at, destroy_at=destroy_at)]
         case StepKind.TELL:
             return [replace(version, destroy_told=version.destroy_at)]

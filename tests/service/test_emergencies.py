@@ -11,6 +11,7 @@ from kms_jwks import errors, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, IntentState, Key, KeySet, KeyVersion, VersionState
 from kms_jwks.service import lifecycle
+from kms_jwks.service.shelf import Shelf
 from kms_jwks.store import WriteTx
 from kms_jwks.timeline import later, successor
 from tests.service.world import World
@@ -126,6 +127,30 @@ def test_a_kid_that_passes_for_a_number_is_not_adopted(world: World, kid: str) -
     adopt: dict[str, Any] = {"locator": "theirs", "kid": kid}
     with pytest.raises(errors.InvalidField, match="number of a version"):
         world.create(keys=[{"name": "default", "alg": "ES256", "adopt": adopt}])
+
+
+def test_further_standbys_leave_the_others_room_to_rotate(world: World) -> None:
+    from kms_jwks.algorithms import ALGORITHMS
+
+    world.create(keys=[{"name": f"k{n}", "alg": "ES256"} for n in range(4)])
+    world.until(lambda: sum(v.state is S.PUBLISHED for v in world.versions()) == 4)
+    world.backend.generate("theirs", ALGORITHMS["ES256"])
+    adopt = wire.convert({"adopt": {"locator": "theirs"}}, wire.VersionCreate)
+    with pytest.raises(errors.LimitReached, match="further standbys"):
+        world.service.versions.create(world.admin, "main", "k0", adopt)
+
+
+def test_the_kept_documents_do_not_go_back(world: World) -> None:
+    world.create()
+    world.standby()
+    old = world.service.watcher.snapshot()
+    world.create("other")
+    world.until(lambda: "other" in world.service.watcher.snapshot().key_sets)
+    world.until(lambda: "other" in Shelf(world.settings.state_dir).load())
+    Shelf(world.settings.state_dir).store(old)
+    assert "other" in Shelf(world.settings.state_dir).load()
+    Shelf(world.settings.state_dir).store(replace(old, epoch=replace(old.epoch, incarnation="restored")))
+    assert "other" not in Shelf(world.settings.state_dir).load(), "a new incarnation begins anew"
 
 
 def test_who_administrates_one_set_adopts_nothing_from_the_module_of_all(world: World) -> None:
