@@ -154,9 +154,9 @@ class MemoryBackend:
         )
 
     def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
-        self._enter("sign")
         if time.monotonic() >= deadline:
             raise errors.BackendTimeout
+        self._enter("sign")
         return self.spoil(self._signature(ref, alg, what))
 
     def _signature(self, ref: KeyRef, alg: Algorithm, what: Message | Digest) -> bytes:

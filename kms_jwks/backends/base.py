@@ -10,9 +10,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kms_jwks.algorithms import Algorithm
+from kms_jwks.errors import BackendError
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,22 @@ class BackendFactory(Protocol):
     def __call__(  # noqa: D102
         self, name: str, options: Mapping[str, Any], state_dir: Path, management: Mapping[str, Any] | None
     ) -> Backend: ...
+
+
+MOST_LEFT_BEHIND: Final = 8
+"""Calls that a backend may leave behind in its module; then a process is no good for anything but signing."""
+
+
+def stuck_in(backend: Backend) -> int:
+    """How many calls of this process are in the module past their deadline, where the backend answers without them.
+
+    A backend may say so in an attribute `stuck`; one that has none leaves nobody behind.
+    """
+    try:
+        stuck = getattr(backend, "stuck", 0)
+    except BackendError:
+        return 0
+    return stuck if isinstance(stuck, int) else 0
 
 
 class Backend(Protocol):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 
-from kms_jwks.backends.base import Backend
+from kms_jwks.backends.base import Backend, StoredKey
 from kms_jwks.errors import BackendError, BackendRefused, ConfigurationError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ RESERVED: Final = frozenset({"pkcs11", "aws-kms"})
 _MEMBERS: Final = tuple(
     sorted({name for name in {**vars(Backend), **Backend.__annotations__} if not name.startswith("_")})
 )
+
+_ABSENT: Final = object()
 
 
 def make_third_party(name: str, options: ThirdPartyBackend, state_dir: Path, management: bool) -> Backend:
@@ -48,12 +50,12 @@ def make_third_party(name: str, options: ThirdPartyBackend, state_dir: Path, man
         backend = factory(
             name, options.options, state_dir, dict(options.management) if management and options.management else None
         )
+        missing = [member for member in _MEMBERS if not hasattr(backend, member)]
     except ConfigurationError as error:
         raise ConfigurationError(f"{place}: {error.detail}", next_step=error.next_step) from error
     except (Exception, SystemExit) as error:
         # Its message may repeat an option, and an option may be a secret.
         raise ConfigurationError(f"{place}: {whose} cannot be made ({type(error).__name__}).") from error
-    missing = [member for member in _MEMBERS if not hasattr(backend, member)]
     if missing:
         raise ConfigurationError(f"{place}: {whose} is no backend: it has no {', '.join(missing)}.")
     return cast("Backend", Held(backend, name, kind, sign_in_place=options.sign_in_place))
@@ -96,7 +98,9 @@ class Held:
         self.sign_in_place = sign_in_place
 
     def __getattr__(self, member: str) -> Any:
-        found = getattr(self._backend, member)
+        found = self._found(member)
+        if found is _ABSENT:
+            raise AttributeError(member)
         return self._held(member, found) if callable(found) else found
 
     def bind(self, *arguments: Any) -> None:
@@ -113,10 +117,21 @@ class Held:
 
     def sign(self, *arguments: Any) -> bytes:
         """See `Backend.sign`."""
-        signature = self._held("sign", self._backend.sign)(*arguments)
+        signature = self._held("sign", self._found("sign"))(*arguments)
         if not isinstance(signature, bytes):
             raise BackendRefused(f"Backend {self.name!r} gave a {type(signature).__name__} for a signature.")
         return signature
+
+    def list_keys(self, *arguments: Any, **more: Any) -> list[StoredKey]:
+        """See `Backend.list_keys`. Listed here, so that what raises on the way raises here."""
+        call = self._found("list_keys")
+        listed: list[StoredKey] = self._held("list_keys", lambda: list(call(*arguments, **more)))()
+        return listed
+
+    def _found(self, member: str) -> Any:
+        """What the backend has there; `_ABSENT` for what the contract does not ask for. A property may raise too."""
+        default = () if member in _MEMBERS else (_ABSENT,)
+        return self._held(member, lambda: getattr(self._backend, member, *default))()
 
     def _held(self, member: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -144,6 +159,6 @@ class Held:
 
     def _quietly(self, member: str, *arguments: Any) -> None:
         try:
-            self._held(member, getattr(self._backend, member))(*arguments)
+            self._held(member, self._found(member))(*arguments)
         except BackendError as error:
             log.warning("foreign_error_passed_over", backend=self.name, call=member, error=error.detail)

@@ -14,7 +14,7 @@ import structlog
 
 from kms_jwks import errors, jose, timeline
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import Backend, Evidence, GeneratedKey, KeyRef
+from kms_jwks.backends.base import Backend, Evidence, GeneratedKey, KeyRef, stuck_in
 from kms_jwks.model import DAY, Instant, Intent, IntentKind, IntentState, KeyVersion, VersionState
 from kms_jwks.service import lifecycle
 from kms_jwks.service.adoption import recorded
@@ -93,7 +93,11 @@ class Attempts:
             with self._office.kept():
                 does[intent.kind](intent)
         except errors.Error as error:
-            self._postpone(intent, error)
+            try:
+                self._postpone(intent, error)
+            finally:
+                if isinstance(error, errors.BackendTimeout) and (stuck := stuck_in(self._modules.get(intent.backend))):
+                    self._office.give_up(stuck)
         except Fenced:
             raise
         except Exception as error:

@@ -11,12 +11,13 @@ import random
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 
 from kms_jwks import jose
-from kms_jwks.backends.base import Backend, Digest, Message
+from kms_jwks.backends.base import Backend, Digest, Message, PublicJwk
 from kms_jwks.errors import (
     BackendError,
     BackendRefused,
@@ -53,12 +54,23 @@ class _Known:
 
 
 class Checker:
-    """For one backend of one process. `share` of the signatures that need not be checked are: 0 to 1."""
+    """For one backend of one process. `share` of the signatures that need not be checked are: 0 to 1.
 
-    def __init__(self, backend: Backend, share: float, chance: Callable[[], float] = random.random) -> None:
+    `ask` puts a question to the backend by a deadline of ours: the calls other than signatures know their own alone.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        share: float,
+        chance: Callable[[], float] = random.random,
+        *,
+        ask: Callable[[Callable[[], PublicJwk], float], PublicJwk] = lambda question, _: question(),
+    ) -> None:
         self._backend = backend
         self._share = share
         self._chance = chance
+        self._ask = ask
         self._known: dict[str, _Known] = {}
         self._wary_until = 0.0
         self._lock = threading.Lock()
@@ -84,7 +96,7 @@ class Checker:
         if self._is_good(signer, known, what, signature):
             return signature
         self._distrust(signer)
-        raise self._verdict(signer, known)
+        raise self._verdict(signer, known, deadline)
 
     def be_wary(self, seconds: float = AFTER_RECOVERY) -> None:
         """Check every signature for a while."""
@@ -148,10 +160,10 @@ class Checker:
     def _distrust(self, signer: Signer) -> None:
         self._backend.distrust(signer.ref)
 
-    def _verdict(self, signer: Signer, known: _Known) -> BackendError:
+    def _verdict(self, signer: Signer, known: _Known, deadline: float) -> BackendError:
         """Two wrong signatures in a row: whether it is the key, or the module."""
         try:
-            held = jose.thumbprint(self._backend.public_key(signer.ref))
+            held = jose.thumbprint(self._ask(partial(self._backend.public_key, signer.ref), deadline))
         except (BackendError, InvalidJwk):
             held = None
         if held is not None and held != jose.thumbprint(signer.public_jwk):

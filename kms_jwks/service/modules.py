@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 import structlog
 
 from kms_jwks import errors
-from kms_jwks.backends.base import Backend, Digest, KeyRef, Message
+from kms_jwks.backends.base import MOST_LEFT_BEHIND, Backend, Digest, KeyRef, Message, stuck_in
 from kms_jwks.model import KeyVersion, VersionState
 from kms_jwks.service.checking import Checker
 from kms_jwks.service.pool import Pool
@@ -70,6 +70,8 @@ class _Entry:
     asking: Pool
     in_place: dict[int, float] = field(default_factory=dict)
     """Calls in place by thread: their deadlines."""
+    left_behind: int = 0
+    """What `stuck_in` said at the last look."""
 
     def lost_threads(self, now: float) -> frozenset[int]:
         """The threads of requests that are in the module for longer than anybody waits."""
@@ -77,8 +79,9 @@ class _Entry:
         return frozenset(thread for thread, deadline in deadlines if now - deadline > PATIENCE_IN_PLACE)
 
     def stuck(self) -> int:
-        """Threads that the module holds past their deadline."""
-        return self.pool.stuck() + self.asking.stuck() + len(self.lost_threads(time.monotonic()))
+        """Threads that the module holds past their deadline, the backend's own among them."""
+        lost = len(self.lost_threads(time.monotonic()))
+        return self.pool.stuck() + self.asking.stuck() + lost + stuck_in(self.backend)
 
 
 class Modules:
@@ -185,12 +188,15 @@ class Modules:
             late = {(name, call) for call in entry.pool.overdue(now, PATIENCE)}
             unanswered = {(name, call) for call in entry.asking.overdue(now, PATIENCE)}
             seen |= lost | late | unanswered
+            entry.left_behind, before = stuck_in(entry.backend), entry.left_behind
+            left_behind = min(before, entry.left_behind)
+            never_back = len(late & self._late_before) + left_behind
             if lost & self._late_before:
                 reason = (
                     f"{len(lost & self._late_before)} threads that sign in place with backend {name!r} do not come back"
                 )
-            elif len(late & self._late_before) >= entry.limits.most_stuck:
-                reason = f"{len(late & self._late_before)} calls have not come back from backend {name!r}"
+            elif never_back >= entry.limits.most_stuck or left_behind >= MOST_LEFT_BEHIND:
+                reason = f"{never_back} calls have not come back from backend {name!r}"
             elif len(unanswered & self._late_before) >= _SAME_QUESTION:
                 reason = f"backend {name!r} has not come back to {len(unanswered & self._late_before)} questions"
         self._late_before = frozenset(seen)
@@ -214,10 +220,11 @@ class Modules:
 
 
 def _entry(name: str, backend: Backend, limits: Limits) -> _Entry:
+    asking = Pool(name, _ASKING, stuck_limit=_SAME_QUESTION, share=2, slow=1.0)
     return _Entry(
         backend=backend,
         limits=limits,
-        checker=Checker(backend, limits.check_signatures),
+        checker=Checker(backend, limits.check_signatures, ask=partial(asking.run, "public_key")),
         pool=Pool(
             name,
             limits.waiting,
@@ -225,5 +232,5 @@ def _entry(name: str, backend: Backend, limits: Limits) -> _Entry:
             share=max(1, limits.callers // 4),
             slow=limits.timeout / 4,
         ),
-        asking=Pool(name, _ASKING, stuck_limit=_SAME_QUESTION, share=2, slow=1.0),
+        asking=asking,
     )

@@ -34,7 +34,8 @@ class Fenced(Exception):
 class Office:
     """One candidate for the one office of an installation. `lease` in seconds, or parts of one.
 
-    `given_up` is called, from another thread, when a step has kept the office for as long as it may and still hangs.
+    `given_up` is called when nothing but the end of the process gets a step out of its module: from another thread
+    when it has kept the office for as long as it may, or by `give_up`.
     """
 
     def __init__(
@@ -133,6 +134,12 @@ class Office:
         finally:
             done.set()
             thread.join()
+
+    def give_up(self, stuck: int) -> None:
+        """A step was answered without its module, which still holds `stuck` calls and what they have locked."""
+        log.error("module_step_given_up", stuck=stuck, term=self.term)
+        self.resign()
+        self._given_up()
 
     def _write(self, take_over: Callable[[WriteTx], None]) -> bool:
         with self._store.write() as tx:

@@ -243,7 +243,7 @@ class Database:
             except ImportError as error:
                 raise errors.ConfigurationError(
                     f"database_url: PostgreSQL needs a package that is not usable here: {error}.",
-                    next_step="Install kms-jwks with its extra: pip install 'kms-jwks[postgres]'.",
+                    next_step="Install kms-jwks with its extra: pip install '.[postgres]' in its checkout.",
                 ) from error
             return make_engine(self._url, self._connecting)
         engine = create_engine(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import statistics
 import threading
@@ -190,6 +191,31 @@ def test_a_service_ends_although_calls_hang(pooled: tuple[Server, Faults]) -> No
     finally:
         faults.clear()
     assert "WORKER TIMEOUT" not in server.log
+
+
+# --- in the custodian
+
+SHORTER = """
+from kms_jwks.backends.pkcs11 import backend
+backend._MUTATING = 3.0
+"""
+
+
+def test_a_custodian_whose_module_hangs_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep the token's lock for ever: nothing would be made there, by anybody. Workers do not notice."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SHORTER)  # 60 s are long
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    with served(tmp_path, "") as (server, faults):
+        before, custodian = set(workers(server)), server.children()["custodian"].pid
+        faults.hang("C_GenerateKeyPair")
+        server.must("POST", "/v1/key-sets", {"name": "late", "keys": [{"name": "k1", "alg": "ES256"}]})
+        wait_until(lambda: server.children().get("custodian", psutil.Process()).pid not in (custodian, os.getpid()), 60)
+        assert server.log.count('"module_step_given_up"') >= 1
+        assert server.call("POST", url("k1"), {"claims": {}}, token=server.signer).status == 200
+        faults.clear()
+        wait_until(lambda: server.must("GET", "/v1/key-sets/late/keys/k1")["active_kid"], 60)
+        assert set(workers(server)) == before
 
 
 # --- in place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -15,9 +16,10 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
+from kms_jwks.backends.base import GeneratedKey, KeyRef, Message, stuck_in
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, errands
 from kms_jwks.backends.pkcs11 import backend as backend_module
+from kms_jwks.backends.pkcs11.locks import locked
 from kms_jwks.errors import BackendError, BackendRefused, BackendTimeout, BackendUnavailable, KeyNotFound
 from tests.contract.suite import verify
 from tests.faults.harness import Faults, Violations
@@ -187,6 +189,7 @@ def hung_errands(hsm: SoftHsm) -> None:
     for call in (backend.public_key, backend.attributes, backend.public_key):
         with pytest.raises(BackendTimeout):
             call(key.ref)
+    assert stuck_in(backend) == 3
     began = time.monotonic()
     with pytest.raises(BackendUnavailable, match="3 calls into the module do not come back"):
         backend.public_key(key.ref)
@@ -201,7 +204,7 @@ def hung_errands(hsm: SoftHsm) -> None:
     faults.clear()
     backend_module._MUTATING = 10.0  # type: ignore[misc]
     eventually(lambda: _absent(backend, "late"))
-    assert backend._errands.stuck == 0
+    assert stuck_in(backend) == 0
     quiet(faults, backend)
 
 
@@ -213,6 +216,26 @@ def _absent(backend: Pkcs11Backend, label: str) -> None:
 
 def test_calls_other_than_signatures_are_answered_by_their_deadline(hsm: SoftHsm) -> None:
     in_child(hung_errands, hsm)
+
+
+def test_a_lock_that_the_file_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("kms_jwks.backends.pkcs11.locks.fcntl.flock", no_locks)
+    with pytest.raises(BackendRefused, match="No locks available"), locked(tmp_path / "lock", time.monotonic() + 5):
+        pytest.fail("it is not locked")
+
+
+def test_a_system_without_a_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    made = errands.Errands()
+    with pytest.raises(BackendUnavailable, match="no thread"):
+        made.run(lambda: None, time.monotonic() + 5, doing="testing")
+    assert made.stuck == 0
 
 
 # --- it crashes, forgets, lies ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.base import Digest, KeyRef, Message
 from kms_jwks.service.checking import Checker
+from kms_jwks.service.modules import Limits, Modules
 from kms_jwks.service.snapshot import Signer
 from tests.memory_backend import MemoryBackend
 
@@ -151,6 +152,25 @@ def test_a_module_that_cannot_be_asked_for_the_key_is_unavailable() -> None:
     backend.before = fail
     with pytest.raises(errors.BackendUnavailable):
         checker.signed(signer, Message(b"x"), soon())
+
+
+def test_the_question_for_the_key_keeps_the_deadline_of_the_signature() -> None:
+    backend, released = Flipping(), threading.Event()
+    signer = signer_of(backend, "RS256")
+    modules = Modules({"memory": backend}, default=None, limits={"memory": Limits(timeout=5.0)})
+    backend.spoil = lambda _: b"nonsense"
+
+    def hang(call: str) -> None:
+        if call == "public_key":
+            released.wait(60)
+
+    backend.before = hang
+    began = time.monotonic()
+    with pytest.raises(errors.BackendUnavailable):
+        modules.sign(signer, Message(b"x"))
+    assert time.monotonic() - began < 30
+    assert modules.counters("memory")["stuck"] == 1
+    released.set()
 
 
 def test_a_recorded_key_that_is_none_is_refused() -> None:

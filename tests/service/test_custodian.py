@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -288,6 +289,24 @@ def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
     ticking.join(20)
     assert not ticking.is_alive()
     settle(quiet, second)
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_a_step_that_was_answered_without_its_module_is_given_up(quiet: World, stuck: int) -> None:
+    """Not one that only came too late."""
+    ask(quiet)
+    given_up: list[bool] = []
+    second = quiet.custodian()
+    first = quiet.custodian(given_up=lambda: given_up.append(second._office.hold(second._attempts.abandon)))
+    quiet.backend.stuck = stuck  # type: ignore[attr-defined]
+    quiet.backend.fail = errors.BackendTimeout("late")
+    with structlog.testing.capture_logs() as logs, contextlib.suppress(Fenced):
+        first.tick()
+    assert given_up == [True] * stuck, "and another one may act at once"
+    assert len([line for line in logs if line["event"] == "module_step_given_up"]) == stuck
+    quiet.backend.fail = None
+    settle(quiet, second if stuck else first)
+    assert surplus(quiet) == set()
 
 
 def test_a_disabled_key_gets_no_pair(quiet: World) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import Message
+from kms_jwks.backends.base import MOST_LEFT_BEHIND, Message
 from kms_jwks.service import Service
 from kms_jwks.service.modules import PATIENCE_IN_PLACE, Limits, Modules
 from kms_jwks.service.snapshot import Signer
@@ -173,6 +173,27 @@ def test_a_question_is_asked_in_a_thread_that_can_be_lost(later: Callable[[float
     held.released.set()
     until(lambda: modules.stuck() == 0)
     assert modules.ask("memory", "ping", lambda b: b.ping()).description
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_the_backend_left_behind_itself_counts_too(in_place: bool) -> None:
+    """As a PKCS#11 token does with questions: they are answered, and their sessions are gone."""
+    modules, backend, _ = make(in_place=in_place, stuck_limit=2)
+    seen = []
+    for stuck in (1, 1, 2, 2, 0, 2, 0):
+        backend.stuck = stuck  # type: ignore[attr-defined]
+        seen.append(modules.worn_out() is not None)
+        assert modules.stuck() == modules.counters("memory")["stuck"] == stuck
+    assert seen == [False, False, False, True, False, False, False], "at two looks in a row"
+
+
+def test_a_backend_that_lets_nobody_in_any_more_wears_a_process_out_whatever_the_limit() -> None:
+    modules, backend, _ = make(in_place=False, stuck_limit=40, waiting=200)
+    backend.stuck = MOST_LEFT_BEHIND - 1  # type: ignore[attr-defined]
+    assert [modules.worn_out(), modules.worn_out()] == [None, None]
+    backend.stuck = MOST_LEFT_BEHIND  # type: ignore[attr-defined]
+    assert modules.worn_out() is None
+    assert "have not come back" in (modules.worn_out() or "")
 
 
 def test_what_is_stuck_is_left_open_at_the_end() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kms_jwks.backends.pkcs11 import backend
 from kms_jwks.config import BackendSettings, Settings, load_settings
 from kms_jwks.service import modules, office, recycling
 
@@ -54,6 +55,9 @@ def test_the_numbers_are_those_of_the_program() -> None:
     assert (office.LONG_STEP, office.LONGEST_STEP) == (30, 300)
     assert "logged every 30 s" in text
     assert "after 5 minutes the custodian" in text
+    assert (backend._READING, backend._MUTATING) == (10, 60)
+    assert "given up on after 60 s" in text
+    assert "(10 s, 60 s to make or destroy a key)" in text
     assert (recycling.FIRST_PAUSE, recycling.SECOND_ROUND, recycling.LONGEST_PAUSE) == (1, 10, 300)
     assert "from 10 s to 5 minutes" in text
     assert Settings.model_fields["threads"].default == 8

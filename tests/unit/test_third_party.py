@@ -14,7 +14,7 @@ import structlog.testing
 from kms_jwks import errors
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends import make_backend
-from kms_jwks.backends.base import KeyRef, Message
+from kms_jwks.backends.base import KeyRef, Message, stuck_in
 from kms_jwks.backends.third_party import RESERVED, make_third_party
 from kms_jwks.config import ThirdPartyBackend, load_settings
 
@@ -64,6 +64,31 @@ class Odd(MemoryBackend):
 
 def make(*_):
     return Odd()
+"""
+BARBED = """
+from tests.memory_backend import MemoryBackend
+
+class Barbed(MemoryBackend):
+    loaded = False
+
+    @property
+    def recovered_at(self):
+        if self.loaded:
+            raise ERROR
+        return 0.0
+
+    @recovered_at.setter
+    def recovered_at(self, at):
+        pass
+
+    stuck = public_key = distrust = recovered_at
+
+    def list_keys(self, prefix):
+        yield from ()
+        raise ERROR
+
+def make(*_):
+    return Barbed()
 """
 Installer = Callable[..., None]
 
@@ -184,7 +209,7 @@ def test_foreign_errors_do_not_leave_it(installed: Installer, error: str) -> Non
     backend, alg = made(), ALGORITHMS["ES256"]
     ref = KeyRef.of(id="x")
     calls = {
-        "sign": lambda: backend.sign(ref, alg, Message(b"x"), 0.0),
+        "sign": lambda: backend.sign(ref, alg, Message(b"x"), time.monotonic() + 60),
         "generate": lambda: backend.generate("label", alg),
         "public_key": lambda: backend.public_key(ref),
         "ping": backend.ping,
@@ -197,6 +222,33 @@ def test_foreign_errors_do_not_leave_it(installed: Installer, error: str) -> Non
         assert SECRET not in refused.value.detail + str(refused.value.next_step) + str(logs)
         (line,) = (line for line in logs if line["event"] == "foreign_error")
         assert "toys.py:" in line["place"]
+
+
+@pytest.mark.parametrize("error", ["ValueError", "AttributeError", "SystemExit"])
+def test_foreign_errors_on_the_way_to_an_answer_do_not_leave_it_either(installed: Installer, error: str) -> None:
+    """Of properties, and of a generator that is listed by somebody else."""
+    installed(BARBED.replace("ERROR", f"{error}('{SECRET}')"))
+    backend = made()
+    sys.modules["toys"].Barbed.loaded = True
+    calls: dict[str, Callable[[], object]] = {
+        "recovered_at": lambda: backend.recovered_at,
+        "public_key": lambda: backend.public_key(KeyRef.of(id="x")),
+        "list_keys": lambda: backend.list_keys(""),
+    }
+    for name, call in calls.items():
+        with pytest.raises(errors.BackendRefused) as refused:
+            call()
+        assert f"{error} in {name}" in refused.value.detail
+        assert SECRET not in refused.value.detail + str(refused.value.next_step)
+    backend.distrust(KeyRef.of(id="x"))
+    assert stuck_in(backend) == 0
+    assert not hasattr(backend, "what the contract does not ask for")
+
+
+def test_a_property_that_raises_at_the_start_is_named(installed: Installer) -> None:
+    installed(BARBED.replace("ERROR", f"ValueError('{SECRET}')").replace("loaded = False", "loaded = True"))
+    with pytest.raises(errors.ConfigurationError, match=r"toys 1\.5 cannot be made \(ValueError\)"):
+        made()
 
 
 def test_what_may_not_raise_does_not(installed: Installer) -> None:

@@ -63,6 +63,11 @@ class Pkcs11Backend:
             self._bound_to = serial
             self._access().bind(serial)
 
+    @property
+    def stuck(self) -> int:
+        """See `stuck_in`: each keeps its session, and one that makes or destroys a key the token's lock besides."""
+        return self._errands.stuck
+
     # --- signing and reading --------------------------------------------------------------------------------------
 
     def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:

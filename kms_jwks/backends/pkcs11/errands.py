@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
+from kms_jwks.backends.base import MOST_LEFT_BEHIND
 from kms_jwks.backends.pkcs11.meanings import unavailable
 from kms_jwks.errors import BackendTimeout
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 _GRACE: Final = 0.25
 """Seconds after the deadline that a call has to say for itself that it was not done in time."""
-_STUCK_AT_MOST: Final = 8
+_STUCK_AT_MOST: Final = MOST_LEFT_BEHIND
 """Threads that may be left behind in the module; with so many stuck another one would not come back either."""
 
 
@@ -36,7 +37,7 @@ class Errands:
     def run(self, work: Callable[[], T], deadline: float, *, doing: str, undo: Callable[[T], None] | None = None) -> T:
         """What `work` returns or raises. `undo` takes back what it did after nobody was waiting for it any more.
 
-        Raises BackendTimeout, and BackendUnavailable at once while too many calls are stuck.
+        Raises BackendTimeout, and BackendUnavailable at once while too many calls are stuck or there is no thread.
         """
         if self._stuck >= _STUCK_AT_MOST:
             raise unavailable(
@@ -45,7 +46,10 @@ class Errands:
             )
         errand = _Errand(work, undo)
         thread = threading.Thread(target=self._go, args=(errand,), name=f"module: {doing}", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise unavailable("The system gives this process no thread.") from error
         errand.done.wait(max(0.0, deadline - time.monotonic()) + _GRACE)
         with self._lock:
             if not errand.done.is_set():

@@ -48,23 +48,17 @@ def locked(path: Path, deadline: float) -> Iterator[None]:
                     raise BackendTimeout(f"Another process or thread holds {path}.") from None
                 time.sleep(min(wait, left))
                 wait = min(wait * 2, _LONGEST_WAIT)
+            except OSError as error:
+                raise BackendRefused(
+                    f"The lock {path} cannot be taken: {error.strerror}.",
+                    next_step=f"Put {path.parent} on a file system with locks (flock).",
+                ) from error
         try:
             yield
         finally:
             fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def held(lock: threading.Lock, deadline: float, what: str) -> Iterator[None]:
-    """Hold a thread lock. Raises BackendTimeout, which names `what` was waited for."""
-    if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-        raise BackendTimeout(f"Waited too long for {what}.")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Gate:
