@@ -138,7 +138,7 @@ class BackendSettings(BaseModel):
         default=8, ge=1, le=256, description="Calls that never came back after which the worker is started anew."
     )
     check_signatures: float = Field(
-        default=0.05, ge=0, le=1, description="Share of the ECDSA and EdDSA signatures verified before release."
+        default=0.05, ge=0, le=1, description="Share of the ECDSA, EdDSA and ML-DSA signatures verified before release."
     )
 
     @property
@@ -230,7 +230,8 @@ class AwsKmsBackend(BackendSettings):
     """AWS KMS in one account and region. Credentials come by boto3's own chain, never from here."""
 
     type: Literal["aws-kms"]
-    region: str = Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")
+    sign_in_place: Literal[False] = Field(default=False, description="KMS is never asked on the calling thread.")
+    region: str = Field(pattern=r"^[a-z]{2,5}(-[a-z]+)+-\d{1,2}$")
     account: str | None = Field(default=None, pattern=r"^\d{12}$", description="Refuse credentials of another account.")
     endpoint_url: str | None = Field(default=None, max_length=1024)
     profile: str | None = Field(default=None, min_length=1, max_length=128)

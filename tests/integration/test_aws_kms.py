@@ -535,9 +535,13 @@ def test_a_cancelled_deletion_leaves_the_key_enabled(fake: FakeKms, make: MakeBa
     fake.fail("EnableKey", "AccessDeniedException")
     error = refusal(lambda: backend.cancel_destroy(key.ref))
     assert "disabled" in error.next_step and "kms:EnableKey" in error.next_step
-    held.state = "Disabled"  # by an administrator, say
-    backend.cancel_destroy(key.ref)
     assert held.state == "Disabled"
+    backend.cancel_destroy(key.ref)
+    assert held.state == "Enabled", "what stopped half-way is finished when it is said again"
+    held.state = "PendingReplicaDeletion"
+    with pytest.raises(errors.BackendUnavailable) as waits:
+        backend.destroy(key.ref)
+    assert waits.value.retry_after == 7 * 86_400, "KMS does not say when its replicas are gone"
 
 
 @pytest.mark.parametrize(("asked", "days"), [(1, 7), (7, 7), (12, 12), (30, 30), (90, 30)])

@@ -107,8 +107,11 @@ class Connection:
 
     def source(self) -> str:
         """By which way boto3 found the credentials ("env", "assume-role", "iam-role"); empty before the first call."""
-        with self._lock:
-            credentials = self._session.get_credentials() if self._session is not None else None
+        try:
+            with self._lock:
+                credentials = self._session.get_credentials() if self._session is not None else None
+        except Exception as error:
+            raise translated(error, "GetCredentials") from error
         return str(credentials.method) if credentials is not None else ""
 
     def close(self) -> None:
@@ -170,11 +173,24 @@ class Connection:
 
 
 def _new_session(options: AwsKmsOptions) -> Any:
-    core = botocore.session.Session(profile=options.profile)
+    core = _core(options)
     if options.role_arn is not None:
-        role = _Role(botocore.session.Session(profile=options.profile), options)
+        role = _Role(_core(options), options)
         core.register_component("credential_provider", CredentialResolver(providers=[role]))
     return boto3.Session(botocore_session=core, region_name=options.region)
+
+
+def _core(options: AwsKmsOptions) -> Any:
+    """A session whose clients, those that fetch credentials among them (STS, SSO), end in time."""
+    session = botocore.session.Session(profile=options.profile)
+    session.set_default_client_config(
+        Config(
+            connect_timeout=options.connect_timeout,
+            read_timeout=options.read_timeout,
+            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        )
+    )
+    return session
 
 
 class _Role(CredentialProvider):  # type: ignore[misc] # botocore has no types

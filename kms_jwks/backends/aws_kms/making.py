@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 TAG: Final = "kms-jwks:"
 """Begins the names of our tags; `label` is always there, what `purpose` says comes after it."""
+PENDING: Final = frozenset({"PendingDeletion", "PendingReplicaDeletion"})
+"""The states of a key whose deletion is scheduled; the second of a multi-Region primary that has replicas."""
 SHORTEST: Final = 7
 """Days that KMS waits at least before it destroys a key; at most 30."""
 LONGEST: Final = 30
@@ -132,7 +134,7 @@ def _alive(connection: Connection, deadline: float, key_id: str, account: str | 
         metadata = connection.call("DescribeKey", deadline, KeyId=key_id)["KeyMetadata"]
     except KeyNotFound:
         return None
-    if metadata["KeyState"] == "PendingDeletion":
+    if metadata["KeyState"] in PENDING:
         return None
     return keys.reference(metadata, account or metadata["AWSAccountId"])
 
@@ -166,11 +168,15 @@ def scheduled(connection: Connection, deadline: float, ref: KeyRef, days: int) -
 
 
 def cancelled(connection: Connection, deadline: float, ref: KeyRef) -> None:
-    """Take a key's deletion back and enable it: KMS leaves it disabled. One that does not wait stays as it is."""
+    """Take a key's deletion back and enable it: KMS leaves it disabled. Said again, it enables what was left disabled.
+
+    It is called only to take back our own schedule, so a disabled key is one whose first call stopped half-way.
+    """
     metadata, left = _owned(connection, deadline, ref)
-    if left is None:
+    if left is not None:
+        connection.call("CancelKeyDeletion", deadline, KeyId=metadata["KeyId"])
+    elif metadata["KeyState"] != "Disabled":
         return
-    connection.call("CancelKeyDeletion", deadline, KeyId=metadata["KeyId"])
     try:
         connection.call("EnableKey", deadline, KeyId=metadata["KeyId"])
     except BackendError as error:
@@ -208,7 +214,7 @@ def _owned(connection: Connection, deadline: float, ref: KeyRef) -> tuple[dict[s
             f"The key {ref['arn']} is account {metadata['AWSAccountId']}'s, which alone can destroy it.",
             next_step="Have its owner schedule or cancel the deletion in KMS.",
         )
-    if metadata["KeyState"] != "PendingDeletion":
+    if metadata["KeyState"] not in PENDING:
         return metadata, None
     date = metadata.get("DeletionDate")
     if not isinstance(date, datetime):

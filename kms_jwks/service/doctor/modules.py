@@ -89,7 +89,7 @@ def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
         return "the module does not hold it", f"Bring the token back from its backup. If the key is lost: {replace_it}"
     except errors.BackendRefused as error:
         waits = version.state in (VersionState.RETIRED, VersionState.REVOKED) and version.destroy_at is not None
-        if waits and error.fields.get("key_state") == "PendingDeletion":
+        if waits and error.fields.get("key_state") in ("PendingDeletion", "PendingReplicaDeletion"):
             return None
         return error.detail, error.next_step
     if public != dict(version.public_jwk or {}):
