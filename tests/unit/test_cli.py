@@ -28,7 +28,7 @@ def commands(group: click.Group = cli, *path: str) -> Iterator[tuple[str, click.
 
 ALL = dict(commands())
 LEAVES = {path: command for path, command in ALL.items() if not isinstance(command, click.Group)}
-NODE_LOCAL = {"init", "serve", "custodian", "doctor", "db upgrade", "db check"}
+NODE_LOCAL = {"init", "serve", "custodian", "doctor", "db upgrade", "db check", "db restored"}
 DESTRUCTIVE = {
     "version revoke": ["s", "k", "1"],
     "revoke": ["--key-set", "s", "--reason", "x"],
