@@ -267,8 +267,9 @@ def restored(config: Path | None, sure: bool) -> None:
     """
     from kms_jwks.service import lifecycle
 
+    settings = _settings(config)
     confirm("Begin a new incarnation and disable every key until somebody enables it?", sure=sure)
-    with _registry(_settings(config)) as store:
+    with _registry(settings) as store:
         store.check_schema()
         with store.write() as tx:
             disabled = lifecycle.begin_anew(tx)
