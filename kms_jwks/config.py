@@ -226,11 +226,18 @@ class AwsKmsManagement(BaseModel):
     role_arn: str | None = Field(default=None, pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")
 
 
+def _never_in_place(value: Any) -> Any:
+    """What a variable says is text, and pydantic reads no text for a `Literal[False]`."""
+    return False if str(value).lower() in ("false", "0", "no", "off", "f", "n") else value
+
+
 class AwsKmsBackend(BackendSettings):
     """AWS KMS in one account and region. Credentials come by boto3's own chain, never from here."""
 
     type: Literal["aws-kms"]
-    sign_in_place: Literal[False] = Field(default=False, description="KMS is never asked on the calling thread.")
+    sign_in_place: Annotated[Literal[False], BeforeValidator(_never_in_place)] = Field(
+        default=False, description="KMS is never asked on the calling thread."
+    )
     region: str = Field(pattern=r"^[a-z]{2,5}(-[a-z]+)+-\d{1,2}$")
     account: str | None = Field(default=None, pattern=r"^\d{12}$", description="Refuse credentials of another account.")
     endpoint_url: str | None = Field(default=None, max_length=1024)

@@ -344,6 +344,14 @@ def test_the_example_is_valid_once_one_source_of_the_pin_is_chosen(toml: Path) -
     assert aws.region == "eu-central-1"
 
 
+def test_kms_is_never_asked_in_place(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml.write_text('[backends.aws]\ntype = "aws-kms"\nregion = "eusc-de-east-1"\n')
+    monkeypatch.setenv("KMS_JWKS_BACKENDS__AWS__SIGN_IN_PLACE", "false")
+    assert load_settings(toml).backends["aws"].sign_in_place is False
+    monkeypatch.setenv("KMS_JWKS_BACKENDS__AWS__SIGN_IN_PLACE", "true")
+    assert "backends.aws.sign_in_place" in refusal(toml)
+
+
 def test_a_type_that_is_not_ours_keeps_its_own_settings(toml: Path) -> None:
     toml.write_text('[backends.vault]\ntype = "vault-transit"\nmount = "transit"\nwaiting = 4\n')
     backend = load_settings(toml).backends["vault"]
