@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from msgspec import UNSET
@@ -9,12 +10,13 @@ from msgspec import UNSET
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.model import ExternalKey, Id, Instant, new_id
+from kms_jwks.model import ExternalKey, Id, Instant, VersionState, new_id
 from kms_jwks.service import lifecycle, present
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Presented
 from kms_jwks.service.instants import to_instant
 from kms_jwks.service.keys import check_company
+from kms_jwks.store import ReadTx
 
 
 class ExternalKeys:
@@ -52,6 +54,7 @@ class ExternalKeys:
             if remove_at <= found.now:
                 raise errors.InvalidField("remove_at: lies in the past", fields={"field": "remove_at"})
             jwk = jose.check_public_jwk(_jwk(request), alg)
+            _require_not_revoked(tx, jwk)
             check_company(tx, found.key_set, alg.name)
             lifecycle.require_room(tx, found.key_set, alg.name, more_externals=1)
             value = ExternalKey(
@@ -87,6 +90,17 @@ class ExternalKeys:
                 raise errors.ExternalKeyNotFound("The key set publishes no external key under this kid.")
             tx.save(replace(value, removed_at=found.now))
         control.changed(tx.committed_epoch)
+
+
+def _require_not_revoked(tx: ReadTx, jwk: Mapping[str, str]) -> None:
+    """Raise KeyTaken for the public key of a revoked version: under whatever kid, nobody may trust it again."""
+    for version in tx.versions(states={VersionState.REVOKED, VersionState.DESTROYED}):
+        if version.revoked_at is not None and dict(version.public_jwk or {}) == dict(jwk):
+            raise errors.KeyTaken(
+                f"The key is a version that was revoked, with kid {version.kid}.",
+                next_step="Publish another key: this one may be in the wrong hands.",
+                fields={"kid": version.kid},
+            )
 
 
 def _jwk(request: wire.ExternalKeyCreate) -> dict[str, object]:

@@ -66,7 +66,8 @@ class Keys:
         """What was, what is, and what is planned for the key's versions."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
-            return timetable.of_key(tx, found.key_set, found.key)
+            facts = timetable.read(tx, found.key_set, found.key)
+        return timetable.of_key(facts)
 
     def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
         """Create a key. In a set that has published before, its first version signs after the publish lead."""

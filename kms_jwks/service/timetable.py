@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from kms_jwks import timeline, wire
-from kms_jwks.model import DAY, Id, Instant, Key, KeySet, KeyVersion, VersionState
+from kms_jwks.model import DAY, ExternalKey, Id, Instant, Key, KeySet, KeyVersion, VersionState
 from kms_jwks.service import present
 from kms_jwks.service.instants import optional, to_datetime
 from kms_jwks.store import ReadTx
@@ -33,10 +34,28 @@ Entry = tuple[Instant, VersionState]
 """When a version comes into a state."""
 
 
-def of_key(tx: ReadTx, key_set: KeySet, key: Key) -> wire.Timeline:
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the registry holds of a key's set, from one read."""
+
+    now: Instant
+    key_set: KeySet
+    key: Key
+    keys: Sequence[Key]
+    versions: Sequence[KeyVersion]
+    externals: Sequence[ExternalKey]
+
+
+def read(tx: ReadTx, key_set: KeySet, key: Key) -> Facts:
+    """All that a timeline is made of. Making it takes a while, so that is not done in the transaction."""
+    versions, externals = tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id)
+    return Facts(tx.now(), key_set, key, tx.keys(key_set.id), versions, externals)
+
+
+def of_key(facts: Facts) -> wire.Timeline:
     """The timeline of one key, as far ahead as its policy reaches: one rotation, or the destruction of what retires."""
-    now, keys, versions = tx.now(), tx.keys(key_set.id), tx.versions(key_set_id=key_set.id)
-    externals = tx.external_keys(key_set.id)
+    now, key_set, key, keys = facts.now, facts.key_set, facts.key, facts.keys
+    versions, externals = facts.versions, facts.externals
     until = timeline.later(now, max(key.policy.rotate_every, key.policy.destroy_after) + key.policy.publish_lead + DAY)
     events = timeline.forecast(key_set, keys, versions, now, key, until, externals)
     own = [v for v in versions if v.key_id == key.id]

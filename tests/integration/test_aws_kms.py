@@ -542,6 +542,9 @@ def test_a_cancelled_deletion_leaves_the_key_enabled(fake: FakeKms, make: MakeBa
     with pytest.raises(errors.BackendUnavailable) as waits:
         backend.destroy(key.ref)
     assert waits.value.retry_after == 7 * 86_400, "KMS does not say when its replicas are gone"
+    with fake.counted() as calls:
+        assert backend.schedule_destroy(key.ref, 30)
+    assert calls.keys() == {"DescribeKey"}, "nothing is cancelled to be scheduled anew"
 
 
 @pytest.mark.parametrize(("asked", "days"), [(1, 7), (7, 7), (12, 12), (30, 30), (90, 30)])

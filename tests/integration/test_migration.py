@@ -207,7 +207,9 @@ def test_an_issuer_moves_here_and_no_token_is_rejected(
         # The wait counts from here: before, no verifier could see the new key.
         time.sleep(LEAD)
         wait_until(lambda: server.must("GET", f"/v1/key-sets/{name}/keys/main")["active_kid"])
-        time.sleep(1)  # the custodian did it: nobody's answer waited until every worker knows
+        # The custodian activated it, so nobody's answer waited until every worker knew.
+        active = f"/v1/key-sets/{name}/keys/main/active"
+        wait_until(lambda: {server.call("GET", active).status for _ in range(24)} == {200})
         assert time.monotonic() - switched >= LEAD
 
         with Client(server.url, signer) as client:

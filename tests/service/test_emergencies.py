@@ -11,6 +11,7 @@ from kms_jwks import errors, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, IntentState, Key, KeySet, KeyVersion, VersionState
 from kms_jwks.service import lifecycle
+from kms_jwks.service.instants import to_datetime
 from kms_jwks.service.shelf import Shelf
 from kms_jwks.store import WriteTx
 from kms_jwks.timeline import later, successor
@@ -127,6 +128,24 @@ def test_a_kid_that_passes_for_a_number_is_not_adopted(world: World, kid: str) -
     adopt: dict[str, Any] = {"locator": "theirs", "kid": kid}
     with pytest.raises(errors.InvalidField, match="number of a version"):
         world.create(keys=[{"name": "default", "alg": "ES256", "adopt": adopt}])
+
+
+def test_a_revoked_key_is_not_published_again_under_another_kid(world: World) -> None:
+    world.create()
+    world.standby()
+    row = world.version(1)
+    assert row.public_jwk is not None
+    with world.registry.read() as tx:
+        remove_at = to_datetime(later(tx.now(), DAY))
+    request = wire.ExternalKeyCreate(kid="disguised", alg="ES256", jwk=dict(row.public_jwk), remove_at=remove_at)
+    revoke(world, "1")
+    with pytest.raises(errors.KeyTaken, match="revoked"):
+        world.service.external_keys.create(world.admin, "main", request)
+    assert "disguised" not in world.kids()
+    standby = world.version(2)
+    assert standby.public_jwk is not None
+    other = wire.ExternalKeyCreate(kid="of-a-sound-one", alg="ES256", jwk=dict(standby.public_jwk), remove_at=remove_at)
+    world.service.external_keys.create(world.admin, "main", other)
 
 
 def test_further_standbys_leave_the_others_room_to_rotate(world: World) -> None:

@@ -160,6 +160,8 @@ def scheduled(connection: Connection, deadline: float, ref: KeyRef, days: int) -
     """Have KMS destroy the key in `days`; one that waits already gets the new date where that is another day."""
     metadata, left = _owned(connection, deadline, ref)
     days = min(max(days, SHORTEST), LONGEST)
+    if metadata["KeyState"] == "PendingReplicaDeletion":
+        return  # its date comes once the replicas are gone
     if left is not None:
         if abs(left - days * _DAY) < _DAY:
             return
