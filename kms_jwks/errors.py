@@ -13,7 +13,7 @@
     ├── Unauthenticated           nobody we know is calling
     │   └── CredentialsMissing · CredentialsMalformed · CredentialsUnknown · CredentialsExpired · CredentialsRevoked
     ├── Forbidden                 somebody we know, who may not
-    ├── NotFound                  KeySetNotFound · KeyUnknown · VersionNotFound · ClientNotFound · ApiTokenNotFound ·
+    ├── NotFound                  KeySetNotFound · KeyNotFound · VersionNotFound · ClientNotFound · ApiTokenNotFound ·
     │                             GrantNotFound · ExternalKeyNotFound · WorkerNotFound · BackendUnknown · NotPublished ·
     │                             RouteNotFound
     ├── MethodNotAllowed
@@ -24,7 +24,7 @@
     ├── RevisionMismatch · RevisionRequired
     ├── Unavailable               retry later: RegistryStale · StoreUnavailable · CustodianUnavailable
     ├── BackendError              what may leave a backend, and nothing else
-    │   ├── KeyExists · KeyNotFound · UnsupportedAlgorithm
+    │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
     │   ├── BackendUnavailable · BackendThrottled      (retryable)
     │   └── BackendTimeout · BackendRefused
     ├── ConfigurationError        settings, files, PINs: said at start or by `doctor`
@@ -266,7 +266,7 @@ class KeySetNotFound(NotFound):
     title = "There is no such key set"
 
 
-class KeyUnknown(NotFound):
+class KeyNotFound(NotFound):
     code = "key_not_found"
     title = "There is no such key in the key set"
 
@@ -473,7 +473,7 @@ class KeyExists(BackendError):
     title = "The module already holds a key under this label"
 
 
-class KeyNotFound(BackendError):
+class BackendKeyNotFound(BackendError):
     """The module is healthy and does not hold the key. Never raised while the module's health is in doubt."""
 
     code = "backend_key_not_found"

@@ -1,4 +1,4 @@
-"""Verifying a token against a key set: JOSE first, then the claims. Pure; the keys and the time are given.
+"""TokenVerification a token against a key set: JOSE first, then the claims. Pure; the keys and the time are given.
 
 The algorithm is the key's, never the token's word (RFC 8725 §3.1), and nothing in the header can bring a key along.
 Every refusal is a subclass of `errors.TokenRejected`.

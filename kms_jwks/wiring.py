@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kms_jwks.backends import make_backend
+from kms_jwks.backends.calling import Backends, CallLimits
 from kms_jwks.config import Settings, load_settings
+from kms_jwks.custodian.leader_lease import LeaderLease
+from kms_jwks.custodian.loop import Custodian
 from kms_jwks.service import Service
-from kms_jwks.service.confirmation import Confirmation
-from kms_jwks.service.custodian import Custodian
-from kms_jwks.service.modules import Limits, Modules
-from kms_jwks.service.office import Office
 from kms_jwks.store import Connecting, Store
+from kms_jwks.worker.confirmation import Confirmation
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -30,21 +30,21 @@ def make_store(settings: Settings) -> Store:
     return Store(settings.database_url, connecting=connecting)
 
 
-def make_modules(settings: Settings, *, management: bool = False) -> Modules:
+def make_backends(settings: Settings, *, management: bool = False) -> Backends:
     """The configured backends; opens nothing. A service that only publishes has none: it needs no PIN and no module.
 
     With `management` they are the custodian's, by credentials of its own where the configuration has them.
     """
     if settings.routes == "public":
-        return Modules({}, default=None)
-    return Modules(
+        return Backends({}, default=None)
+    return Backends(
         {
             name: make_backend(name, options, settings.state_dir, management=management)
             for name, options in settings.backends.items()
         },
         default=settings.default_backend,
         limits={
-            name: Limits(
+            name: CallLimits(
                 timeout=options.sign_timeout_ms / 1000,
                 waiting=options.waiting,
                 stuck_limit=options.stuck_limit,
@@ -60,7 +60,7 @@ def make_modules(settings: Settings, *, management: bool = False) -> Modules:
 def build(settings: Settings) -> Service:
     """The service of one process; opens nothing until it is started."""
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Service(settings, make_store(settings), make_modules(settings))
+    return Service(settings, make_store(settings), make_backends(settings))
 
 
 def custodian(settings: Settings) -> Custodian:
@@ -74,8 +74,8 @@ def custodian(settings: Settings) -> Custodian:
         lease=settings.signing_lease,
         kick=lambda: None,
     )
-    office = Office(store, node=settings.node_name, given_up=_end_at_once)
-    return Custodian(store, make_modules(settings, management=True), confirmation, office)
+    office = LeaderLease(store, node=settings.node_name, given_up=_end_at_once)
+    return Custodian(store, make_backends(settings, management=True), confirmation, office)
 
 
 def _end_at_once() -> None:

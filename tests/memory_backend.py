@@ -83,7 +83,7 @@ class MemoryBackend:
         try:
             return self.keys[ref["id"]][1]
         except KeyError:
-            raise errors.KeyNotFound from None
+            raise errors.BackendKeyNotFound from None
 
     def bind(self, ref: KeyRef) -> None:
         return None
@@ -122,7 +122,7 @@ class MemoryBackend:
         self._enter("adopt")
         found = [held for held, (label, _) in self.keys.items() if locator in (label, f"id={held}")]
         if not found:
-            raise errors.KeyNotFound
+            raise errors.BackendKeyNotFound
         if len(found) > 1:
             raise errors.BackendRefused("Several keys fit.")
         ref = KeyRef.of(id=found[0], label=self.keys[found[0]][0])

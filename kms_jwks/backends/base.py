@@ -43,6 +43,17 @@ PublicJwk = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleKey:
+    """One key pair as the registry records it: what a backend signs with, and what its signature is checked against."""
+
+    kid: str
+    alg: Algorithm
+    backend: str
+    ref: KeyRef
+    public_jwk: PublicJwk
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratedKey:
     """A fresh or adopted key pair: its reference and the public half as read back from the module."""
 
@@ -97,6 +108,15 @@ class Evidence:
             "it may do more than sign": self.sign_only,
         }
         return tuple(words for words, holds in claims.items() if not holds)
+
+    def as_dict(self) -> dict[str, object]:
+        """The evidence as the registry keeps it."""
+        return {
+            "attributes": dict(self.attributes),
+            "generated_in_module": self.generated_in_module,
+            "non_extractable": self.non_extractable,
+            "sign_only": self.sign_only,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,23 +202,24 @@ class Backend(Protocol):
         """Find a key pair that somebody else made; what it may do is for `attributes` to say and the caller to judge.
 
         `public_jwk` stands in for a public half that the module does not hold, and for no other; the caller proves it
-        by a signature. Raises KeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits several
-        keys, or the public half cannot be read and none is given.
+        by a signature. Raises BackendKeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits
+        several keys, or the public half cannot be read and none is given.
         """
         ...
 
     def public_key(self, ref: KeyRef) -> PublicJwk:
-        """The public half as the module holds it now. Raises KeyNotFound, BackendUnavailable."""
+        """The public half as the module holds it now. Raises BackendKeyNotFound, BackendUnavailable."""
         ...
 
     def attributes(self, ref: KeyRef) -> Evidence:
-        """The evidence of promise 1. Raises KeyNotFound, BackendUnavailable."""
+        """The evidence of promise 1. Raises BackendKeyNotFound, BackendUnavailable."""
         ...
 
     def sign(self, ref: KeyRef, alg: Algorithm, what: Message | Digest, deadline: float) -> bytes:
         """The signature in JOSE form: r‖s for ECDSA (RFC 7518 §3.4), PSS with salt length = hash length (§3.5).
 
-        Raises KeyNotFound, UnsupportedAlgorithm, BackendRefused, BackendUnavailable, BackendThrottled, BackendTimeout.
+        Raises BackendKeyNotFound, UnsupportedAlgorithm, BackendRefused, BackendUnavailable, BackendThrottled,
+        BackendTimeout.
         """
         ...
 

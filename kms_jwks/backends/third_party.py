@@ -58,7 +58,7 @@ def make_third_party(name: str, options: ThirdPartyBackend, state_dir: Path, man
         raise ConfigurationError(f"{place}: {whose} cannot be made ({type(error).__name__}).") from error
     if missing:
         raise ConfigurationError(f"{place}: {whose} is no backend: it has no {', '.join(missing)}.")
-    return cast("Backend", Held(backend, name, kind, sign_in_place=options.sign_in_place))
+    return cast("Backend", ErrorTranslatingBackend(backend, name, kind, sign_in_place=options.sign_in_place))
 
 
 def _entry_point(place: str, kind: str) -> EntryPoint:
@@ -84,7 +84,7 @@ def _package(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
 
 
-class Held:
+class ErrorTranslatingBackend:
     """A foreign backend between the service and its calls: what it raises that is no BackendError becomes one.
 
     Everything else of the contract is the backend's own, but for name, kind and `sign_in_place`, which are the

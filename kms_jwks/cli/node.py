@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kms_jwks.backends.base import Backend
     from kms_jwks.config import Settings
-    from kms_jwks.service.doctor import Check
+    from kms_jwks.doctor import Check
     from kms_jwks.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,13 +75,13 @@ def init(
     settings = _settings(config)
     prepare_state_dir(settings)
     _make_registry_folder(settings)
-    modules = wiring.make_modules(settings)
+    backends = wiring.make_backends(settings)
     with _registry(settings) as store:
         try:
             lines = bootstrap.initialise(
                 store,
                 settings,
-                modules,
+                backends,
                 key_set=key_set,
                 alg=alg,
                 admin_token_file=admin_token_file,
@@ -90,7 +90,7 @@ def init(
         except OSError as error:
             raise errors.ConfigurationError(f"{error.filename}: {error.strerror}.") from None
         finally:
-            modules.close()
+            backends.close()
     for line in lines:
         click.echo(line)
 
@@ -174,23 +174,23 @@ def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: boo
     """
     import msgspec
 
+    from kms_jwks import doctor as examination
     from kms_jwks import wiring
-    from kms_jwks.service import doctor as examination
 
     settings = _settings(config)
     # Looking needs the rights that signing has; what destroys needs the custodian's.
-    modules = wiring.make_modules(settings, management=remove_orphans)
+    backends = wiring.make_backends(settings, management=remove_orphans)
     checks: list[Check] = []
     with _registry(settings) as store:
         try:
             if remove_orphans:
-                _remove_orphans(store, modules.backends, sure=sure)
-            for check in examination.examine(settings, store, modules.backends):
+                _remove_orphans(store, backends.by_name, sure=sure)
+            for check in examination.examine(settings, store, backends.by_name):
                 checks.append(check)
                 if not as_json:
                     _print_check(check)
         finally:
-            modules.close()
+            backends.close()
     worst = examination.worst(checks)
     if as_json:
         click.echo(msgspec.json.encode({"state": worst, "checks": checks}))
@@ -214,7 +214,7 @@ def _print_check(check: Check) -> None:
 
 
 def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool) -> None:
-    from kms_jwks.service import doctor as examination
+    from kms_jwks import doctor as examination
 
     found = examination.orphans(store, backends)
     if not found:
@@ -265,14 +265,14 @@ def restored(config: Path | None, sure: bool) -> None:
 
     To be run before the service is started on it. A backup may know keys as active that were revoked since.
     """
-    from kms_jwks.service import lifecycle
+    from kms_jwks.custodian import transitions
 
     settings = _settings(config)
     confirm("Begin a new incarnation and disable every key until somebody enables it?", sure=sure)
     with _registry(settings) as store:
         store.check_schema()
         with store.write() as tx:
-            disabled = lifecycle.begin_anew(tx)
+            disabled = transitions.begin_anew(tx)
             names = [f"{tx.key_set_by_id(k.key_set_id).name}/{k.name}" for k in disabled]  # type: ignore[union-attr]
         click.echo(f"{len(names)} key(s) are disabled: {', '.join(names) or 'none'}.")
         note("Compare each with what you know of revocations since the backup, then: kms-jwks key enable SET KEY")
@@ -325,7 +325,7 @@ def _refuse_wrong_schema(settings: Settings) -> None:
 
 def _make_registry_folder(settings: Settings) -> None:
     """The folder of an SQLite registry, readable by its owner alone."""
-    from kms_jwks.service.doctor import registry_file
+    from kms_jwks.doctor import registry_file
 
     file = registry_file(settings)
     if file is None:

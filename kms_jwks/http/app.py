@@ -18,6 +18,7 @@ from kms_jwks import errors
 from kms_jwks.http import dispatch, problems
 from kms_jwks.http.exchange import Request, Response
 from kms_jwks.http.routes import Route, Side, served
+from kms_jwks.service.context import RequestContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -204,8 +205,12 @@ def _request(
         query=lambda name: _query(environ, name),
         header=header,
         body=body,
-        peer_certificate=None,
-        request_id=request_id,
+        context=RequestContext(
+            authorization=header("authorization"),
+            request_id=request_id,
+            peer=environ.get("REMOTE_ADDR"),
+            route=route.path,
+        ),
     )
 
 

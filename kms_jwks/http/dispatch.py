@@ -121,11 +121,11 @@ def answer(service: Service, route: Route, request: Request, limits: Limits) -> 
     try:
         if route.request is None:
             return route.endpoint(service, request)
-        if route.permission and request.who.authorization is None:
+        if route.permission and request.context.authorization is None:
             # Who shows nothing learns nothing about what a body should look like.
             raise errors.CredentialsMissing
         return route.endpoint(service, request, _decode(route, request, limits))
     except errors.Error as error:
-        return problems.response(error, request.request_id)
+        return problems.response(error, request.context.request_id)
     except Exception:  # noqa: BLE001 - the outermost frame: whatever it is, the caller gets a problem
-        return problems.unexpected(request.request_id)
+        return problems.unexpected(request.context.request_id)

@@ -11,10 +11,10 @@ from urllib.parse import quote
 import msgspec
 
 from kms_jwks import errors, wire
-from kms_jwks.service.guard import Presented
+from kms_jwks.service.context import RequestContext
 
 if TYPE_CHECKING:
-    from kms_jwks.service.present import Created
+    from kms_jwks.service.views import Created
 
 JSON: Final = "application/json"
 PROBLEM_JSON: Final = "application/problem+json"
@@ -44,7 +44,7 @@ class Request:
     """One HTTP request, read to its end.
 
     `params` are the decoded segments of the path template, `query` and `header` answer None for what is not there
-    (header names in any case), `peer_certificate` is DER.
+    (header names in any case).
     """
 
     method: str
@@ -52,13 +52,7 @@ class Request:
     query: Callable[[str], str | None]
     header: Callable[[str], str | None]
     body: bytes
-    peer_certificate: bytes | None
-    request_id: str
-
-    @property
-    def who(self) -> Presented:
-        """The credentials this request came with."""
-        return Presented(self.header("authorization"), self.peer_certificate)
+    context: RequestContext
 
     def page(self) -> tuple[int, str | None]:
         """`?limit&cursor` of a list. Raises InvalidField."""

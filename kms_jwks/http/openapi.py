@@ -115,7 +115,7 @@ def tag(route: Route) -> str:
     if "/.well-known/" in route.path:
         return "documents"
     if route.hot:
-        return "signing and verifying"
+        return "signing and token_verification"
     for start, name in _TAGS.items():
         if route.path.startswith(start):
             return name

@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
 def list_nodes(service: Service, request: Request) -> Response:
     """The workers of all nodes and how far each has followed."""
-    return ok(service.operation.nodes(request.who, *request.page()))
+    return ok(service.operation.nodes(request.context, *request.page()))
 
 
 def forget_worker(service: Service, request: Request) -> Response:
     """Count a worker out that will not come back."""
-    service.operation.forget(request.who, request.params["worker"])
+    service.operation.forget(request.context, request.params["worker"])
     return gone()
 
 
 def get_custodian(service: Service, request: Request) -> Response:
     """Who makes, rotates and destroys keys now."""
-    return ok(service.operation.custodian(request.who))
+    return ok(service.operation.custodian(request.context))
 
 
 def list_backends(service: Service, request: Request) -> Response:
     """The configured modules and their state."""
-    return ok(service.operation.backends(request.who))
+    return ok(service.operation.backends(request.context))
 
 
 def get_backend(service: Service, request: Request) -> Response:
     """One configured module."""
-    return ok(service.operation.backend(request.who, request.params["backend"]))
+    return ok(service.operation.backend(request.context, request.params["backend"]))
 
 
 def healthz(service: Service, request: Request) -> Response:

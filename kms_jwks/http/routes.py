@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission
-from kms_jwks.http import callers, control, hot, operation
+from kms_jwks.http import admin, callers, data, operation
 from kms_jwks.http.exchange import Empty, Response
 
 P = Permission
@@ -87,7 +87,7 @@ def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple
         Route(
             method="OPTIONS",
             path=path,
-            endpoint=hot.preflight,
+            endpoint=data.preflight,
             summary="CORS preflight",
             side=Side.PUBLIC,
             statuses=(204,),
@@ -183,48 +183,52 @@ _IF_MATCH = (errors.RevisionMismatch, errors.RevisionRequired)
 _MODULE = (errors.Unavailable, errors.BackendError, errors.BackendTimeout)
 
 ROUTES: tuple[Route, ...] = (
-    *_document("/{key_set}/.well-known/jwks.json", hot.jwks, "The JWKS of a key set", "application/json", hot.JWK_SET),
-    *_document("/.well-known/jwks.json", hot.jwks, "The JWKS of the default key set", "application/json", hot.JWK_SET),
+    *_document(
+        "/{key_set}/.well-known/jwks.json", data.jwks, "The JWKS of a key set", "application/json", data.JWK_SET
+    ),
+    *_document(
+        "/.well-known/jwks.json", data.jwks, "The JWKS of the default key set", "application/json", data.JWK_SET
+    ),
     *_document(
         "/{key_set}/.well-known/jwks-pq.json",
-        hot.jwks_pq,
+        data.jwks_pq,
         "The JWKS of a key set's ML-DSA keys",
         "application/json",
-        hot.JWK_SET,
+        data.JWK_SET,
     ),
     *_document(
         "/.well-known/jwks-pq.json",
-        hot.jwks_pq,
+        data.jwks_pq,
         "The JWKS of the default key set's ML-DSA keys",
         "application/json",
-        hot.JWK_SET,
+        data.JWK_SET,
     ),
-    *_document("/{key_set}/.well-known/openid-configuration", hot.discovery, "Issuer metadata (OpenID Connect)"),
-    *_document("/.well-known/openid-configuration", hot.discovery, "Issuer metadata where the service is the issuer"),
-    *_document("/.well-known/oauth-authorization-server/{key_set}", hot.discovery, "Issuer metadata (RFC 8414)"),
+    *_document("/{key_set}/.well-known/openid-configuration", data.discovery, "Issuer metadata (OpenID Connect)"),
+    *_document("/.well-known/openid-configuration", data.discovery, "Issuer metadata where the service is the issuer"),
+    *_document("/.well-known/oauth-authorization-server/{key_set}", data.discovery, "Issuer metadata (RFC 8414)"),
     *_document(
         "/.well-known/oauth-authorization-server",
-        hot.discovery,
+        data.discovery,
         "Issuer metadata (RFC 8414) where the service is the issuer",
     ),
     # signing
-    _signing("jwt", hot.sign_jwt, wire.JwtRequest, wire.SignedJwt, P.JWT_SIGN),
-    _signing("jws", hot.sign_jws, wire.JwsRequest, wire.SignedJws, P.JWS_SIGN),
+    _signing("jwt", data.sign_jwt, wire.JwtRequest, wire.SignedJwt, P.JWT_SIGN),
+    _signing("jws", data.sign_jws, wire.JwsRequest, wire.SignedJws, P.JWS_SIGN),
     _signing(
         "signature",
-        hot.sign_signature,
+        data.sign_signature,
         wire.SigningInputRequest | wire.RawSignatureRequest,
         wire.Signature,
         P.JWT_SIGN,
         P.RAW_SIGN,
     ),
     _get(
-        f"{_KEY}/active", hot.active, P.KEY_READ, wire.Active, hot=True, problems=(errors.Conflict, errors.Unavailable)
+        f"{_KEY}/active", data.active, P.KEY_READ, wire.Active, hot=True, problems=(errors.Conflict, errors.Unavailable)
     ),
     Route(
         method="POST",
         path=f"{_SET}/verify",
-        endpoint=hot.verify,
+        endpoint=data.verify,
         summary="A token held against what the key set publishes",
         hot=True,
         request=wire.VerifyRequest,
@@ -233,16 +237,16 @@ ROUTES: tuple[Route, ...] = (
         problems=(errors.TokenRejected, errors.Conflict, errors.Unavailable),
     ),
     # key sets
-    _get(_SETS, control.list_key_sets, P.KEY_SET_READ, items=wire.KeySet),
-    _change("POST", _SETS, control.create_key_set, P.KEY_SET_CREATE, wire.KeySetCreate, wire.KeySet, 201, 202),
-    _get(_SET, control.get_key_set, P.KEY_SET_READ, wire.KeySet, etag=True),
-    _change("PATCH", _SET, control.patch_key_set, P.KEY_SET_UPDATE, wire.KeySetPatch, wire.KeySet, problems=_IF_MATCH),
+    _get(_SETS, admin.list_key_sets, P.KEY_SET_READ, items=wire.KeySet),
+    _change("POST", _SETS, admin.create_key_set, P.KEY_SET_CREATE, wire.KeySetCreate, wire.KeySet, 201, 202),
+    _get(_SET, admin.get_key_set, P.KEY_SET_READ, wire.KeySet, etag=True),
+    _change("PATCH", _SET, admin.patch_key_set, P.KEY_SET_UPDATE, wire.KeySetPatch, wire.KeySet, problems=_IF_MATCH),
     # keys
-    _get(f"{_SET}/keys", control.list_keys, P.KEY_READ, items=wire.Key),
+    _get(f"{_SET}/keys", admin.list_keys, P.KEY_READ, items=wire.Key),
     _change(
         "POST",
         f"{_SET}/keys",
-        control.create_key,
+        admin.create_key,
         (P.KEY_CREATE, P.KEY_ADOPT),
         wire.KeyCreate,
         wire.Key,
@@ -250,18 +254,18 @@ ROUTES: tuple[Route, ...] = (
         202,
         problems=_MODULE,
     ),
-    _get(_KEY, control.get_key, P.KEY_READ, wire.Key, etag=True),
-    _get(f"{_KEY}/timeline", control.key_timeline, P.KEY_READ, wire.Timeline),
-    _change("PATCH", _KEY, control.patch_key, P.KEY_UPDATE, wire.KeyPatch, wire.Key, problems=_IF_MATCH),
-    _change("POST", f"{_KEY}/rotate", control.rotate_key, P.KEY_ROTATE, wire.RotateRequest, wire.Key),
-    _change("POST", f"{_KEY}/disable", control.disable_key, P.KEY_DISABLE, Empty, wire.Key),
-    _change("POST", f"{_KEY}/enable", control.enable_key, P.KEY_ENABLE, Empty, wire.Key),
+    _get(_KEY, admin.get_key, P.KEY_READ, wire.Key, etag=True),
+    _get(f"{_KEY}/timeline", admin.key_timeline, P.KEY_READ, wire.Timeline),
+    _change("PATCH", _KEY, admin.patch_key, P.KEY_UPDATE, wire.KeyPatch, wire.Key, problems=_IF_MATCH),
+    _change("POST", f"{_KEY}/rotate", admin.rotate_key, P.KEY_ROTATE, wire.RotateRequest, wire.Key),
+    _change("POST", f"{_KEY}/disable", admin.disable_key, P.KEY_DISABLE, Empty, wire.Key),
+    _change("POST", f"{_KEY}/enable", admin.enable_key, P.KEY_ENABLE, Empty, wire.Key),
     # versions
-    _get(f"{_KEY}/versions", control.list_versions, P.KEY_READ, items=wire.Version),
+    _get(f"{_KEY}/versions", admin.list_versions, P.KEY_READ, items=wire.Version),
     _change(
         "POST",
         f"{_KEY}/versions",
-        control.create_version,
+        admin.create_version,
         (P.KEY_ROTATE, P.KEY_ADOPT),
         wire.VersionCreate,
         wire.Version,
@@ -269,41 +273,39 @@ ROUTES: tuple[Route, ...] = (
         202,
         problems=_MODULE,
     ),
-    _get(_VERSION, control.get_version, P.KEY_READ, wire.Version),
-    _get(f"{_VERSION}/public-key", control.public_key, P.KEY_READ, media=(control.JWK, control.PEM, control.DER)),
-    _get(f"{_VERSION}/safety", control.safety, P.KEY_READ, wire.Safety),
-    _get(f"{_VERSION}/attributes", control.attributes, P.KEY_READ, wire.Attributes, problems=_MODULE),
+    _get(_VERSION, admin.get_version, P.KEY_READ, wire.Version),
+    _get(f"{_VERSION}/public-key", admin.public_key, P.KEY_READ, media=(admin.JWK, admin.PEM, admin.DER)),
+    _get(f"{_VERSION}/safety", admin.safety, P.KEY_READ, wire.Safety),
+    _get(f"{_VERSION}/attributes", admin.attributes, P.KEY_READ, wire.Attributes, problems=_MODULE),
     _change(
-        "POST", f"{_VERSION}/activate", control.activate_version, P.VERSION_ACTIVATE, wire.ActivateRequest, wire.Version
+        "POST", f"{_VERSION}/activate", admin.activate_version, P.VERSION_ACTIVATE, wire.ActivateRequest, wire.Version
     ),
-    _change("POST", f"{_VERSION}/retire", control.retire_version, P.KEY_ROTATE, wire.RetireRequest, wire.Version),
-    _change("POST", f"{_VERSION}/revoke", control.revoke_version, P.VERSION_REVOKE, wire.RevokeRequest, wire.Revoked),
-    _change(
-        "POST", f"{_VERSION}/destroy", control.destroy_version, P.VERSION_DESTROY, wire.DestroyRequest, wire.Version
-    ),
-    _change("POST", f"{_VERSION}/cancel-destroy", control.cancel_destroy, P.VERSION_DESTROY, Empty, wire.Version),
+    _change("POST", f"{_VERSION}/retire", admin.retire_version, P.KEY_ROTATE, wire.RetireRequest, wire.Version),
+    _change("POST", f"{_VERSION}/revoke", admin.revoke_version, P.VERSION_REVOKE, wire.RevokeRequest, wire.Revoked),
+    _change("POST", f"{_VERSION}/destroy", admin.destroy_version, P.VERSION_DESTROY, wire.DestroyRequest, wire.Version),
+    _change("POST", f"{_VERSION}/cancel-destroy", admin.cancel_destroy, P.VERSION_DESTROY, Empty, wire.Version),
     _change(
         "POST",
         "/v1/revocations",
-        control.create_revocation,
+        admin.create_revocation,
         P.VERSION_REVOKE,
         wire.RevocationCreate,
         wire.Revocation,
         problems=(errors.KeySetNotFound, errors.BackendUnknown),
     ),
     # external keys
-    _get(f"{_SET}/external-keys", control.list_external_keys, P.KEY_READ, items=wire.ExternalKey),
+    _get(f"{_SET}/external-keys", admin.list_external_keys, P.KEY_READ, items=wire.ExternalKey),
     _change(
         "POST",
         f"{_SET}/external-keys",
-        control.create_external_key,
+        admin.create_external_key,
         P.EXTERNAL_KEY_MANAGE,
         wire.ExternalKeyCreate,
         wire.ExternalKey,
         201,
     ),
-    _get(f"{_SET}/external-keys/{{kid}}", control.get_external_key, P.KEY_READ, wire.ExternalKey),
-    _change("DELETE", f"{_SET}/external-keys/{{kid}}", control.delete_external_key, P.EXTERNAL_KEY_MANAGE),
+    _get(f"{_SET}/external-keys/{{kid}}", admin.get_external_key, P.KEY_READ, wire.ExternalKey),
+    _change("DELETE", f"{_SET}/external-keys/{{kid}}", admin.delete_external_key, P.EXTERNAL_KEY_MANAGE),
     # callers
     _get("/v1/clients", callers.list_clients, P.CLIENT_READ, items=wire.Client),
     _change("POST", "/v1/clients", callers.create_client, P.CLIENT_MANAGE, wire.ClientCreate, wire.Client, 201),

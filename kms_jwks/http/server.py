@@ -93,7 +93,7 @@ def stop_service(server: Any, worker: Any) -> None:
     if service is None:
         return
     service.stop()
-    if service.modules.stuck():
+    if service.backends.stuck():
         logging.shutdown()
         os._exit(0)
 
@@ -205,7 +205,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         service = _service_of(self)
         if service is None or self._ended:
             return
-        self._lost = service.modules.lost_threads()
+        self._lost = service.backends.lost_threads()
         if self._lost and self.alive:
             self.set_accept_enabled(True)
         if self.alive:
@@ -256,7 +256,7 @@ class _Application(BaseApplication):  # type: ignore[misc]
         self._reload = reload
         # By name, as gunicorn loads applications: the composition root stands above this layer.
         self._wiring = importlib.import_module("kms_jwks.wiring")
-        self._modules = self._wiring.make_modules(settings)
+        self._backends = self._wiring.make_backends(settings)
         super().__init__()
 
     def load_config(self) -> None:
@@ -266,7 +266,7 @@ class _Application(BaseApplication):  # type: ignore[misc]
     def load(self) -> App:
         """The application of one worker. What it is made of was checked before the fork: an exception here would end
         the whole server."""
-        service = Service(self._settings, self._wiring.make_store(self._settings), self._modules)
+        service = Service(self._settings, self._wiring.make_store(self._settings), self._backends)
         service.start()
         return create_app(service)
 
@@ -274,7 +274,7 @@ class _Application(BaseApplication):  # type: ignore[misc]
         try:
             settings = self._reload()
             if not any(backend.reads_stdin for backend in settings.backends.values()):
-                self._modules = self._wiring.make_modules(settings)
+                self._backends = self._wiring.make_backends(settings)
         except errors.Error as error:
             logging.getLogger("gunicorn.error").error("settings kept as they were: %s", error.detail)
             return

@@ -8,27 +8,28 @@ from collections.abc import Callable
 
 import structlog
 
+from kms_jwks.backends.calling import Backends
 from kms_jwks.config import Settings
 from kms_jwks.service.clients import Clients
-from kms_jwks.service.clocks import DatabaseClock, boot_clock
-from kms_jwks.service.confirmation import Confirmation
+from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control
 from kms_jwks.service.documents import Documents
 from kms_jwks.service.external_keys import ExternalKeys
-from kms_jwks.service.guard import Guard, Presented
+from kms_jwks.service.guard import Guard
 from kms_jwks.service.key_sets import KeySets
 from kms_jwks.service.keys import Keys
-from kms_jwks.service.modules import Modules
 from kms_jwks.service.operation import Operation
-from kms_jwks.service.recycling import Recycling
-from kms_jwks.service.revoking import Revoking
+from kms_jwks.service.revocation import Revocation
 from kms_jwks.service.signing import Signing
-from kms_jwks.service.verifying import Verifying
+from kms_jwks.service.token_verification import TokenVerification
 from kms_jwks.service.versions import Versions
-from kms_jwks.service.watcher import Watcher
 from kms_jwks.store import Store
+from kms_jwks.worker.clocks import DatabaseClock, boot_clock
+from kms_jwks.worker.confirmation import Confirmation
+from kms_jwks.worker.restart_limit import RestartLimit
+from kms_jwks.worker.sync import RegistrySync
 
-__all__ = ["Presented", "Service"]
+__all__ = ["RequestContext", "Service"]
 
 log = structlog.get_logger(__name__)
 
@@ -37,23 +38,23 @@ class Service:
     """One worker's service. Made after the fork; opens nothing until `start`."""
 
     def __init__(
-        self, settings: Settings, store: Store, modules: Modules, *, boot: Callable[[], int] = boot_clock
+        self, settings: Settings, store: Store, backends: Backends, *, boot: Callable[[], int] = boot_clock
     ) -> None:
         self._complain_at = 0.0
         self.settings = settings
         self.store = store
-        self.modules = modules
+        self.backends = backends
         guard = Guard()
-        self.watcher = Watcher(
+        self.sync = RegistrySync(
             store,
             node=settings.node_name,
             lease=settings.signing_lease,
             poll_interval=settings.poll_interval_ms / 1000,
             state_dir=settings.state_dir,
             used=guard.drain_used,
-            bind=modules.bind,
+            bind=backends.bind,
             reap=lambda: self.confirmation.reap(),  # noqa: PLW0108 - it is made below
-            backends=lambda: modules.seen,
+            backends=lambda: backends.seen,
             clock=DatabaseClock(boot),
         )
         self.confirmation = Confirmation(
@@ -61,32 +62,32 @@ class Service:
             node=settings.node_name,
             state_dir=settings.state_dir,
             lease=settings.signing_lease,
-            kick=self.watcher.kick,
+            kick=self.sync.kick,
         )
-        control = Control(store, guard, self.confirmation, modules, settings.public_url)
-        self.signing = Signing(self.watcher, guard, modules)
-        self.verifying = Verifying(self.watcher, guard)
+        control = Control(store, guard, self.confirmation, backends, settings.public_url)
+        self.signing = Signing(self.sync, guard, backends)
+        self.token_verification = TokenVerification(self.sync, guard)
         self.documents = Documents(
-            self.watcher, guard, public_url=settings.public_url, default_key_set=settings.default_key_set
+            self.sync, guard, public_url=settings.public_url, default_key_set=settings.default_key_set
         )
         self.key_sets = KeySets(control)
         self.keys = Keys(control)
         self.versions = Versions(control)
-        self.revoking = Revoking(control)
+        self.revocation = Revocation(control)
         self.external_keys = ExternalKeys(control)
         self.clients = Clients(control)
-        self.recycling = Recycling(settings.state_dir, settings.workers)
-        self.operation = Operation(control, self.watcher, self.recycling)
+        self.restart_limit = RestartLimit(settings.state_dir, settings.workers)
+        self.operation = Operation(control, self.sync, self.restart_limit)
 
     def start(self) -> None:
         """Register, start watching the registry, wait shortly for the first look. Never raises for its absence."""
-        self.watcher.start()
-        self.watcher.first_poll.wait(timeout=5)
+        self.sync.start()
+        self.sync.first_poll.wait(timeout=5)
 
     def stop(self) -> None:
         """Leave the register and give the modules back. Idempotent."""
-        self.watcher.stop()
-        self.modules.close()
+        self.sync.stop()
+        self.backends.close()
         self.store.dispose()
 
     def worn_out(self) -> str | None:
@@ -94,10 +95,10 @@ class Service:
 
         To be asked about once a second. A reason is given once: the caller acts on it.
         """
-        reason = self.modules.worn_out()
+        reason = self.backends.worn_out()
         if reason is None:
             return None
-        if wait := self.recycling.permit():
+        if wait := self.restart_limit.permit():
             if time.monotonic() >= self._complain_at:
                 self._complain_at = time.monotonic() + 60
                 log.error("worker_is_worn_out", reason=reason, replaced_in=round(wait))
@@ -107,4 +108,4 @@ class Service:
 
     def pin(self) -> Callable[[], None]:
         """Take part in the confirmation of epochs; call what is returned once the answer has been written."""
-        return self.watcher.pin()
+        return self.sync.pin()

@@ -16,10 +16,10 @@ from msgspec import UNSET
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.algorithms import ALGORITHMS, Algorithm
-from kms_jwks.backends.base import Backend, Evidence, GeneratedKey, KeyRef, Message
+from kms_jwks.backends.base import Backend, GeneratedKey, KeyRef, Message
+from kms_jwks.backends.calling import Backends
+from kms_jwks.custodian import transitions
 from kms_jwks.model import Key, KeySet, KeyVersion, Origin, VersionState, new_id
-from kms_jwks.service import lifecycle
-from kms_jwks.service.modules import Modules
 from kms_jwks.store import ReadTx, WriteTx
 
 GIVEN: Final = "its public key was given to us, not read from the module"
@@ -45,7 +45,7 @@ class Candidate:
 
 
 def examine(
-    modules: Modules, backend_name: str, alg_name: str, wanted: wire.Adopt, rsa_bits: int | None = None
+    backends: Backends, backend_name: str, alg_name: str, wanted: wire.Adopt, rsa_bits: int | None = None
 ) -> Candidate:
     """Find the key pair, hold it against `alg` and promise 1, and have it sign something that is nobody's.
 
@@ -60,7 +60,7 @@ def examine(
     def look(backend: Backend) -> Candidate:
         return _examined(backend_name, backend, alg, wanted, rsa_bits)
 
-    return modules.ask(backend_name, "adopting a key", look)
+    return backends.ask(backend_name, "adopting a key", look)
 
 
 def _examined(
@@ -83,18 +83,8 @@ def _examined(
         kid=jose.thumbprint(jwk) if wanted.kid is UNSET else _printable(wanted.kid),
         rsa_bits=_modulus_bits(jwk) if alg.is_rsa else None,
         weaknesses=weaknesses,
-        evidence=recorded(evidence),
+        evidence=evidence.as_dict(),
     )
-
-
-def recorded(evidence: Evidence) -> dict[str, object]:
-    """Evidence as the registry keeps it."""
-    return {
-        "attributes": dict(evidence.attributes),
-        "generated_in_module": evidence.generated_in_module,
-        "non_extractable": evidence.non_extractable,
-        "sign_only": evidence.sign_only,
-    }
 
 
 def add_adopted(tx: WriteTx, key: Key, candidate: Candidate) -> KeyVersion:
@@ -124,9 +114,9 @@ def add_adopted(tx: WriteTx, key: Key, candidate: Candidate) -> KeyVersion:
 def publish(tx: WriteTx, key_set: KeySet, candidates: Iterable[Candidate]) -> None:
     """Publish what was adopted, as any version whose pair is there. Raises LimitReached."""
     for candidate in candidates:
-        lifecycle.require_room(tx, key_set, candidate.alg.name)
-    lifecycle.publish_ready(tx, key_set)
-    lifecycle.require_small_document(tx, key_set)
+        transitions.require_room(tx, key_set, candidate.alg.name)
+    transitions.publish_ready(tx, key_set)
+    transitions.require_small_document(tx, key_set)
 
 
 def _require_new(tx: ReadTx, candidate: Candidate) -> None:
@@ -165,8 +155,8 @@ def _found(backend: Backend, alg: Algorithm, wanted: wire.Adopt) -> tuple[Genera
             if given is None:
                 raise
             return backend.adopt(wanted.locator, given), True
-    except (errors.BackendRefused, errors.KeyNotFound, errors.UnsupportedAlgorithm) as error:
-        step = _LOOK if isinstance(error, errors.KeyNotFound) else error.next_step
+    except (errors.BackendRefused, errors.BackendKeyNotFound, errors.UnsupportedAlgorithm) as error:
+        step = _LOOK if isinstance(error, errors.BackendKeyNotFound) else error.next_step
         raise errors.AdoptionRefused(error.detail, next_step=step, fields={"weaknesses": []}) from None
     if given is not None and dict(found.public_jwk) != given:
         raise errors.InvalidField(

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from kms_jwks import authn, errors, wire
 from kms_jwks.access import Role
+from kms_jwks.backends.calling import Backends
 from kms_jwks.config import Settings
 from kms_jwks.model import Client, Id
 from kms_jwks.service.clients import add_client, add_grant, add_token
-from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Guard
 from kms_jwks.service.key_sets import add_key_set
-from kms_jwks.service.modules import Modules
 from kms_jwks.store import Store, WriteTx
+from kms_jwks.worker.confirmation import Confirmation
 
 TOKEN_LIFETIME = 90 * 86_400
 """Seconds the tokens made here live."""
@@ -25,7 +25,7 @@ ADMIN = "admin-bootstrap"
 def initialise(
     store: Store,
     settings: Settings,
-    modules: Modules,
+    backends: Backends,
     *,
     key_set: str | None,
     alg: str,
@@ -49,7 +49,7 @@ def initialise(
             lease=settings.signing_lease,
             kick=lambda: None,
         ),
-        modules,
+        backends,
         settings.public_url,
     )
     with store.write() as tx:

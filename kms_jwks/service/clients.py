@@ -9,11 +9,11 @@ from msgspec import UNSET
 from kms_jwks import authn, errors, wire
 from kms_jwks.access import Caller, Permission, Role
 from kms_jwks.model import SECOND, ApiToken, Client, Grant, Id, Instant, name_error, new_id
-from kms_jwks.service import present
+from kms_jwks.service import views
+from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control
-from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import to_datetime
 from kms_jwks.store import ReadTx, WriteTx
+from kms_jwks.times import to_datetime
 
 
 class Clients:
@@ -24,32 +24,32 @@ class Clients:
 
     # --- clients
 
-    def list(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+    def list(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
         """Every client."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
+            self._control.guard.enter(tx, context, Permission.CLIENT_READ)
             rows = tx.clients(after=Id(cursor) if cursor else None, limit=limit + 1)
-        return present.page([present.client(c) for c in rows], [c.id for c in rows], limit)
+        return views.page([views.client(c) for c in rows], [c.id for c in rows], limit)
 
-    def get(self, who: Presented, name: str) -> wire.Client:
+    def get(self, context: RequestContext, name: str) -> wire.Client:
         """One client. Raises ClientNotFound."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
-            return present.client(find_client(tx, name))
+            self._control.guard.enter(tx, context, Permission.CLIENT_READ)
+            return views.client(find_client(tx, name))
 
-    def create(self, who: Presented, request: wire.ClientCreate) -> wire.Client:
+    def create(self, context: RequestContext, request: wire.ClientCreate) -> wire.Client:
         """A new client, without token or grant."""
         with self._control.store.write() as tx:
-            self._control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
+            self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             value = add_client(tx, request.name)
         self._control.changed(tx.committed_epoch)
-        return present.client(value)
+        return views.client(value)
 
-    def delete(self, who: Presented, name: str) -> None:
+    def delete(self, context: RequestContext, name: str) -> None:
         """Remove a client with its tokens and grants; its name stays taken. True everywhere once this returns."""
         control = self._control
         with control.store.write() as tx:
-            caller = control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
+            caller = control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             value = find_client(tx, name)
             _not_oneself(caller, value.id, "delete its own client")
             now = tx.now()
@@ -64,27 +64,27 @@ class Clients:
 
     # --- tokens
 
-    def tokens(self, who: Presented, client: str, limit: int, cursor: str | None) -> wire.Page:
+    def tokens(self, context: RequestContext, client: str, limit: int, cursor: str | None) -> wire.Page:
         """A client's tokens, without their secrets."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
+            self._control.guard.enter(tx, context, Permission.CLIENT_READ)
             owner = find_client(tx, client)
             rows = tx.tokens(owner.id, after=Id(cursor) if cursor else None, limit=limit + 1)
-        return present.page([present.token(owner, t) for t in rows], [t.id for t in rows], limit)
+        return views.page([views.token(owner, t) for t in rows], [t.id for t in rows], limit)
 
-    def create_token(self, who: Presented, client: str, request: wire.TokenCreate) -> wire.TokenCreated:
+    def create_token(self, context: RequestContext, client: str, request: wire.TokenCreate) -> wire.TokenCreated:
         """A new API token. The registry keeps its SHA-256; the token itself is in this answer and nowhere else."""
         with self._control.store.write() as tx:
-            self._control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
+            self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             made, row = add_token(tx, find_client(tx, client), request.expires_in)
         self._control.changed(tx.committed_epoch)
         return wire.TokenCreated(token=made.token, id=row.id, expires_at=to_datetime(row.expires_at))
 
-    def revoke_token(self, who: Presented, client: str, token_id: str) -> None:
+    def revoke_token(self, context: RequestContext, client: str, token_id: str) -> None:
         """Revoke a token. No worker accepts it once this returns."""
         control = self._control
         with control.store.write() as tx:
-            control.guard.enter(tx, who, Permission.CLIENT_MANAGE)
+            control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             owner = find_client(tx, client)
             token = tx.token(Id(token_id))
             if token is None or token.client_id != owner.id:
@@ -96,24 +96,24 @@ class Clients:
 
     # --- grants
 
-    def grants(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+    def grants(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
         """Every grant."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
+            self._control.guard.enter(tx, context, Permission.CLIENT_READ)
             rows = tx.grants(after=Id(cursor) if cursor else None, limit=limit + 1)
-            items = [present.grant(tx, g) for g in rows]
-        return present.page(items, [g.id for g in rows], limit)
+            items = [views.grant(tx, g) for g in rows]
+        return views.page(items, [g.id for g in rows], limit)
 
-    def grant(self, who: Presented, grant_id: str) -> wire.Grant:
+    def grant(self, context: RequestContext, grant_id: str) -> wire.Grant:
         """One grant. Raises GrantNotFound."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.CLIENT_READ)
-            return present.grant(tx, _find_grant(tx, grant_id))
+            self._control.guard.enter(tx, context, Permission.CLIENT_READ)
+            return views.grant(tx, _find_grant(tx, grant_id))
 
-    def create_grant(self, who: Presented, request: wire.GrantCreate) -> wire.Grant:
+    def create_grant(self, context: RequestContext, request: wire.GrantCreate) -> wire.Grant:
         """Give a client a role in a scope; the same grant twice is one."""
         with self._control.store.write() as tx:
-            self._control.guard.enter(tx, who, Permission.GRANT_MANAGE)
+            self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
             owner = find_client(tx, request.client)
             scope = request.scope
             key_set_id = key_id = None
@@ -125,20 +125,20 @@ class Clients:
                 if scope.key is not UNSET:
                     key = tx.key(key_set.id, scope.key)
                     if key is None:
-                        raise errors.KeyUnknown(f"There is no key {scope.key!r} in key set {scope.key_set!r}.")
+                        raise errors.KeyNotFound(f"There is no key {scope.key!r} in key set {scope.key_set!r}.")
                     key_id = key.id
             elif scope.key is not UNSET:
                 raise errors.InvalidField("scope: a key needs its key_set", fields={"field": "scope"})
             value = add_grant(tx, owner, Role(request.role), key_set_id, key_id)
-            answer = present.grant(tx, value)
+            answer = views.grant(tx, value)
         self._control.changed(tx.committed_epoch)
         return answer
 
-    def delete_grant(self, who: Presented, grant_id: str) -> None:
+    def delete_grant(self, context: RequestContext, grant_id: str) -> None:
         """Take a grant away. No worker honours it once this returns."""
         control = self._control
         with control.store.write() as tx:
-            control.guard.enter(tx, who, Permission.GRANT_MANAGE)
+            control.guard.enter(tx, context, Permission.GRANT_MANAGE)
             tx.save(replace(_find_grant(tx, grant_id), deleted_at=tx.now()))
             lease, here = control.confirmation.lease(tx), tx.epoch()
         control.confirmation.revoked(tx.committed_epoch or here, lease)

@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass
 
 from kms_jwks import errors
+from kms_jwks.backends.calling import Backends
 from kms_jwks.model import Epoch, Id, Key, KeyVersion, VersionState
-from kms_jwks.service.confirmation import Confirmation
 from kms_jwks.service.guard import Guard
-from kms_jwks.service.modules import Modules
 from kms_jwks.store import ReadTx, Store
+from kms_jwks.worker.confirmation import Confirmation
 
 CUSTODIAN_WAIT = 10.0
 """Seconds a call waits for the custodian before it answers 202."""
@@ -25,7 +25,7 @@ class Control:
     store: Store
     guard: Guard
     confirmation: Confirmation
-    modules: Modules
+    backends: Backends
     public_url: str
 
     def wait_for_custodian(self, ids: list[Id]) -> bool:

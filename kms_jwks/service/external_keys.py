@@ -10,13 +10,14 @@ from msgspec import UNSET
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
 from kms_jwks.algorithms import ALGORITHMS
+from kms_jwks.custodian import transitions
 from kms_jwks.model import ExternalKey, Id, Instant, VersionState, new_id
-from kms_jwks.service import lifecycle, present
+from kms_jwks.service import views
+from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control
-from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import to_instant
-from kms_jwks.service.keys import check_company
+from kms_jwks.service.keys import check_compatible_algorithms
 from kms_jwks.store import ReadTx
+from kms_jwks.times import to_instant
 
 
 class ExternalKeys:
@@ -25,28 +26,28 @@ class ExternalKeys:
     def __init__(self, control: Control) -> None:
         self._control = control
 
-    def list(self, who: Presented, key_set: str, limit: int, cursor: str | None) -> wire.Page:
+    def list(self, context: RequestContext, key_set: str, limit: int, cursor: str | None) -> wire.Page:
         """The external keys that the set publishes."""
         with self._control.store.read() as tx:
-            found = self._control.guard.enter_set(tx, who, Permission.KEY_READ, key_set)
+            found = self._control.guard.enter_set(tx, context, Permission.KEY_READ, key_set)
             after = Id(cursor) if cursor else None
             rows = tx.external_keys(found.key_set.id, after=after, limit=limit + 1)
-        return present.page([present.external_key(e) for e in rows], [e.id for e in rows], limit)
+        return views.page([views.external_key(e) for e in rows], [e.id for e in rows], limit)
 
-    def get(self, who: Presented, key_set: str, kid: str) -> wire.ExternalKey:
+    def get(self, context: RequestContext, key_set: str, kid: str) -> wire.ExternalKey:
         """One external key. Raises ExternalKeyNotFound."""
         with self._control.store.read() as tx:
-            found = self._control.guard.enter_set(tx, who, Permission.KEY_READ, key_set)
+            found = self._control.guard.enter_set(tx, context, Permission.KEY_READ, key_set)
             value = tx.external_key(found.key_set.id, kid)
         if value is None:
             raise errors.ExternalKeyNotFound("The key set publishes no external key under this kid.")
-        return present.external_key(value)
+        return views.external_key(value)
 
-    def create(self, who: Presented, key_set: str, request: wire.ExternalKeyCreate) -> wire.ExternalKey:
+    def create(self, context: RequestContext, key_set: str, request: wire.ExternalKeyCreate) -> wire.ExternalKey:
         """Publish a foreign public key until `remove_at`. Raises InvalidJwk, KidTaken, LimitReached."""
         control = self._control
         with control.store.write() as tx:
-            found = control.guard.enter_set(tx, who, Permission.EXTERNAL_KEY_MANAGE, key_set)
+            found = control.guard.enter_set(tx, context, Permission.EXTERNAL_KEY_MANAGE, key_set)
             alg = ALGORITHMS.get(request.alg)
             if alg is None:
                 raise errors.UnsupportedAlgorithmRequested(f"The algorithm is none of {', '.join(sorted(ALGORITHMS))}.")
@@ -55,8 +56,8 @@ class ExternalKeys:
                 raise errors.InvalidField("remove_at: lies in the past", fields={"field": "remove_at"})
             jwk = jose.check_public_jwk(_jwk(request), alg)
             _require_not_revoked(tx, jwk)
-            check_company(tx, found.key_set, alg.name)
-            lifecycle.require_room(tx, found.key_set, alg.name, more_externals=1)
+            check_compatible_algorithms(tx, found.key_set, alg.name)
+            transitions.require_room(tx, found.key_set, alg.name, more_externals=1)
             value = ExternalKey(
                 id=new_id(),
                 key_set_id=found.key_set.id,
@@ -67,7 +68,7 @@ class ExternalKeys:
                 remove_at=remove_at,
             )
             tx.add(value)
-            lifecycle.require_small_document(tx, found.key_set)
+            transitions.require_small_document(tx, found.key_set)
             if found.key_set.first_published_at is None:
                 tx.save(
                     replace(
@@ -78,13 +79,13 @@ class ExternalKeys:
                     )
                 )
         control.changed(tx.committed_epoch)
-        return present.external_key(value)
+        return views.external_key(value)
 
-    def delete(self, who: Presented, key_set: str, kid: str) -> None:
+    def delete(self, context: RequestContext, key_set: str, kid: str) -> None:
         """Take an external key out of the JWKS before its date. Its kid stays taken."""
         control = self._control
         with control.store.write() as tx:
-            found = control.guard.enter_set(tx, who, Permission.EXTERNAL_KEY_MANAGE, key_set)
+            found = control.guard.enter_set(tx, context, Permission.EXTERNAL_KEY_MANAGE, key_set)
             value = tx.external_key(found.key_set.id, kid)
             if value is None:
                 raise errors.ExternalKeyNotFound("The key set publishes no external key under this kid.")

@@ -13,17 +13,9 @@ from kms_jwks import errors
 from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow, allow_within
 from kms_jwks.authn import credential_from_header, matches
 from kms_jwks.model import Id, Instant, Key, KeySet
-from kms_jwks.service.snapshot import KnownToken, PublishedSet, SigningKey, Snapshot, known_token
+from kms_jwks.service.context import RequestContext
 from kms_jwks.store import ReadTx
-
-
-@dataclass(frozen=True, slots=True)
-class Presented:
-    """What a caller showed: the Authorization header, and the client certificate in DER where TLS gave one."""
-
-    authorization: str | None = None
-    peer_certificate: bytes | None = None
-
+from kms_jwks.worker.snapshot import KnownToken, PublishedSet, SigningKey, Snapshot, known_token
 
 TokenSource = Callable[[str], KnownToken | None]
 """Where API tokens are looked up by their SHA-256: a snapshot or a transaction."""
@@ -58,13 +50,13 @@ class Guard:
     # --- data plane
 
     def admit_set(
-        self, snapshot: Snapshot, who: Presented, permission: Permission, name: str, now: Instant
+        self, snapshot: Snapshot, context: RequestContext, permission: Permission, name: str, now: Instant
     ) -> PublishedSet:
         """Let a data-plane call in to the public side of a key set; a grant on one of its keys is enough.
 
         Raises Unauthenticated, Forbidden, KeySetNotFound.
         """
-        caller = self._authenticate(_tokens_in(snapshot), who, now)
+        caller = self._authenticate(_tokens_in(snapshot), context, now)
         key_set = snapshot.key_sets.get(name)
         key_set = self._known_to(caller, key_set, name)
         if not allow_within(caller.grants, permission, key_set.id):
@@ -74,49 +66,49 @@ class Guard:
     def admit_key(
         self,
         snapshot: Snapshot,
-        who: Presented,
+        context: RequestContext,
         permission: Callable[[PublishedSet], Permission],
         key_set_name: str,
         key_name: str,
         now: Instant,
     ) -> tuple[PublishedSet, SigningKey]:
         """Let a data-plane call in to a key; the permission may depend on the set's purpose."""
-        caller = self._authenticate(_tokens_in(snapshot), who, now)
+        caller = self._authenticate(_tokens_in(snapshot), context, now)
         key_set = snapshot.key_sets.get(key_set_name)
         key_set = self._known_to(caller, key_set, key_set_name)
         key = key_set.keys.get(key_name)
         self._authorise(caller, permission(key_set), Scope(key_set.id, key.id if key else None))
         if key is None:
-            raise errors.KeyUnknown(f"There is no key {key_name!r} in key set {key_set_name!r}.")
+            raise errors.KeyNotFound(f"There is no key {key_name!r} in key set {key_set_name!r}.")
         return key_set, key
 
     # --- control plane
 
-    def enter(self, tx: ReadTx, who: Presented, permission: Permission) -> Caller:
+    def enter(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:
         """Let a call in that concerns the installation as a whole."""
-        caller = self._authenticate(_tokens_of(tx), who, tx.now())
+        caller = self._authenticate(_tokens_of(tx), context, tx.now())
         self._authorise(caller, permission, EVERYTHING)
         return caller
 
-    def enter_any(self, tx: ReadTx, who: Presented, permission: Permission) -> Caller:
+    def enter_any(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:
         """Let a listing in that shows each caller what its grants cover; it must have the permission somewhere."""
-        caller = self._authenticate(_tokens_of(tx), who, tx.now())
+        caller = self._authenticate(_tokens_of(tx), context, tx.now())
         if not any(allow([g], permission, Scope(g.key_set_id, g.key_id)) for g in caller.grants):
             raise _forbidden(caller, permission)
         return caller
 
-    def enter_set(self, tx: ReadTx, who: Presented, permission: Permission, name: str) -> EnteredSet:
+    def enter_set(self, tx: ReadTx, context: RequestContext, permission: Permission, name: str) -> EnteredSet:
         """Let a call in that names a key set. Raises Unauthenticated, Forbidden, KeySetNotFound."""
-        caller = self._authenticate(_tokens_of(tx), who, tx.now())
+        caller = self._authenticate(_tokens_of(tx), context, tx.now())
         key_set = tx.key_set(name)
         self._authorise(caller, permission, Scope(key_set.id) if key_set else EVERYTHING)
         if key_set is None:
             raise errors.KeySetNotFound(f"There is no key set {name!r}.")
         return EnteredSet(caller, tx.now(), key_set)
 
-    def enter_key(self, tx: ReadTx, who: Presented, permission: Permission, key_set: str, key: str) -> Entered:
-        """Let a call in that names a key. Raises Unauthenticated, Forbidden, KeySetNotFound, KeyUnknown."""
-        caller = self._authenticate(_tokens_of(tx), who, tx.now())
+    def enter_key(self, tx: ReadTx, context: RequestContext, permission: Permission, key_set: str, key: str) -> Entered:
+        """Let a call in that names a key. Raises Unauthenticated, Forbidden, KeySetNotFound, KeyNotFound."""
+        caller = self._authenticate(_tokens_of(tx), context, tx.now())
         found_set = tx.key_set(key_set)
         found_key = tx.key(found_set.id, key) if found_set else None
         scope = Scope(found_set.id, found_key.id if found_key else None) if found_set else EVERYTHING
@@ -124,7 +116,7 @@ class Guard:
         if found_set is None:
             raise errors.KeySetNotFound(f"There is no key set {key_set!r}.")
         if found_key is None:
-            raise errors.KeyUnknown(f"There is no key {key!r} in key set {key_set!r}.")
+            raise errors.KeyNotFound(f"There is no key {key!r} in key set {key_set!r}.")
         return Entered(caller, tx.now(), found_set, found_key)
 
     def require(self, caller: Caller, permission: Permission, scope: Scope) -> None:
@@ -141,8 +133,8 @@ class Guard:
 
     # --- inside
 
-    def _authenticate(self, source: TokenSource, who: Presented, now: Instant) -> Caller:
-        credential = credential_from_header(who.authorization)
+    def _authenticate(self, source: TokenSource, context: RequestContext, now: Instant) -> Caller:
+        credential = credential_from_header(context.authorization)
         known = source(credential.sha256)
         if known is None or not matches(known.sha256, credential.sha256):
             raise errors.CredentialsUnknown

@@ -10,13 +10,14 @@ from msgspec import UNSET
 
 from kms_jwks import errors, timeline, wire
 from kms_jwks.access import Permission, Scope, allow
+from kms_jwks.custodian import transitions
 from kms_jwks.model import Access, Id, KeySet, Purpose, name_error, new_id
-from kms_jwks.service import adoption, lifecycle, present
+from kms_jwks.service import adoption, views
 from kms_jwks.service.adoption import Candidate
+from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, check_revision
-from kms_jwks.service.guard import Presented
 from kms_jwks.service.keys import add_key, check_policy, look_at
-from kms_jwks.service.present import Created
+from kms_jwks.service.views import Created
 from kms_jwks.store import ReadTx, WriteTx
 
 
@@ -26,10 +27,10 @@ class KeySets:
     def __init__(self, control: Control) -> None:
         self._control = control
 
-    def list(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+    def list(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
         """The key sets that the caller's grants cover."""
         with self._control.store.read() as tx:
-            caller = self._control.guard.enter_any(tx, who, Permission.KEY_SET_READ)
+            caller = self._control.guard.enter_any(tx, context, Permission.KEY_SET_READ)
             shown: list[KeySet] = []
             after = Id(cursor) if cursor else None
             while len(shown) <= limit:
@@ -38,44 +39,44 @@ class KeySets:
                 if len(chunk) <= limit:
                     break
                 after = chunk[-1].id
-            items = [present.key_set(tx, s, self._control.public_url) for s in shown[: limit + 1]]
-        return present.page(items, [s.id for s in shown], limit)
+            items = [views.key_set(tx, s, self._control.public_url) for s in shown[: limit + 1]]
+        return views.page(items, [s.id for s in shown], limit)
 
-    def get(self, who: Presented, name: str) -> wire.KeySet:
+    def get(self, context: RequestContext, name: str) -> wire.KeySet:
         """One key set with its keys."""
         with self._control.store.read() as tx:
-            found = self._control.guard.enter_set(tx, who, Permission.KEY_SET_READ, name)
-            return present.key_set(tx, found.key_set, self._control.public_url)
+            found = self._control.guard.enter_set(tx, context, Permission.KEY_SET_READ, name)
+            return views.key_set(tx, found.key_set, self._control.public_url)
 
-    def create(self, who: Presented, request: wire.KeySetCreate) -> Created[wire.KeySet]:
+    def create(self, context: RequestContext, request: wire.KeySetCreate) -> Created[wire.KeySet]:
         """Create a key set, with the keys named in the same call: these sign as soon as every worker publishes them."""
         control = self._control
         with control.store.read() as reading:
-            self._enter(reading, who, request)
+            self._enter(reading, context, request)
         candidates = [look_at(control, wanted) for wanted in request.keys]
         with control.store.write() as tx:
-            self._enter(tx, who, request)
+            self._enter(tx, context, request)
             key_set, versions = add_key_set(tx, control, request, candidates)
-            answer = present.key_set(tx, key_set, control.public_url)
+            answer = views.key_set(tx, key_set, control.public_url)
         complete = True
         if versions:
             complete = control.wait_for_custodian(versions)
             with control.store.read() as after:
-                answer = present.key_set(after, after.key_set_by_id(key_set.id) or key_set, control.public_url)
+                answer = views.key_set(after, after.key_set_by_id(key_set.id) or key_set, control.public_url)
         else:
             control.changed(tx.committed_epoch)
         return Created(answer, complete, f"/v1/key-sets/{key_set.name}")
 
-    def _enter(self, tx: ReadTx, who: Presented, request: wire.KeySetCreate) -> None:
-        self._control.guard.enter(tx, who, Permission.KEY_SET_CREATE)
+    def _enter(self, tx: ReadTx, context: RequestContext, request: wire.KeySetCreate) -> None:
+        self._control.guard.enter(tx, context, Permission.KEY_SET_CREATE)
         if any(wanted.adopt is not UNSET for wanted in request.keys):
-            self._control.guard.enter(tx, who, Permission.KEY_ADOPT)
+            self._control.guard.enter(tx, context, Permission.KEY_ADOPT)
 
-    def patch(self, who: Presented, name: str, request: wire.KeySetPatch, if_match: int | None) -> wire.KeySet:
+    def patch(self, context: RequestContext, name: str, request: wire.KeySetPatch, if_match: int | None) -> wire.KeySet:
         """Change issuer (before anything could sign), access, cache lifetime. Raises Immutable, PolicyRefused."""
         control = self._control
         with control.store.write() as tx:
-            found = control.guard.enter_set(tx, who, Permission.KEY_SET_UPDATE, name)
+            found = control.guard.enter_set(tx, context, Permission.KEY_SET_UPDATE, name)
             key_set = found.key_set
             check_revision(key_set.revision, if_match)
             changed = key_set
@@ -94,9 +95,9 @@ class KeySets:
                 lease = control.confirmation.lease(tx)
                 for key in tx.keys(key_set.id):
                     check_policy(key.policy, changed, lease)
-                    lifecycle.widen(tx, changed, key, lease=lease)
+                    transitions.widen(tx, changed, key, lease=lease)
                 tx.save(changed)
-            answer = present.key_set(tx, changed, control.public_url)
+            answer = views.key_set(tx, changed, control.public_url)
         control.changed(tx.committed_epoch)
         return answer
 

@@ -12,6 +12,7 @@ from msgspec import UNSET
 from kms_jwks import errors, timeline, wire
 from kms_jwks.access import EVERYTHING, Permission, Scope, allow
 from kms_jwks.algorithms import ALGORITHMS, DEFAULT_RSA_BITS
+from kms_jwks.custodian import transitions
 from kms_jwks.model import (
     Instant,
     Key,
@@ -23,13 +24,14 @@ from kms_jwks.model import (
     name_error,
     new_id,
 )
-from kms_jwks.service import adoption, lifecycle, present, timetable
+from kms_jwks.service import adoption, key_timeline, views
 from kms_jwks.service.adoption import Candidate
+from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, check_revision
-from kms_jwks.service.guard import Entered, Presented
-from kms_jwks.service.instants import to_instant
-from kms_jwks.service.present import Created
+from kms_jwks.service.guard import Entered
+from kms_jwks.service.views import Created
 from kms_jwks.store import ReadTx, WriteTx
+from kms_jwks.times import to_instant
 
 T = TypeVar("T", Policy, SigningProfile)
 
@@ -40,60 +42,62 @@ class Keys:
     def __init__(self, control: Control) -> None:
         self._control = control
 
-    def list(self, who: Presented, key_set: str, limit: int, cursor: str | None) -> wire.Page:
+    def list(self, context: RequestContext, key_set: str, limit: int, cursor: str | None) -> wire.Page:
         """The set's keys that the caller's grants cover."""
         with self._control.store.read() as tx:
-            caller = self._control.guard.enter_any(tx, who, Permission.KEY_READ)
+            caller = self._control.guard.enter_any(tx, context, Permission.KEY_READ)
             found = tx.key_set(key_set)
             keys = tx.keys(found.id) if found else []
             shown = [k for k in keys if allow(caller.grants, Permission.KEY_READ, Scope(k.key_set_id, k.id))]
             if found is None or (not shown and not allow(caller.grants, Permission.KEY_READ, Scope(found.id))):
                 # The same answer whether the set exists or not, unless the caller may know.
-                self._control.guard.enter_set(tx, who, Permission.KEY_READ, key_set)
+                self._control.guard.enter_set(tx, context, Permission.KEY_READ, key_set)
                 raise errors.KeySetNotFound(f"There is no key set {key_set!r}.")
             if cursor:
                 shown = [k for k in shown if k.id > cursor]
-            items = [present.key(tx, found, k) for k in shown[: limit + 1]]
-        return present.page(items, [k.id for k in shown], limit)
+            items = [views.key(tx, found, k) for k in shown[: limit + 1]]
+        return views.page(items, [k.id for k in shown], limit)
 
-    def get(self, who: Presented, key_set: str, key: str) -> wire.Key:
+    def get(self, context: RequestContext, key_set: str, key: str) -> wire.Key:
         """One key with its versions."""
         with self._control.store.read() as tx:
-            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
-            return present.key(tx, found.key_set, found.key)
+            found = self._control.guard.enter_key(tx, context, Permission.KEY_READ, key_set, key)
+            return views.key(tx, found.key_set, found.key)
 
-    def timeline(self, who: Presented, key_set: str, key: str) -> wire.Timeline:
+    def timeline(self, context: RequestContext, key_set: str, key: str) -> wire.Timeline:
         """What was, what is, and what is planned for the key's versions."""
         with self._control.store.read() as tx:
-            found = self._control.guard.enter_key(tx, who, Permission.KEY_READ, key_set, key)
-            facts = timetable.read(tx, found.key_set, found.key)
-        return timetable.of_key(facts)
+            found = self._control.guard.enter_key(tx, context, Permission.KEY_READ, key_set, key)
+            facts = key_timeline.read(tx, found.key_set, found.key)
+        return key_timeline.of_key(facts)
 
-    def create(self, who: Presented, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
+    def create(self, context: RequestContext, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
         """Create a key. In a set that has published before, its first version signs after the publish lead."""
         control = self._control
         permission = Permission.KEY_CREATE if request.adopt is UNSET else Permission.KEY_ADOPT
         with control.store.read() as reading:
-            entered = control.guard.enter_set(reading, who, permission, key_set)
+            entered = control.guard.enter_set(reading, context, permission, key_set)
             if request.adopt is not UNSET:
                 # A module is no key set's own: whoever may adopt from it could take any application's key.
                 control.guard.require(entered.caller, permission, EVERYTHING)
         candidate = look_at(control, request)
         with control.store.write() as tx:
-            found = control.guard.enter_set(tx, who, permission, key_set)
+            found = control.guard.enter_set(tx, context, permission, key_set)
             key, version = add_key(tx, control, found.key_set, request, candidate)
             if candidate is not None:
                 adoption.publish(tx, found.key_set, [candidate])
         complete = control.wait_for_custodian([version.id])
         with control.store.read() as tx:
-            answer = present.key(tx, found.key_set, tx.key_by_id(key.id) or key)
+            answer = views.key(tx, found.key_set, tx.key_by_id(key.id) or key)
         return Created(answer, complete, f"/v1/key-sets/{key_set}/keys/{key.name}")
 
-    def patch(self, who: Presented, key_set: str, key: str, request: wire.KeyPatch, if_match: int | None) -> wire.Key:
+    def patch(
+        self, context: RequestContext, key_set: str, key: str, request: wire.KeyPatch, if_match: int | None
+    ) -> wire.Key:
         """Change the policy or the profile. Raises PolicyRefused with the numbers."""
         control = self._control
         with control.store.write() as tx:
-            found = control.guard.enter_key(tx, who, Permission.KEY_UPDATE, key_set, key)
+            found = control.guard.enter_key(tx, context, Permission.KEY_UPDATE, key_set, key)
             check_revision(found.key.revision, if_match)
             changed = replace(
                 found.key,
@@ -106,19 +110,19 @@ class Keys:
                 check_profile(changed)
                 changed = replace(changed, revision=found.key.revision + 1, updated_at=tx.now())
                 tx.save(changed)
-                lifecycle.widen(tx, found.key_set, changed, lease=lease)
-            answer = present.key(tx, found.key_set, changed)
+                transitions.widen(tx, found.key_set, changed, lease=lease)
+            answer = views.key(tx, found.key_set, changed)
         control.changed(tx.committed_epoch)
         return answer
 
-    def rotate(self, who: Presented, key_set: str, key: str, request: wire.RotateRequest) -> wire.Key:
+    def rotate(self, context: RequestContext, key_set: str, key: str, request: wire.RotateRequest) -> wire.Key:
         """Activate the standby now. Raises NoStandby, NotYetUsable (with usable_at), RotationInProgress.
 
         `break_glass` with a reason overrides I1 alone.
         """
         control = self._control
         with control.store.write() as tx:
-            found = control.guard.enter_key(tx, who, Permission.KEY_ROTATE, key_set, key)
+            found = control.guard.enter_key(tx, context, Permission.KEY_ROTATE, key_set, key)
             require_enabled(found.key)
             versions = tx.versions(key_id=found.key.id)
             active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
@@ -128,42 +132,42 @@ class Keys:
                 )
             standby = _standby(found.key, versions)
             broken = breach(control, tx, found, request)
-            lifecycle.activate(
+            transitions.activate(
                 tx,
                 found.key_set,
                 found.key,
                 standby,
                 lease=control.confirmation.lease(tx),
-                breach=broken if lifecycle.is_early(tx, found.key, standby) else None,
+                breach=broken if transitions.is_early(tx, found.key, standby) else None,
                 who=found.caller.client,
             )
-            answer = present.key(tx, found.key_set, found.key)
+            answer = views.key(tx, found.key_set, found.key)
         control.changed(tx.committed_epoch)
         return answer
 
-    def disable(self, who: Presented, key_set: str, key: str) -> wire.Key:
+    def disable(self, context: RequestContext, key_set: str, key: str) -> wire.Key:
         """Stop signing with the key; its versions stay published. The answer comes when no worker signs any more."""
         control = self._control
         with control.store.write() as tx:
-            found = control.guard.enter_key(tx, who, Permission.KEY_DISABLE, key_set, key)
+            found = control.guard.enter_key(tx, context, Permission.KEY_DISABLE, key_set, key)
             changed = found.key
             if changed.disabled_at is None:
                 changed = _touched(tx, replace(changed, disabled_at=tx.now()))
-            answer = present.key(tx, found.key_set, changed)
+            answer = views.key(tx, found.key_set, changed)
             lease, here = control.confirmation.lease(tx), tx.epoch()
         # Said again, it waits again: who lost the first answer gets the same certainty.
         control.confirmation.revoked(tx.committed_epoch or here, lease)
         return answer
 
-    def enable(self, who: Presented, key_set: str, key: str) -> wire.Key:
+    def enable(self, context: RequestContext, key_set: str, key: str) -> wire.Key:
         """Let the key sign again."""
         control = self._control
         with control.store.write() as tx:
-            found = control.guard.enter_key(tx, who, Permission.KEY_ENABLE, key_set, key)
+            found = control.guard.enter_key(tx, context, Permission.KEY_ENABLE, key_set, key)
             changed = found.key
             if changed.disabled_at is not None:
                 changed = _touched(tx, replace(changed, disabled_at=None))
-            answer = present.key(tx, found.key_set, changed)
+            answer = views.key(tx, found.key_set, changed)
         control.changed(tx.committed_epoch)
         return answer
 
@@ -193,11 +197,11 @@ def add_key(
     )
     check_policy(key.policy, key_set, control.confirmation.lease(tx))
     check_profile(key)
-    check_company(tx, key_set, key.alg)
-    lifecycle.require_room(tx, key_set, key.alg, more_keys=1)
+    check_compatible_algorithms(tx, key_set, key.alg)
+    transitions.require_room(tx, key_set, key.alg, more_keys=1)
     tx.add(key)
     if candidate is None:
-        return key, lifecycle.add_version(tx, key)
+        return key, transitions.add_version(tx, key)
     return key, adoption.add_adopted(tx, key, candidate)
 
 
@@ -209,12 +213,12 @@ def look_at(control: Control, request: wire.KeyCreate) -> Candidate | None:
     """
     if request.adopt is not UNSET:
         bits = None if request.rsa_bits is UNSET else request.rsa_bits
-        return adoption.examine(control.modules, backend_of(control, request), request.alg, request.adopt, bits)
-    name = control.modules.default if request.backend is UNSET else request.backend
-    if name not in control.modules.backends or request.alg not in ALGORITHMS:
+        return adoption.examine(control.backends, backend_of(control, request), request.alg, request.adopt, bits)
+    name = control.backends.default if request.backend is UNSET else request.backend
+    if name not in control.backends.by_name or request.alg not in ALGORITHMS:
         return None  # refused by name further on
     with contextlib.suppress(errors.BackendError):
-        offered = control.modules.ask(name, "capabilities", lambda backend: backend.capabilities())
+        offered = control.backends.ask(name, "capabilities", lambda backend: backend.capabilities())
         if request.alg not in offered:
             raise errors.UnsupportedAlgorithmRequested(
                 f"Backend {name!r} does not offer {request.alg}.", fields={"algorithms": sorted(offered)}
@@ -307,17 +311,17 @@ def _rsa_bits(request: wire.KeyCreate) -> int | None:
 
 def backend_of(control: Control, request: wire.KeyCreate) -> str:
     """The backend that a request names or leaves to the default. Raises InvalidField, BackendUnknown."""
-    name = control.modules.default if request.backend is UNSET else request.backend
+    name = control.backends.default if request.backend is UNSET else request.backend
     if name is None:
         raise errors.InvalidField(
             "backend: several are configured and none is the default; name one", fields={"field": "backend"}
         )
-    if name not in control.modules.backends:
+    if name not in control.backends.by_name:
         raise errors.BackendUnknown(f"No backend {name!r} is configured.")
     return name
 
 
-def check_company(tx: ReadTx, key_set: KeySet, alg: str) -> None:
+def check_compatible_algorithms(tx: ReadTx, key_set: KeySet, alg: str) -> None:
     """Raise LimitReached where verifiers that do not know one key's algorithm would lose the whole set (I5)."""
     row = ALGORITHMS[alg]
     others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id)]

@@ -8,12 +8,12 @@ from dataclasses import replace
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission
 from kms_jwks.model import SECOND, Epoch, Id, Instant, Worker
-from kms_jwks.service import present
+from kms_jwks.service import views
+from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control
-from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import optional, to_datetime
-from kms_jwks.service.recycling import Recycling
-from kms_jwks.service.watcher import Watcher
+from kms_jwks.times import optional, to_datetime
+from kms_jwks.worker.restart_limit import RestartLimit
+from kms_jwks.worker.sync import RegistrySync
 
 _PROBE_EVERY = 1.0
 """Seconds for which a backend's state is remembered: anybody may ask for readiness, and not wear the module out."""
@@ -24,26 +24,26 @@ _PROBE_SECONDS = 5.0
 class Operation:
     """For operators, and for the probes of an orchestrator."""
 
-    def __init__(self, control: Control, watcher: Watcher, recycling: Recycling) -> None:
+    def __init__(self, control: Control, watcher: RegistrySync, restart_limit: RestartLimit) -> None:
         self._control = control
-        self._watcher = watcher
-        self._recycling = recycling
+        self._sync = watcher
+        self._restart_limit = restart_limit
         self._probed: dict[str, tuple[float, wire.Backend]] = {}
 
-    def nodes(self, who: Presented, limit: int, cursor: str | None) -> wire.Page:
+    def nodes(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
         """Every registered worker with the epoch it has confirmed."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.NODE_READ)
+            self._control.guard.enter(tx, context, Permission.NODE_READ)
             workers = tx.workers()
             epoch, now = tx.epoch(), tx.now()
         if cursor:
             workers = [w for w in workers if w.id > cursor]
-        return present.page([self._node(w, epoch, now) for w in workers], [w.id for w in workers], limit)
+        return views.page([self._node(w, epoch, now) for w in workers], [w.id for w in workers], limit)
 
-    def forget(self, who: Presented, worker_id: str) -> None:
+    def forget(self, context: RequestContext, worker_id: str) -> None:
         """Stop counting a worker that will not come back, e.g. one of a node that is gone. It may come back as new."""
         with self._control.store.write() as tx:
-            self._control.guard.enter(tx, who, Permission.NODE_MANAGE)
+            self._control.guard.enter(tx, context, Permission.NODE_MANAGE)
             worker = tx.worker(Id(worker_id))
             if worker is None or worker.stopped_at is not None:
                 raise errors.WorkerNotFound("There is no such worker.")
@@ -51,10 +51,10 @@ class Operation:
                 raise errors.Conflict("The worker is alive.", next_step="Stop it instead of forgetting it.")
             tx.save(replace(worker, stopped_at=tx.now(), stop_reason="forgotten"))
 
-    def custodian(self, who: Presented) -> wire.Custodian:
+    def custodian(self, context: RequestContext) -> wire.Custodian:
         """Who acts, since when, and why not."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.NODE_READ)
+            self._control.guard.enter(tx, context, Permission.NODE_READ)
             lease, now = tx.custodian_lease(), tx.now()
         if lease is None:
             return wire.Custodian(
@@ -71,45 +71,45 @@ class Operation:
             halted=lease.halted,
         )
 
-    def backends(self, who: Presented) -> wire.Page:
+    def backends(self, context: RequestContext) -> wire.Page:
         """Every configured backend and how this worker finds it."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.BACKEND_READ)
-        return wire.Page(items=[self._backend(name) for name in self._control.modules.names()])
+            self._control.guard.enter(tx, context, Permission.BACKEND_READ)
+        return wire.Page(items=[self._backend(name) for name in self._control.backends.names()])
 
-    def backend(self, who: Presented, name: str) -> wire.Backend:
+    def backend(self, context: RequestContext, name: str) -> wire.Backend:
         """One backend. Raises BackendUnknown."""
         with self._control.store.read() as tx:
-            self._control.guard.enter(tx, who, Permission.BACKEND_READ)
-        self._control.modules.get(name)
+            self._control.guard.enter(tx, context, Permission.BACKEND_READ)
+        self._control.backends.get(name)
         return self._backend(name)
 
     def ready(self) -> wire.Readiness:
         """Whether a JWKS can be served. Nothing in it is secret: anybody may ask."""
         registry = self._registry()
         try:
-            self._watcher.snapshot()
+            self._sync.snapshot()
             serving = wire.Dependency(name="jwks", state="ok")
         except errors.Error as error:
             serving = wire.Dependency(name="jwks", state=error.code, detail=error.detail)
-        failing = serving.state != "ok" or self._watcher.overdue()
-        if self._watcher.overdue():
+        failing = serving.state != "ok" or self._sync.overdue()
+        if self._sync.overdue():
             registry = wire.Dependency(name="registry", state="unconfirmed", detail="no epoch confirmed for 15 minutes")
         return wire.Readiness(status="failing" if failing else "ok", dependencies=[serving, registry])
 
     def ready_sign(self) -> wire.Readiness:
         """Whether signing works on this worker, and if not which dependency is the cause."""
         found = [self._registry()]
-        if not self._watcher.has_lease():
+        if not self._sync.has_lease():
             found[0] = wire.Dependency(name="registry", state="registry_stale", detail=found[0].detail)
-        for name in self._control.modules.names():
+        for name in self._control.backends.names():
             backend = self._backend(name)
             found.append(wire.Dependency(name=f"backend:{name}", state=backend.state, detail=backend.detail))
         failing = any(d.state != "ok" for d in found)
         return wire.Readiness(status="failing" if failing else "ok", dependencies=found)
 
     def _registry(self) -> wire.Dependency:
-        trouble = self._watcher.trouble
+        trouble = self._sync.trouble
         return wire.Dependency(
             name="registry", state="ok" if trouble is None else "store_unavailable", detail=trouble or ""
         )
@@ -123,27 +123,27 @@ class Operation:
         return answer
 
     def _probe(self, name: str) -> wire.Backend:
-        modules = self._control.modules
-        backend = modules.get(name)
+        backends = self._control.backends
+        backend = backends.get(name)
         state, detail = "ok", ""
         algorithms: list[str] = []
         try:
-            detail, algorithms = modules.ask(
+            detail, algorithms = backends.ask(
                 name, "ping", lambda b: (b.ping().description, sorted(b.capabilities())), _PROBE_SECONDS
             )
         except errors.BackendError as error:
             state, detail = error.code, error.detail
-        modules.seen[name] = state
+        backends.seen[name] = state
         return wire.Backend(
             name=name,
             type=backend.kind,
-            default=modules.default == name,
+            default=backends.default == name,
             sign_in_place=backend.sign_in_place,
             state=state,
             detail=detail,
             algorithms=algorithms,
-            counters=modules.counters(name),
-            recycled=self._recycling.count(),
+            counters=backends.counters(name),
+            recycled=self._restart_limit.count(),
         )
 
     def _node(self, worker: Worker, epoch: Epoch, now: Instant) -> wire.Node:

@@ -1,6 +1,6 @@
 """The signing path: authorise and prepare, sign in the module, look once more, answer. No database, no web framework.
 
-`prepare` is pure and quick; `Modules.sign` may wait; `_check` looks at the lease and the version again under the
+`prepare` is pure and quick; `Backends.sign` may wait; `_check` looks at the lease and the version again under the
 snapshot of that moment, so that nothing leaves that a revocation has overtaken.
 """
 
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
+from kms_jwks.backends.calling import Backends
 from kms_jwks.model import SECOND, Instant, Purpose
-from kms_jwks.service.guard import Guard, Presented
-from kms_jwks.service.instants import to_datetime
-from kms_jwks.service.modules import Modules
-from kms_jwks.service.preparing import Found, Operation, Preparer, active_of, check_handover, preparer_of
-from kms_jwks.service.snapshot import Signer, Snapshot
-from kms_jwks.service.watcher import Watcher
+from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import Guard
+from kms_jwks.service.preparation import Found, Preparer, SigningOperation, active_of, check_handover, preparer_of
+from kms_jwks.times import to_datetime
+from kms_jwks.worker.snapshot import Signer, Snapshot
+from kms_jwks.worker.sync import RegistrySync
 
 MAX_BATCH = 256
 BATCH_SECONDS = 20
@@ -35,23 +36,23 @@ class Batch:
 class Signing:
     """The data plane's use cases that sign."""
 
-    def __init__(self, watcher: Watcher, guard: Guard, modules: Modules) -> None:
-        self._watcher = watcher
+    def __init__(self, watcher: RegistrySync, guard: Guard, backends: Backends) -> None:
+        self._sync = watcher
         self._guard = guard
-        self._modules = modules
+        self._backends = backends
 
     def handle(
-        self, operation: Operation, who: Presented, key_set: str, key: str, body: Mapping[str, object]
+        self, operation: SigningOperation, context: RequestContext, key_set: str, key: str, body: Mapping[str, object]
     ) -> wire.Answer | Batch:
         """Sign what `body` asks for, one item or ``{"batch": […]}``.
 
         Raises every error of a single call; in a batch, an item's error stands in its place, and only what concerns
         the whole call is raised.
         """
-        call = _Call(operation, who, key_set, key)
-        snapshot = self._watcher.snapshot()
+        call = _Call(operation, context, key_set, key)
+        snapshot = self._sync.snapshot()
         found_set, found_key = self._admit(call, snapshot)
-        self._watcher.leased()
+        self._sync.leased()
         prepare = preparer_of(operation, found_set.purpose)
         if not found_key.enabled:
             raise errors.KeyDisabled(f"Key {key!r} of key set {key_set!r} is disabled.")
@@ -64,11 +65,11 @@ class Signing:
             raise errors.InvalidBatch(f"A batch is a list of 1 to {MAX_BATCH} items.")
         return self._many(call, snapshot, prepare, items)
 
-    def active(self, who: Presented, key_set: str, key: str) -> wire.Active:
+    def active(self, context: RequestContext, key_set: str, key: str) -> wire.Active:
         """Which version signs now and which comes next: what a caller that pins the kid needs."""
-        now = self._watcher.clock.now()
+        now = self._sync.clock.now()
         _, found = self._guard.admit_key(
-            self._watcher.snapshot(), who, lambda _: Permission.KEY_READ, key_set, key, now
+            self._sync.snapshot(), context, lambda _: Permission.KEY_READ, key_set, key, now
         )
         signer = active_of(found)
         coming = None
@@ -88,25 +89,25 @@ class Signing:
     def _admit(self, call: _Call, snapshot: Snapshot) -> Found:
         return self._guard.admit_key(
             snapshot,
-            call.who,
+            call.context,
             lambda s: _permission(call.operation, s.purpose),
             call.key_set,
             call.key,
-            self._watcher.clock.now(),
+            self._sync.clock.now(),
         )
 
     def _one(self, call: _Call, snapshot: Snapshot, prepare: Preparer, item: object) -> tuple[Signer, wire.Answer]:
         """Prepare, sign, look again. A call that pinned nothing follows a rotation or revocation that overtook it."""
         for last in (False, False, True):
             found = _found(snapshot, call)
-            job = prepare(*found, item, self._watcher.clock.now())
-            signature = self._modules.sign(job.signer, job.what)
+            job = prepare(*found, item, self._sync.clock.now())
+            signature = self._backends.sign(job.signer, job.what)
             try:
                 self._check(call, snapshot, job.signer)
             except errors.KidNotActive:
                 if job.pinned or last:
                     raise
-                snapshot = self._watcher.leased()
+                snapshot = self._sync.leased()
                 self._admit(call, snapshot)
                 continue
             return job.signer, job.answer(signature)
@@ -149,7 +150,7 @@ class Signing:
 
         Raises RegistryStale, Unauthenticated, Forbidden, Conflict.
         """
-        snapshot = self._watcher.leased()
+        snapshot = self._sync.leased()
         if snapshot is admitted_by:
             return
         self._admit(call, snapshot)
@@ -161,15 +162,15 @@ class Signing:
             raise errors.KeyDisabled(f"Key {key.name!r} was disabled while the signature was being made.")
         if signer.until is not None:
             # Rotated meanwhile: within the handover the answer is as good as a pinned one.
-            check_handover(signer, key, self._watcher.clock.now())
+            check_handover(signer, key, self._sync.clock.now())
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
     """Who asks for what: enough to admit it again under another snapshot."""
 
-    operation: Operation
-    who: Presented
+    operation: SigningOperation
+    context: RequestContext
     key_set: str
     key: str
 
@@ -179,9 +180,9 @@ def _found(snapshot: Snapshot, call: _Call) -> Found:
     return key_set, key_set.keys[call.key]
 
 
-def _permission(operation: Operation, purpose: Purpose) -> Permission:
-    if operation is Operation.JWT:
+def _permission(operation: SigningOperation, purpose: Purpose) -> Permission:
+    if operation is SigningOperation.JWT:
         return Permission.JWT_SIGN
-    if operation is Operation.JWS:
+    if operation is SigningOperation.JWS:
         return Permission.JWS_SIGN
     return Permission.JWT_SIGN if purpose is Purpose.JWT else Permission.RAW_SIGN

@@ -5,10 +5,9 @@ does, `forecast` what that comes to, `safety` shows each invariant with both sid
 same numbers.
 """
 
+from kms_jwks.timeline.activation import successor
 from kms_jwks.timeline.calendar import Window, jitter, later, shown, window
-from kms_jwks.timeline.decay import days_until
 from kms_jwks.timeline.forecast import Event, forecast
-from kms_jwks.timeline.growth import successor
 from kms_jwks.timeline.invariants import (
     destructible_at,
     kids_after_rotation,
@@ -40,6 +39,7 @@ from kms_jwks.timeline.policies import (
     publish_lead_floor,
     stale_if_error,
 )
+from kms_jwks.timeline.retirement import days_until
 from kms_jwks.timeline.rotation import rotation_wanted
 from kms_jwks.timeline.safety import Check, SafetyReport, safety
 from kms_jwks.timeline.steps import Step, StepKind

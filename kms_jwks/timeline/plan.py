@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kms_jwks.model import ExternalKey, Instant, Key, KeySet, KeyVersion, VersionState
+from kms_jwks.timeline.activation import activation, creation, publication
 from kms_jwks.timeline.calendar import shown
-from kms_jwks.timeline.decay import destruction, withdrawal
-from kms_jwks.timeline.growth import activation, creation, publication
 from kms_jwks.timeline.invariants import lost_by_revocation
+from kms_jwks.timeline.retirement import destruction, withdrawal
 from kms_jwks.timeline.rotation import rotations
 from kms_jwks.timeline.steps import Step, StepKind
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kms_jwks.model import ExternalKey, Id, Instant, Key, KeySet, KeyVersion, Policy, VersionState
+from kms_jwks.timeline.activation import held, successor, visibility
 from kms_jwks.timeline.calendar import jitter, later, shown
-from kms_jwks.timeline.decay import withdrawal_at
-from kms_jwks.timeline.growth import held, successor, visibility
 from kms_jwks.timeline.invariants import kids_after_rotation, of_document, rotation_blocker
 from kms_jwks.timeline.policies import MAX_KIDS, bounds
+from kms_jwks.timeline.retirement import withdrawal_at
 from kms_jwks.timeline.steps import Obstacle, Step, StepKind, due_after, waiting_words
 
 _S = VersionState

@@ -87,7 +87,7 @@ _ANYWHERE: Mapping[str, tuple[type[errors.BackendError], int]] = {
     "SomethingNewAtTheirs": (errors.BackendUnavailable, 500),
 }
 _OF_ONE_CALL: Mapping[tuple[str, str, str], tuple[type[errors.BackendError], int]] = {
-    ("sign", "Sign", "NotFoundException"): (errors.KeyNotFound, 400),
+    ("sign", "Sign", "NotFoundException"): (errors.BackendKeyNotFound, 400),
     ("sign", "Sign", "DisabledException"): (errors.BackendRefused, 400),
     ("sign", "Sign", "KMSInvalidStateException"): (errors.BackendRefused, 400),
     ("sign", "Sign", "KeyUnavailableException"): (errors.BackendUnavailable, 500),

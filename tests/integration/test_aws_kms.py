@@ -214,7 +214,7 @@ def test_a_key_of_another_account_is_adopted_when_its_policy_allows(fake: FakeKm
 
 
 def test_an_alias_to_nowhere(fake: FakeKms, make: MakeBackend) -> None:
-    error = refusal(lambda: make().adopt("alias/nothing"), errors.KeyNotFound)
+    error = refusal(lambda: make().adopt("alias/nothing"), errors.BackendKeyNotFound)
     assert "alias/nothing" in error.detail
     assert REGION in error.detail
 

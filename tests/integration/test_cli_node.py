@@ -326,7 +326,7 @@ from kms_jwks import wiring
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.config import load_settings
 settings = load_settings(Path(sys.argv[1]))
-store, modules = wiring.make_store(settings), wiring.make_modules(settings)
+store, modules = wiring.make_store(settings), wiring.make_backends(settings)
 with store.read() as tx:
     ours = tx.installation().id
 for label in (f"kj-{ours}-left-behind", "kj-another1-pair", "foreign"):

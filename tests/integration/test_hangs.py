@@ -1,4 +1,4 @@
-"""Modules that do not come back: who waits, who does not, and how a worker that lost threads to one is replaced.
+"""Backends that do not come back: who waits, who does not, and how a worker that lost threads to one is replaced.
 
 Whole services over SoftHSM, seen through the module that hangs as it is told.
 """

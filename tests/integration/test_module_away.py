@@ -21,7 +21,7 @@ import jwt
 import pytest
 import urllib3
 
-from kms_jwks.backends.pkcs11.meanings import CODES, Meaning, Rebuilt
+from kms_jwks.backends.pkcs11.error_map import CODES, Meaning, Rebuilt
 from kms_jwks.errors import UnsupportedAlgorithm
 from tests.faults.harness import Faults, Violations
 from tests.integration.conftest import Server, free_port, prepare, running, settled, wait_until

@@ -19,7 +19,7 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, making
 from kms_jwks.backends.pkcs11.uri import parse
-from kms_jwks.errors import BackendRefused, BackendUnavailable, KeyNotFound, UnsupportedAlgorithm
+from kms_jwks.errors import BackendKeyNotFound, BackendRefused, BackendUnavailable, UnsupportedAlgorithm
 from tests.contract.suite import verify
 from tests.foreign_keys import BRAINPOOL, EC, P256, P384, RSA, SIGN_ONLY, Pair, make_pairs, theirs
 from tests.softhsm import SoftHsm, in_child, make_token
@@ -100,9 +100,9 @@ def test_one_key_has_many_names(hsm: SoftHsm) -> None:
 def refuse_locators(hsm: SoftHsm) -> None:
     backend = hsm.backend()
     for locator, error, words in (
-        ("nobody", KeyNotFound, "no private key 'nobody'"),
-        ("id=ffff", KeyNotFound, "no private key"),
-        ("pkcs11:object=good;id=%0b", KeyNotFound, "no private key"),
+        ("nobody", BackendKeyNotFound, "no private key 'nobody'"),
+        ("id=ffff", BackendKeyNotFound, "no private key"),
+        ("pkcs11:object=good;id=%0b", BackendKeyNotFound, "no private key"),
         ("twins", BackendRefused, "2 private keys that fit"),
         ("pkcs11:object=twins", BackendRefused, "2 private keys that fit"),
         ("id=nothex", BackendRefused, "no label and no id="),
@@ -241,7 +241,7 @@ def destroy_by_label(hsm: SoftHsm) -> None:
     backend.destroy(key.ref)
     backend.destroy(key.ref)
     for gone in (lambda: backend.adopt("no id"), lambda: backend.public_key(key.ref)):
-        with pytest.raises(KeyNotFound):
+        with pytest.raises(BackendKeyNotFound):
             gone()
 
 

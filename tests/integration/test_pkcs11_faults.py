@@ -20,7 +20,7 @@ from kms_jwks.backends.base import GeneratedKey, KeyRef, Message, stuck_in
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, errands
 from kms_jwks.backends.pkcs11 import backend as backend_module
 from kms_jwks.backends.pkcs11.locks import locked
-from kms_jwks.errors import BackendError, BackendRefused, BackendTimeout, BackendUnavailable, KeyNotFound
+from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendTimeout, BackendUnavailable
 from tests.contract.suite import verify
 from tests.faults.harness import Faults, Violations
 from tests.softhsm import SoftHsm, in_child, make_token
@@ -449,7 +449,7 @@ def destroyed_behind_our_back(hsm: SoftHsm) -> None:
     other = SoftHsm(hsm.directory, faults.module, hsm.label).backend()
     other.destroy(key.ref)
     for use in (lambda: sign(backend, key), lambda: backend.public_key(key.ref)):
-        with pytest.raises(KeyNotFound) as caught:
+        with pytest.raises(BackendKeyNotFound) as caught:
             use()
         assert caught.value.next_step
     assert faults.violations == Violations.NONE

@@ -20,7 +20,7 @@ import pytest
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
 from kms_jwks.backends.pkcs11 import access, connection, objects, opening
-from kms_jwks.backends.pkcs11.meanings import CODES, Meaning, meaning_of, named
+from kms_jwks.backends.pkcs11.error_map import CODES, Meaning, meaning_of, named
 from kms_jwks.errors import BackendError, BackendRefused, BackendUnavailable
 from tests.contract.suite import verify
 from tests.faults.harness import FUNCTIONS, Faults, Violations

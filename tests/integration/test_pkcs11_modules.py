@@ -1,4 +1,4 @@
-"""Modules that differ from SoftHSM, played by SoftHSM with one answer changed; and the table of return values."""
+"""Backends that differ from SoftHSM, played by SoftHSM with one answer changed; and the table of return values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kms_jwks.backends.base import Digest, Evidence, Message
 from kms_jwks.backends.pkcs11 import Pkcs11Backend, keys, making, objects
 from kms_jwks.backends.pkcs11.connection import Connection
 from kms_jwks.backends.pkcs11.cryptoki import CKR_CANT_LOCK, Cryptoki
-from kms_jwks.backends.pkcs11.meanings import CODES, Code, Meaning, code_of, meaning_of, said
+from kms_jwks.backends.pkcs11.error_map import CODES, Code, Meaning, code_of, meaning_of, said
 from kms_jwks.backends.pkcs11.mechanisms import prepared
 from kms_jwks.backends.pkcs11.objects import jwk_of
 from kms_jwks.errors import BackendRefused, BackendUnavailable, UnsupportedAlgorithm

@@ -14,7 +14,7 @@ import pytest
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
 from kms_jwks.backends.pkcs11 import Pkcs11Backend
-from kms_jwks.errors import BackendError, BackendRefused, BackendTimeout, BackendUnavailable, KeyNotFound
+from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendTimeout, BackendUnavailable
 from tests.contract.suite import verify
 from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
 
@@ -75,7 +75,7 @@ def token_vanishes_and_returns(hsm: SoftHsm) -> None:
     # The signing session, the login's, and the one that makes and destroys if it was used since.
     assert sessions_in_module(backend) == int(backend.ping().facts["sessions_of_process"]) <= 4
     backend.destroy(key.ref)
-    with pytest.raises(KeyNotFound):
+    with pytest.raises(BackendKeyNotFound):
         sign(backend, key)
 
 

@@ -19,7 +19,7 @@ import pytest
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
 from kms_jwks.backends.pkcs11 import Pkcs11Backend
-from kms_jwks.errors import KeyNotFound
+from kms_jwks.errors import BackendKeyNotFound
 from tests.contract.suite import verify
 from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
 
@@ -84,7 +84,7 @@ def make_and_destroy(hsm: SoftHsm, until: float) -> tuple[int, Report]:
             verify(alg, dict(key.public_jwk), message, backend.sign(key.ref, alg, message, time.monotonic() + 20))
             assert backend.attributes(key.ref).holds
             backend.destroy(key.ref)
-            with pytest.raises(KeyNotFound):
+            with pytest.raises(BackendKeyNotFound):
                 backend.sign(key.ref, alg, message, time.monotonic() + 20)
             if time.time() > until:
                 return turn + 1

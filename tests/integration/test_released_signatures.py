@@ -19,8 +19,8 @@ from cryptography.exceptions import InvalidSignature
 from kms_jwks import jose
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, Message
-from kms_jwks.service.modules import Limits, Modules
-from kms_jwks.service.snapshot import Signer
+from kms_jwks.backends.calling import Backends, CallLimits
+from kms_jwks.worker.snapshot import Signer
 from tests.contract.suite import verify
 from tests.faults.harness import Faults, Violations
 from tests.softhsm import SoftHsm, in_child, make_token
@@ -51,18 +51,18 @@ def make_signer(hsm: SoftHsm, name: str) -> Signer:
 def sign_many(hsm: SoftHsm, signer: Signer, count: int, in_place: bool) -> Report:
     """As a worker signs; what is released is verified by cryptography alone."""
     backend = hsm.backend(sign_in_place=in_place)
-    limits = Limits(timeout=60, check_signatures=1.0)
-    modules = Modules({"hsm": backend}, default="hsm", limits={"hsm": limits})
+    limits = CallLimits(timeout=60, check_signatures=1.0)
+    backends = Backends({"hsm": backend}, default="hsm", limits={"hsm": limits})
     wrong = 0
     for number in range(count):
         message = Message(b"%d of %d" % (number, os.getpid()))
         what = Digest(message.digest(signer.alg)) if number % 2 and signer.alg.hash else message
         try:
-            verify(signer.alg, dict(signer.public_jwk), what, modules.sign(signer, what))
+            verify(signer.alg, dict(signer.public_jwk), what, backends.sign(signer, what))
         except InvalidSignature:
             wrong += 1
-    counters = modules.counters("hsm")
-    modules.close()
+    counters = backends.counters("hsm")
+    backends.close()
     return Report(count, wrong, counters["checked"], counters["bad"])
 
 

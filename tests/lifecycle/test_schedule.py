@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kms_jwks import errors, wire
+from kms_jwks.custodian import transitions
 from kms_jwks.model import DAY, IntentKind, IntentState, VersionState
-from kms_jwks.service import lifecycle
-from kms_jwks.service.instants import to_datetime
+from kms_jwks.times import to_datetime
 from tests.service.world import UNSAFE, World
 
 S = VersionState
@@ -104,7 +104,7 @@ def test_a_restored_registry_signs_nothing_and_knows_no_standby_until_it_was_see
     world.standby()
     world.advance(2 * DAY)
     with world.store().write() as tx:
-        (disabled,) = lifecycle.begin_anew(tx)
+        (disabled,) = transitions.begin_anew(tx)
     assert disabled.name == "default"
     with pytest.raises(errors.KeyDisabled):
         world.until(lambda: world.sign() is None)

@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from kms_jwks import errors, timeline, wire
+from kms_jwks.custodian import transitions
+from kms_jwks.custodian.loop import plan_of
+from kms_jwks.doctor import orphans
 from kms_jwks.model import DAY, SECOND, KeyVersion, VersionState
-from kms_jwks.service import lifecycle
-from kms_jwks.service.custodian import plan_of
-from kms_jwks.service.doctor import orphans
-from kms_jwks.service.instants import to_datetime
-from kms_jwks.service.preparing import Operation
+from kms_jwks.service.preparation import SigningOperation
+from kms_jwks.times import to_datetime
 from tests.simulation.oracle import DRIFT, Broken, Oracle, hold
 from tests.simulation.plant import Crash, Node, Plant, SimWorker, simulated
 
@@ -272,7 +272,7 @@ class Histories(RuleBasedStateMachine):
     def somebody_forgets_workers_that_are_gone(self) -> None:
         gone = [w for node in self.plant.nodes for w in node.workers if not w.alive and not w.forgotten]
         for worker in gone:
-            found = worker.watcher.worker_id
+            found = worker.sync.worker_id
             if found is not None and self.ask(lambda w, i=found: w.operation.forget(self.plant.who, i)):  # type: ignore[misc]
                 worker.forgotten = True
 
@@ -306,7 +306,7 @@ class Histories(RuleBasedStateMachine):
         store = self.node(0).store()
         store.away = lambda: False
         with self.oracle.restored(), store.write() as tx:
-            lifecycle.begin_anew(tx)
+            transitions.begin_anew(tx)
         known = {v.ref["id"] for v in self.plant.versions() if v.ref is not None}
         self.destroyed_since |= known - self.plant.backend.keys.keys()
         for node in self.plant.nodes:
@@ -322,7 +322,11 @@ class Histories(RuleBasedStateMachine):
             return
         try:
             made = worker.signing.handle(
-                Operation.JWT, self.plant.who, "main", self.a_key(key), {"claims": {"sub": "a"}, "expires_in": 60}
+                SigningOperation.JWT,
+                self.plant.who,
+                "main",
+                self.a_key(key),
+                {"claims": {"sub": "a"}, "expires_in": 60},
             )
         except errors.Error:
             return
@@ -356,7 +360,7 @@ class Histories(RuleBasedStateMachine):
         plant.settle(12)
         self.oracle.standby_everywhere()
         store = plant.nodes[0].store()
-        listed = {orphan.ref for orphan in orphans(store, plant.modules().backends)}
+        listed = {orphan.ref for orphan in orphans(store, plant.backends().by_name)}
         held = [v for v in plant.versions() if v.ref is not None and v.state is not S.DESTROYED]
         refs = [str(v.ref["id"]) for v in held if v.ref is not None]
         hold(len(refs) == len(set(refs)), "two versions share a pair")
@@ -429,5 +433,5 @@ def break_it(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif mutation == "a revocation that does not wait":
         monkeypatch.setattr("tests.simulation.plant.SimConfirmation.revoked", lambda *_: [])
     else:
-        monkeypatch.setattr(lifecycle, "ensure_standby", lambda *_: None)
+        monkeypatch.setattr(transitions, "ensure_standby", lambda *_: None)
         everywhere("creation", lambda *_: [])

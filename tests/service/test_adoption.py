@@ -15,9 +15,9 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
 from kms_jwks.model import DAY, Origin, VersionState
 from kms_jwks.service.adoption import GIVEN
-from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import to_datetime
+from kms_jwks.service.context import RequestContext
 from kms_jwks.timeline import later
+from kms_jwks.times import to_datetime
 from tests.service.world import World
 
 S = VersionState
@@ -44,11 +44,11 @@ def adopt(world: World, locator: str = "theirs", **more: Any) -> dict[str, Any]:
     return {"name": "default", "alg": alg, **fields, "adopt": {"locator": locator, **more}}
 
 
-def create_key(world: World, key: dict[str, Any], who: Presented | None = None) -> wire.Key:
+def create_key(world: World, key: dict[str, Any], who: RequestContext | None = None) -> wire.Key:
     return world.service.keys.create(who or world.admin, "main", wire.convert(key, wire.KeyCreate)).answer
 
 
-def create_version(world: World, who: Presented | None = None, **adopted: Any) -> wire.Version:
+def create_version(world: World, who: RequestContext | None = None, **adopted: Any) -> wire.Version:
     request = wire.convert({"adopt": {"locator": "theirs", **adopted}}, wire.VersionCreate)
     return world.service.versions.create(who or world.admin, "main", "default", request).answer
 

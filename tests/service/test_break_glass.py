@@ -11,16 +11,16 @@ from kms_jwks import errors, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, VersionState
 from kms_jwks.service.clients import add_grant
-from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import to_datetime
+from kms_jwks.service.context import RequestContext
 from kms_jwks.timeline import later
+from kms_jwks.times import to_datetime
 from tests.service.world import World
 
 S = VersionState
 WHY = "the standby must sign before the audit"
 
 
-def keeper(world: World, *more: Role) -> Presented:
+def keeper(world: World, *more: Role) -> RequestContext:
     """An operator, with further roles."""
     who = world.client("keeper", Role.OPERATOR)
     with world.store().write() as tx:
@@ -31,15 +31,15 @@ def keeper(world: World, *more: Role) -> Presented:
     return who
 
 
-def rotate(world: World, who: Presented, **fields: Any) -> wire.Key:
+def rotate(world: World, who: RequestContext, **fields: Any) -> wire.Key:
     return world.service.keys.rotate(who, "main", "default", wire.RotateRequest(**fields))
 
 
-def activate(world: World, who: Presented, **fields: Any) -> wire.Version:
+def activate(world: World, who: RequestContext, **fields: Any) -> wire.Version:
     return world.service.versions.activate(who, "main", "default", "2", wire.ActivateRequest(**fields))
 
 
-def retire(world: World, who: Presented, number: str = "1", **fields: Any) -> wire.Version:
+def retire(world: World, who: RequestContext, number: str = "1", **fields: Any) -> wire.Version:
     return world.service.versions.retire(who, "main", "default", number, wire.RetireRequest(**fields))
 
 

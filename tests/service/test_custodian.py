@@ -10,11 +10,11 @@ import pytest
 import structlog.testing
 
 from kms_jwks import errors, wire
+from kms_jwks.custodian import leader_lease
+from kms_jwks.custodian.leader_lease import Fenced
+from kms_jwks.custodian.loop import Custodian
+from kms_jwks.doctor.orphans import orphans
 from kms_jwks.model import DAY, SECOND, IntentState, VersionState
-from kms_jwks.service import office
-from kms_jwks.service.custodian import Custodian
-from kms_jwks.service.doctor.orphans import orphans
-from kms_jwks.service.office import Fenced
 from tests.service.world import World
 
 S = VersionState
@@ -85,7 +85,7 @@ def test_a_crash_during_a_generation_is_abandoned_and_made_good(quiet: World, po
     # A pair that was made and never recorded is surplus: listed, never adopted.
     assert len(surplus(quiet)) == (0 if point == "generate" else 1)
     with pytest.raises(Fenced):
-        first._attempts._record(*_made(quiet))
+        first._intents._record(*_made(quiet))
 
 
 def _made(world: World):  # type: ignore[no-untyped-def]
@@ -132,12 +132,12 @@ def test_one_acts_and_the_other_takes_over_when_it_resigns(quiet: World) -> None
     first, second = quiet.custodian(), quiet.custodian()
     first.tick()
     second.tick()
-    assert (first._office.term, second._office.term) == (1, 0)
-    first._office.resign()
+    assert (first._leader_lease.term, second._leader_lease.term) == (1, 0)
+    first._leader_lease.resign()
     second.tick()
-    assert second._office.term == 2
+    assert second._leader_lease.term == 2
     first.tick()
-    assert first._office.term == 0
+    assert first._leader_lease.term == 0
 
 
 def test_a_custodian_that_was_away_past_its_lease_changes_nothing(quiet: World) -> None:
@@ -149,7 +149,7 @@ def test_a_custodian_that_was_away_past_its_lease_changes_nothing(quiet: World) 
     with quiet.registry.read() as tx:
         (intent,) = tx.intents()
     with pytest.raises(Fenced):
-        first._attempts.begin(intent)
+        first._intents.begin(intent)
     assert quiet.backend.keys == {}
 
 
@@ -229,8 +229,8 @@ def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
         raise errors.StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(custodian._attempts, "_record", away)
-        patch.setattr(custodian._attempts, "_postpone", away)
+        patch.setattr(custodian._intents, "_record", away)
+        patch.setattr(custodian._intents, "_postpone", away)
         with pytest.raises(errors.StoreUnavailable):
             custodian.tick()
     settle(quiet, custodian)
@@ -249,13 +249,13 @@ def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
             time.sleep(2.5)
 
     quiet.backend.before = slow
-    assert first._office.hold(first._attempts.abandon)
+    assert first._leader_lease.hold(first._intents.abandon)
     ticking = threading.Thread(target=first.tick)
     ticking.start()
     while ticking.is_alive():
         second.tick()
         time.sleep(0.05)
-    assert second._office.term == 0
+    assert second._leader_lease.term == 0
     quiet.backend.before = lambda _: None
     settle(quiet, first)
     assert surplus(quiet) == set()
@@ -264,13 +264,13 @@ def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
 def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
     quiet: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(office, "LONG_STEP", 1.0)
-    monkeypatch.setattr(office, "LONGEST_STEP", 3.0)
+    monkeypatch.setattr(leader_lease, "LONG_STEP", 1.0)
+    monkeypatch.setattr(leader_lease, "LONGEST_STEP", 3.0)
     ask(quiet)
     released, given_up = threading.Event(), threading.Event()
     first, second = quiet.custodian(lease=1, given_up=given_up.set), quiet.custodian(lease=1)
-    assert first._office.hold(first._attempts.abandon)
-    term = first._office.term
+    assert first._leader_lease.hold(first._intents.abandon)
+    term = first._leader_lease.term
 
     def hang(name: str) -> None:
         if name == "generate":
@@ -281,7 +281,7 @@ def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
         ticking = threading.Thread(target=pytest.raises, args=(Fenced, first.tick))
         ticking.start()
         assert given_up.wait(30)
-        quiet.until(lambda: second._office.hold(second._attempts.abandon))
+        quiet.until(lambda: second._leader_lease.hold(second._intents.abandon))
     events = [(line["event"], line["log_level"], line["term"]) for line in logs if line["event"].startswith("module_")]
     assert events[0] == ("module_step_takes_long", "warning", term)
     assert events[-1] == ("module_step_given_up", "error", term)
@@ -297,7 +297,7 @@ def test_a_step_that_was_answered_without_its_module_is_given_up(quiet: World, s
     ask(quiet)
     given_up: list[bool] = []
     second = quiet.custodian()
-    first = quiet.custodian(given_up=lambda: given_up.append(second._office.hold(second._attempts.abandon)))
+    first = quiet.custodian(given_up=lambda: given_up.append(second._leader_lease.hold(second._intents.abandon)))
     quiet.backend.stuck = stuck  # type: ignore[attr-defined]
     quiet.backend.fail = errors.BackendTimeout("late")
     with structlog.testing.capture_logs() as logs, contextlib.suppress(Fenced):

@@ -23,14 +23,14 @@ from cryptography.hazmat.primitives import serialization
 
 from kms_jwks import jose, wire
 from kms_jwks.backends.base import KeyRef
+from kms_jwks.backends.calling import Backends, CallLimits
+from kms_jwks.custodian import loop as custodians
+from kms_jwks.custodian.leader_lease import LeaderLease
+from kms_jwks.custodian.loop import Custodian
 from kms_jwks.model import IntentKind, IntentState, VersionState
-from kms_jwks.service import custodian as custodians
-from kms_jwks.service.confirmation import Confirmation
-from kms_jwks.service.custodian import Custodian
 from kms_jwks.service.key_sets import add_key_set
-from kms_jwks.service.modules import Limits, Modules
-from kms_jwks.service.office import Office
 from kms_jwks.store import Connecting, Store
+from kms_jwks.worker.confirmation import Confirmation
 from tests.memory_backend import MemoryBackend, PrivateKey
 from tests.postgres import Postgres
 from tests.service.world import World
@@ -95,8 +95,8 @@ def act(url: str, state: Path, keys: Path, name: str, seed: int) -> None:
     backend.before = lambda call: time.sleep(chance.random() * 0.2 if call in ("generate", "generated") else 0.0)
     store = Store(url, connecting=Connecting(timeout=5.0))
     confirmation = Confirmation(store, node=name, state_dir=state, lease=10, kick=lambda: None)
-    modules = Modules({"memory": backend}, default="memory", limits={"memory": Limits(timeout=0.5)})
-    Custodian(store, modules, confirmation, Office(store, node=name, lease=LEASE)).run(stop)
+    backends = Backends({"memory": backend}, default="memory", limits={"memory": CallLimits(timeout=0.5)})
+    Custodian(store, backends, confirmation, LeaderLease(store, node=name, lease=LEASE)).run(stop)
     store.dispose()
 
 

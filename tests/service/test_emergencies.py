@@ -9,12 +9,12 @@ import pytest
 
 from kms_jwks import errors, wire
 from kms_jwks.access import Role
+from kms_jwks.custodian import transitions
 from kms_jwks.model import DAY, IntentState, Key, KeySet, KeyVersion, VersionState
-from kms_jwks.service import lifecycle
-from kms_jwks.service.instants import to_datetime
-from kms_jwks.service.shelf import Shelf
 from kms_jwks.store import WriteTx
 from kms_jwks.timeline import later, successor
+from kms_jwks.times import to_datetime
+from kms_jwks.worker.jwks_cache import JwksCache
 from tests.service.world import World
 
 S = VersionState
@@ -35,7 +35,7 @@ def another_standby(world: World) -> KeyVersion:
     """A second published standby, as an adoption brings one."""
     with world.store().write() as tx:
         _, key = of(tx)
-        lifecycle.add_version(tx, key)
+        transitions.add_version(tx, key)
     world.until(lambda: sum(bool(v.visible_since) and v.state is S.PUBLISHED for v in world.versions()) == 2)
     return max(world.versions(), key=lambda v: v.number)
 
@@ -73,10 +73,10 @@ def test_a_pair_that_is_being_made_in_a_revoked_module_is_surplus(world: World) 
     world.standby()
     with world.store().write() as tx:
         _, key = of(tx)
-        coming = lifecycle.add_version(tx, key)
+        coming = transitions.add_version(tx, key)
         intent = tx.intents(version_id=coming.id)[0]
         tx.save(replace(intent, not_before=later(tx.now(), 3600)))
-    world.service.revoking.everything(world.admin, wire.RevocationCreate(reason="stolen", backend="memory"))
+    world.service.revocation.everything(world.admin, wire.RevocationCreate(reason="stolen", backend="memory"))
     assert world.version(coming.number).state is S.DESTROYED
     with world.registry.read() as reading:
         assert {i.state for i in reading.intents(version_id=coming.id)} <= {IntentState.PENDING, IntentState.ABANDONED}
@@ -104,11 +104,11 @@ def test_a_disabled_key_holds_up_nobodys_first_document(quiet: World) -> None:
 
 def test_a_node_that_was_renamed_still_strikes_off_its_dead(quiet: World) -> None:
     late = quiet.worker()
-    late.watcher.poll()
+    late.sync.poll()
     with quiet.store().write() as tx:
-        [worker] = [w for w in tx.workers() if w.id == late.watcher.worker_id]
+        [worker] = [w for w in tx.workers() if w.id == late.sync.worker_id]
         tx.save(replace(worker, node="of-another-name"))
-    life = late.watcher._registration._life
+    life = late.sync._registration._life
     assert life is not None
     life.release(keep_proof=True)
 
@@ -162,14 +162,14 @@ def test_further_standbys_leave_the_others_room_to_rotate(world: World) -> None:
 def test_the_kept_documents_do_not_go_back(world: World) -> None:
     world.create()
     world.standby()
-    old = world.service.watcher.snapshot()
+    old = world.service.sync.snapshot()
     world.create("other")
-    world.until(lambda: "other" in world.service.watcher.snapshot().key_sets)
-    world.until(lambda: "other" in Shelf(world.settings.state_dir).load())
-    Shelf(world.settings.state_dir).store(old)
-    assert "other" in Shelf(world.settings.state_dir).load()
-    Shelf(world.settings.state_dir).store(replace(old, epoch=replace(old.epoch, incarnation="restored")))
-    assert "other" not in Shelf(world.settings.state_dir).load(), "a new incarnation begins anew"
+    world.until(lambda: "other" in world.service.sync.snapshot().key_sets)
+    world.until(lambda: "other" in JwksCache(world.settings.state_dir).load())
+    JwksCache(world.settings.state_dir).store(old)
+    assert "other" in JwksCache(world.settings.state_dir).load()
+    JwksCache(world.settings.state_dir).store(replace(old, epoch=replace(old.epoch, incarnation="restored")))
+    assert "other" not in JwksCache(world.settings.state_dir).load(), "a new incarnation begins anew"
 
 
 def test_who_administrates_one_set_adopts_nothing_from_the_module_of_all(world: World) -> None:

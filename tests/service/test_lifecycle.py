@@ -11,9 +11,9 @@ from kms_jwks import errors, wire
 from kms_jwks.access import Role
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.model import DAY, IntentKind, VersionState
-from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import to_datetime, to_instant
+from kms_jwks.service.context import RequestContext
 from kms_jwks.timeline import later
+from kms_jwks.times import to_datetime, to_instant
 from tests.service.world import UNSAFE, World
 
 S = VersionState
@@ -77,9 +77,9 @@ def test_a_stopped_worker_does_not_hold_up_visibility_but_a_silent_one_does(
 ) -> None:
     monkeypatch.setattr("kms_jwks.service.control.CUSTODIAN_WAIT", 1.0)
     silent = world.worker()
-    silent.watcher.poll()
+    silent.sync.poll()
     request = wire.KeySetCreate(name="main", keys=[wire.KeyCreate(name="default", alg="ES256")])
-    world.until(silent.watcher.has_lease)
+    world.until(silent.sync.has_lease)
     made = world.service.key_sets.create(world.admin, request)
     assert not made.complete, "a worker that has not confirmed cannot be passed over"
     silent.stop()
@@ -290,7 +290,7 @@ def test_an_emergency_takes_a_standby_that_is_not_visible_yet(world: World) -> N
     world.create()
     world.standby()
     silent = world.worker()
-    silent.watcher.poll()
+    silent.sync.poll()
     world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
     young = world.until(lambda: next((v for v in world.versions() if v.number == 3 and v.state is S.PUBLISHED), None))
     assert young is not None
@@ -453,7 +453,7 @@ def test_a_list_shows_what_the_grants_cover(world: World) -> None:
     with pytest.raises(errors.Forbidden):
         world.service.key_sets.get(narrow, "unknown")
     with pytest.raises(errors.CredentialsMissing):
-        world.service.key_sets.list(Presented(), 10, None)
+        world.service.key_sets.list(RequestContext(), 10, None)
 
 
 # --- external keys

@@ -13,9 +13,9 @@ import pytest
 from kms_jwks import errors, wire
 from kms_jwks.backends.base import KeyRef
 from kms_jwks.model import Epoch, IntentState, VersionState
-from kms_jwks.service import liveness
 from kms_jwks.service.key_sets import add_key_set
 from kms_jwks.store import Store
+from kms_jwks.worker import liveness
 from tests.service.world import World
 
 
@@ -51,14 +51,14 @@ def test_a_worker_whose_registration_was_not_answered_is_registered_once(
     with monkeypatch.context() as patched:
         lose_answers(patched, late.store)
         for _ in range(3):
-            late.watcher.poll()
-    assert late.watcher.trouble is not None
-    late.watcher.poll()
-    assert late.watcher.has_lease()
+            late.sync.poll()
+    assert late.sync.trouble is not None
+    late.sync.poll()
+    assert late.sync.has_lease()
     with world.registry.read() as tx:
         assert [w.id for w in tx.workers(include_stopped=True)] == [
-            world.service.watcher.worker_id,
-            late.watcher.worker_id,
+            world.service.sync.worker_id,
+            late.sync.worker_id,
         ]
     late.stop()
 
@@ -72,7 +72,7 @@ def test_a_worker_that_cannot_say_goodbye_is_struck_off_by_another(
     with monkeypatch.context() as patched:
         if not registered:
             lose_answers(patched, late.store)
-        late.watcher.poll()
+        late.sync.poll()
         away(patched, late.store)
         late.stop()
     with world.registry.read() as tx:
@@ -80,7 +80,7 @@ def test_a_worker_that_cannot_say_goodbye_is_struck_off_by_another(
 
     def alone() -> bool:
         with world.registry.read() as tx:
-            return [w.id for w in tx.workers()] == [world.service.watcher.worker_id]
+            return [w.id for w in tx.workers()] == [world.service.sync.worker_id]
 
     world.until(alone)
 
@@ -88,8 +88,8 @@ def test_a_worker_that_cannot_say_goodbye_is_struck_off_by_another(
 def test_the_dead_are_seen_without_a_custodian(quiet: World) -> None:
     """A node that only publishes has none, and one whose custodian stands by is no better off."""
     late = quiet.worker()
-    late.watcher.poll()
-    life = late.watcher._registration._life
+    late.sync.poll()
+    life = late.sync._registration._life
     assert life is not None
     life.release(keep_proof=True)
 
@@ -106,7 +106,7 @@ def test_a_registry_that_went_back_is_not_believed(world: World, monkeypatch: py
     """A standby that took over without the last changes would bring a revoked version back to life."""
     world.create()
     world.standby()
-    watcher = world.service.watcher
+    watcher = world.service.sync
     watcher.poll()
     kids, epoch = world.kids(), watcher.snapshot().epoch
     real = world.service.store.poll
@@ -150,7 +150,7 @@ def test_a_revocation_returns_after_the_lease_though_the_database_went_away(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     confirmation = world.service.confirmation
-    stale = Epoch(world.service.watcher.snapshot().epoch.incarnation, 10**9)
+    stale = Epoch(world.service.sync.snapshot().epoch.incarnation, 10**9)
     asked: list[int] = []
     real = confirmation._store.read
 
@@ -165,7 +165,7 @@ def test_a_revocation_returns_after_the_lease_though_the_database_went_away(
     with monkeypatch.context() as patched:
         patched.setattr(confirmation._store, "read", read)
         began = time.monotonic()
-        assert [w.id for w in confirmation.revoked(stale, 0)] == [world.service.watcher.worker_id]
+        assert [w.id for w in confirmation.revoked(stale, 0)] == [world.service.sync.worker_id]
         assert time.monotonic() - began >= 1
         with pytest.raises(errors.StoreUnavailable):
             confirmation.revoked(stale, 0)

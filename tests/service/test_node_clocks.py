@@ -12,7 +12,8 @@ import jwt
 import pytest
 
 from kms_jwks.model import SECOND
-from kms_jwks.service import Service, clocks
+from kms_jwks.service import Service
+from kms_jwks.worker import clocks
 from tests.postgres import Postgres
 from tests.service.world import World
 
@@ -27,15 +28,15 @@ def half_a_minute_ahead(real: Callable[[], int]) -> int:
 def world(tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """Every clock that a node could ask for the time of day is wrong by half a minute."""
     made = World(tmp_path, workers=len(SKEWS), url=postgres.url(postgres.create()))
-    monkeypatch.setattr("kms_jwks.service.clocks.time.time_ns", partial(half_a_minute_ahead, time.time_ns))
+    monkeypatch.setattr("kms_jwks.worker.clocks.time.time_ns", partial(half_a_minute_ahead, time.time_ns))
     yield made.start()
     made.close()
 
 
 def skewed(world: World, seconds: int) -> Service:
     """A node whose boot clock began at another moment; its wall clock is wrong as well."""
-    made = Service(world.settings, world.store(), world.modules(), boot=lambda: clocks.boot_clock() + seconds * SECOND)
-    made.watcher.poll()
+    made = Service(world.settings, world.store(), world.backends(), boot=lambda: clocks.boot_clock() + seconds * SECOND)
+    made.sync.poll()
     return made
 
 
@@ -46,7 +47,7 @@ def test_tokens_and_deadlines_are_the_database_s(world: World, postgres: Postgre
     with contextlib.ExitStack() as stack:
         for node in nodes:
             stack.callback(node.stop)
-            node.watcher.poll()
+            node.sync.poll()
             before = database_time(postgres)
             token = world.sign(worker=node).token
             after = database_time(postgres)

@@ -17,7 +17,7 @@ def nodes(world: World) -> list[wire.Node]:
 
 
 def mine(world: World) -> wire.Node:
-    return next(n for n in nodes(world) if n.worker == world.service.watcher.worker_id)
+    return next(n for n in nodes(world) if n.worker == world.service.sync.worker_id)
 
 
 def test_each_worker_with_its_epoch_and_lease(two_workers: World) -> None:
@@ -34,8 +34,8 @@ def test_each_worker_with_its_epoch_and_lease(two_workers: World) -> None:
 def test_a_worker_that_is_silent_has_no_lease_left_and_may_be_forgotten(world: World) -> None:
     world.create()
     silent = world.worker()
-    silent.watcher.poll()
-    worker = silent.watcher.worker_id or ""
+    silent.sync.poll()
+    worker = silent.sync.worker_id or ""
     with pytest.raises(errors.Conflict):
         world.service.operation.forget(world.admin, worker)
     world.advance(12)
@@ -75,7 +75,7 @@ def test_the_poll_asks_no_module(world: World) -> None:
     world.backend.before = asked.append
     for _ in range(3):
         world.offset += 6 * SECOND
-        world.service.watcher.poll()
+        world.service.sync.poll()
     assert asked == []
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from kms_jwks.backends.pool import CallPool
 from kms_jwks.errors import BackendRefused, BackendTimeout, BackendUnavailable
-from kms_jwks.service.pool import Pool
 
 
 def soon(seconds: float = 20.0) -> float:
@@ -54,15 +54,15 @@ def callers() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def lose(pool: Pool, work: Callable[[], object], count: int, key: str = "k") -> None:
+def lose(pool: CallPool, work: Callable[[], object], count: int, key: str = "k") -> None:
     """Have so many calls hang; on a busy machine some may not even get so far."""
     while pool.stuck() < count:
         with pytest.raises(BackendTimeout):
             pool.run(key, work, soon(0.05))
 
 
-def make(places: int = 8, *, stuck_limit: int = 4, share: int = 2, slow: float = 60.0) -> Pool:
-    return Pool("test", places, stuck_limit=stuck_limit, share=share, slow=slow)
+def make(places: int = 8, *, stuck_limit: int = 4, share: int = 2, slow: float = 60.0) -> CallPool:
+    return CallPool("test", places, stuck_limit=stuck_limit, share=share, slow=slow)
 
 
 def refuse() -> None:
@@ -194,8 +194,8 @@ def test_a_stuck_thread_does_not_hold_up_the_end_of_the_interpreter() -> None:
     program = """
 import time
 from kms_jwks.errors import BackendTimeout
-from kms_jwks.service.pool import Pool
-pool = Pool("test", 2, stuck_limit=2, share=2, slow=9.0)
+from kms_jwks.backends.pool import CallPool
+pool = CallPool("test", 2, stuck_limit=2, share=2, slow=9.0)
 try:
     pool.run("k", lambda: time.sleep(600), time.monotonic() + 0.05)
 except BackendTimeout:

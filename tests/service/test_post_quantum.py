@@ -25,10 +25,10 @@ from werkzeug.serving import make_server
 from kms_jwks import errors, jose, wire
 from kms_jwks.http.app import create_app
 from kms_jwks.model import DAY, VersionState
-from kms_jwks.service.guard import Presented
-from kms_jwks.service.instants import to_datetime
-from kms_jwks.service.shelf import Shelf
+from kms_jwks.service.context import RequestContext
 from kms_jwks.timeline import later
+from kms_jwks.times import to_datetime
+from kms_jwks.worker.jwks_cache import JwksCache
 from tests.service.world import UNSAFE, World
 
 with warnings.catch_warnings():
@@ -68,9 +68,11 @@ class Site:
         self._server.server_close()
         self._thread.join(10)
 
-    def ask(self, method: str, path: str, who: Presented = Presented(), body: Any = None, **headers: str) -> Answer:  # noqa: B008
+    def ask(
+        self, method: str, path: str, who: RequestContext | None = None, body: Any = None, **headers: str
+    ) -> Answer:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
-        if who.authorization:
+        if who is not None and who.authorization:
             given["Authorization"] = who.authorization
         data = None if body is None else json.dumps(body).encode()
         if data is not None:
@@ -83,7 +85,7 @@ class Site:
             with error:
                 return Answer(error.code, error.headers, error.read())
 
-    def get(self, path: str, who: Presented = Presented(), **headers: str) -> Answer:  # noqa: B008
+    def get(self, path: str, who: RequestContext | None = None, **headers: str) -> Answer:
         return self.ask("GET", path, who, **headers)
 
 
@@ -245,8 +247,8 @@ def test_issuer_metadata_speaks_of_the_ordinary_document(world: World, site: Sit
 def test_both_documents_are_kept_for_a_start_without_a_database(world: World, tmp_path: Path) -> None:
     world.create()
     add_key(world)
-    snapshot = world.service.watcher.snapshot()
-    shelf = Shelf(tmp_path / "shelf")
+    snapshot = world.service.sync.snapshot()
+    shelf = JwksCache(tmp_path / "shelf")
     shelf.store(snapshot)
     kept = shelf.load()["main"]
     now = snapshot.key_sets["main"]

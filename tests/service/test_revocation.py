@@ -11,8 +11,8 @@ import pytest
 from kms_jwks import errors, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, VersionState
-from kms_jwks.service.instants import to_datetime
 from kms_jwks.timeline import later
+from kms_jwks.times import to_datetime
 from tests.service.world import World
 
 S = VersionState
@@ -25,7 +25,7 @@ def revoke(world: World, version: str = "1", **fields: Any) -> wire.Revoked:
 
 
 def everything(world: World, **fields: Any) -> wire.Revocation:
-    return world.service.revoking.everything(world.admin, wire.RevocationCreate(**({"reason": "stolen"} | fields)))
+    return world.service.revocation.everything(world.admin, wire.RevocationCreate(**({"reason": "stolen"} | fields)))
 
 
 def settled(world: World, keys: int = 1) -> World:
@@ -83,7 +83,7 @@ def test_a_rehearsal_needs_the_same_permission(world: World) -> None:
     with pytest.raises(errors.Forbidden):
         world.service.versions.revoke(auditor, "main", "default", "1", wire.RevokeRequest(dry_run=True))
     with pytest.raises(errors.Forbidden):
-        world.service.revoking.everything(auditor, wire.RevocationCreate(reason="x", key_set="main", dry_run=True))
+        world.service.revocation.everything(auditor, wire.RevocationCreate(reason="x", key_set="main", dry_run=True))
 
 
 def test_an_old_standby_breaks_nothing(world: World) -> None:
@@ -175,11 +175,11 @@ def test_a_worker_that_has_not_confirmed_is_named(tmp_path: Path) -> None:
         world.create()
         settled(world)
         silent = world.worker()
-        silent.watcher.poll()
+        silent.sync.poll()
         done = revoke(world)
-        assert [w.worker for w in done.unconfirmed] == [silent.watcher.worker_id]
+        assert [w.worker for w in done.unconfirmed] == [silent.sync.worker_id]
         with pytest.raises(errors.RegistryStale):
-            silent.watcher.leased()
+            silent.sync.leased()
         silent.stop()
     finally:
         world.close()
@@ -285,11 +285,11 @@ def test_all_or_nothing_when_one_key_is_out_of_reach(world: World) -> None:
     narrow = world.client("narrow", Role.OPERATOR, found.id)
     before = everything_kept(world)
     with pytest.raises(errors.Forbidden):
-        world.service.revoking.everything(narrow, wire.RevocationCreate(reason="x", backend="memory"))
+        world.service.revocation.everything(narrow, wire.RevocationCreate(reason="x", backend="memory"))
     with pytest.raises(errors.Forbidden):
-        world.service.revoking.everything(narrow, wire.RevocationCreate(reason="x", key_set="other"))
+        world.service.revocation.everything(narrow, wire.RevocationCreate(reason="x", key_set="other"))
     assert everything_kept(world) == before
-    done = world.service.revoking.everything(narrow, wire.RevocationCreate(reason="x", key_set="main"))
+    done = world.service.revocation.everything(narrow, wire.RevocationCreate(reason="x", key_set="main"))
     assert {v.key_set for v in done.versions} == {"main"}
 
 

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from kms_jwks import errors, jose, strictjson, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, SECOND, VersionState
-from kms_jwks.service.guard import Presented
-from kms_jwks.service.preparing import Operation
+from kms_jwks.service.context import RequestContext
+from kms_jwks.service.preparation import SigningOperation
 from kms_jwks.service.signing import Batch
 from tests.service.world import World
 
@@ -24,13 +24,17 @@ RAW = [{"name": "default", "alg": "ES256"}]
 
 
 def call(
-    world: World, operation: Operation, body: dict[str, Any], who: Presented | None = None, name: str = "main"
+    world: World,
+    operation: SigningOperation,
+    body: dict[str, Any],
+    who: RequestContext | None = None,
+    name: str = "main",
 ) -> Any:
     return world.service.signing.handle(operation, who or world.signer, name, "default", body)
 
 
 def decode(world: World, token: str, kid: str) -> dict[str, Any]:
-    document: Any = strictjson.loads(world.service.documents.jwks(Presented(), "main").body)
+    document: Any = strictjson.loads(world.service.documents.jwks(RequestContext(), "main").body)
     entry = next(jwk for jwk in document["keys"] if jwk["kid"] == kid)
     claims: dict[str, Any] = jwt.decode(token, jwt.PyJWK(entry), audience="demo", issuer="https://keys.example/main")
     return claims
@@ -82,7 +86,7 @@ def test_a_profile_makes_access_tokens(world: World) -> None:
 def test_fields_that_are_refused(world: World, body: dict[str, Any]) -> None:
     world.create()
     with pytest.raises(errors.InvalidRequest):
-        call(world, Operation.JWT, body)
+        call(world, SigningOperation.JWT, body)
 
 
 # --- who may
@@ -95,16 +99,16 @@ def test_only_the_right_grant_signs(world: World) -> None:
         assert key_set is not None
         (key,) = tx.keys(key_set.id)
     right = world.client("right", Role.SIGNER, key_set.id, key.id)
-    world.until(lambda: world.service.watcher.snapshot().epoch.counter and _admitted(world, right))
+    world.until(lambda: world.service.sync.snapshot().epoch.counter and _admitted(world, right))
     for who, error in [
-        (Presented(), errors.CredentialsMissing),
-        (Presented("Bearer nonsense"), errors.CredentialsMalformed),
-        (Presented(f"Bearer {_unknown()}"), errors.CredentialsUnknown),
+        (RequestContext(), errors.CredentialsMissing),
+        (RequestContext("Bearer nonsense"), errors.CredentialsMalformed),
+        (RequestContext(f"Bearer {_unknown()}"), errors.CredentialsUnknown),
         (world.admin, errors.Forbidden),
         (world.raw_signer, errors.Forbidden),
     ]:
         with pytest.raises(error):
-            call(world, Operation.JWT, {"claims": {}}, who)
+            call(world, SigningOperation.JWT, {"claims": {}}, who)
 
 
 def _unknown() -> str:
@@ -113,9 +117,9 @@ def _unknown() -> str:
     return authn.new_token().token
 
 
-def _admitted(world: World, who: Presented) -> bool:
+def _admitted(world: World, who: RequestContext) -> bool:
     try:
-        return bool(call(world, Operation.JWT, {"claims": {}}, who))
+        return bool(call(world, SigningOperation.JWT, {"claims": {}}, who))
     except errors.CredentialsUnknown:
         return False
 
@@ -125,14 +129,14 @@ def test_purposes_keep_apart(world: World) -> None:
     world.create("raw", keys=RAW, purpose="raw")
     payload = {"payload": jose.b64u_encode(b"x")}
     with pytest.raises(errors.PurposeMismatch):
-        call(world, Operation.JWS, payload, world.raw_signer)
+        call(world, SigningOperation.JWS, payload, world.raw_signer)
     with pytest.raises(errors.Forbidden):
-        call(world, Operation.SIGNATURE, {"input": "eA"}, world.raw_signer)
-    assert call(world, Operation.JWS, payload, world.raw_signer, "raw")
+        call(world, SigningOperation.SIGNATURE, {"input": "eA"}, world.raw_signer)
+    assert call(world, SigningOperation.JWS, payload, world.raw_signer, "raw")
     with pytest.raises(errors.PurposeMismatch):
-        call(world, Operation.JWT, {"claims": {}}, name="raw")
+        call(world, SigningOperation.JWT, {"claims": {}}, name="raw")
     with pytest.raises(errors.Forbidden):
-        call(world, Operation.SIGNATURE, {"input": "eA"}, world.signer, "raw")
+        call(world, SigningOperation.SIGNATURE, {"input": "eA"}, world.signer, "raw")
 
 
 # --- signing input and pinned kids
@@ -141,7 +145,7 @@ def test_purposes_keep_apart(world: World) -> None:
 def test_exactly_the_bytes_shown_are_signed(world: World) -> None:
     kid = world.create().keys[0].active_kid or ""
     shown = signing_input(world, kid, {"aud": "demo"})
-    answer = call(world, Operation.SIGNATURE, {"signing_input": shown, "kid": kid})
+    answer = call(world, SigningOperation.SIGNATURE, {"signing_input": shown, "kid": kid})
     assert decode(world, f"{shown}.{answer.signature}", kid)["aud"] == "demo"
 
 
@@ -149,13 +153,13 @@ def test_a_pinned_kid_is_honoured_within_its_handover_only(world: World) -> None
     old = world.create().keys[0].active_kid or ""
     new = world.standby().kid or ""
     with pytest.raises(errors.KidNotActive):
-        call(world, Operation.SIGNATURE, {"signing_input": signing_input(world, new), "kid": new})
+        call(world, SigningOperation.SIGNATURE, {"signing_input": signing_input(world, new), "kid": new})
     world.advance(DAY + 1)
     world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
-    assert call(world, Operation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old}).kid == old
+    assert call(world, SigningOperation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old}).kid == old
     world.advance(61)
     with pytest.raises(errors.KidNotActive) as refusal:
-        call(world, Operation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old})
+        call(world, SigningOperation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old})
     assert refusal.value.fields["active_kid"] == new
 
 
@@ -166,7 +170,7 @@ def test_a_pinned_kid_is_never_honoured_after_its_revocation(world: World) -> No
     world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
     world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises(errors.KidNotActive):
-        call(world, Operation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old})
+        call(world, SigningOperation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old})
 
 
 # --- raw
@@ -176,11 +180,11 @@ def test_detached_and_attached_jws(world: World) -> None:
     world.create("raw", keys=RAW, purpose="raw")
     payload = jose.b64u_encode(b"any bytes \x00\xff")
     attached = call(
-        world, Operation.JWS, {"payload": payload, "typ": "example", "cty": "x"}, world.raw_signer, "raw"
+        world, SigningOperation.JWS, {"payload": payload, "typ": "example", "cty": "x"}, world.raw_signer, "raw"
     ).jws
     assert attached.split(".")[1] == payload
     assert jwt.PyJWS().get_unverified_header(attached)["typ"] == "example"
-    detached = call(world, Operation.JWS, {"payload": payload, "detached": True}, world.raw_signer, "raw").jws
+    detached = call(world, SigningOperation.JWS, {"payload": payload, "detached": True}, world.raw_signer, "raw").jws
     assert detached.split(".")[1] == ""
 
 
@@ -193,7 +197,7 @@ def test_input_and_digest_give_signatures_of_the_same_message(world: World) -> N
         {"digest": jose.b64u_encode(hashlib.sha256(b"message").digest())},
         {"input": jose.b64u_encode(b"message"), "kid": made.keys[0].active_kid},
     ):
-        raw = jose.b64u_decode(call(world, Operation.SIGNATURE, body, world.raw_signer, "raw").signature)
+        raw = jose.b64u_decode(call(world, SigningOperation.SIGNATURE, body, world.raw_signer, "raw").signature)
         r, s = int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big")
         public.verify(utils.encode_dss_signature(r, s), b"message", ec.ECDSA(hashes.SHA256()))
 
@@ -212,13 +216,13 @@ def test_input_and_digest_give_signatures_of_the_same_message(world: World) -> N
 def test_raw_bodies_that_are_refused(world: World, body: dict[str, Any], error: type[errors.Error]) -> None:
     world.create("raw", keys=RAW, purpose="raw")
     with pytest.raises(error):
-        call(world, Operation.SIGNATURE, body, world.raw_signer, "raw")
+        call(world, SigningOperation.SIGNATURE, body, world.raw_signer, "raw")
 
 
 def test_eddsa_takes_no_digest(world: World) -> None:
     world.create("raw", keys=[{"name": "default", "alg": "EdDSA"}], purpose="raw")
     with pytest.raises(errors.InvalidDigest):
-        call(world, Operation.SIGNATURE, {"digest": jose.b64u_encode(bytes(32))}, world.raw_signer, "raw")
+        call(world, SigningOperation.SIGNATURE, {"digest": jose.b64u_encode(bytes(32))}, world.raw_signer, "raw")
 
 
 # --- batches
@@ -280,7 +284,7 @@ def test_a_pinned_call_that_a_revocation_overtakes_is_refused(world: World) -> N
     shown = signing_input(world, old)
     during_sign(world, lambda: world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest()))
     with pytest.raises(errors.KidNotActive):
-        call(world, Operation.SIGNATURE, {"signing_input": shown, "kid": old})
+        call(world, SigningOperation.SIGNATURE, {"signing_input": shown, "kid": old})
 
 
 def test_a_batch_that_outlives_its_token_delivers_nothing(world: World) -> None:
@@ -305,9 +309,9 @@ def test_a_lease_that_ends_during_a_signature_keeps_it_back(world: World) -> Non
     world.create()
 
     def cut_off() -> None:
-        world.service.watcher._stop.set()
-        world.service.watcher._kick.set()
-        thread = world.service.watcher._thread
+        world.service.sync._stop.set()
+        world.service.sync._kick.set()
+        thread = world.service.sync._thread
         assert thread is not None
         thread.join()
         world.offset += 11 * SECOND
@@ -363,12 +367,12 @@ def test_verify_follows_the_registry(world: World) -> None:
     world.standby()
     token = world.sign({"sub": "a", "aud": "demo"}).token
     request = wire.VerifyRequest(token=token, audience="demo")
-    assert world.service.verifying.verify(world.signer, "main", request).claims["sub"] == "a"
+    assert world.service.token_verification.verify(world.signer, "main", request).claims["sub"] == "a"
     with pytest.raises(errors.TokenAudienceMismatch):
-        world.service.verifying.verify(world.signer, "main", wire.VerifyRequest(token=token, audience="other"))
+        world.service.token_verification.verify(world.signer, "main", wire.VerifyRequest(token=token, audience="other"))
     world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises(errors.TokenKeyRevoked):
-        world.service.verifying.verify(world.signer, "main", request)
+        world.service.token_verification.verify(world.signer, "main", request)
     assert world.version(1).state is VersionState.REVOKED
 
 
@@ -382,9 +386,9 @@ def test_who_signs_with_one_key_may_verify_with_its_set(world: World) -> None:
     narrow = world.client("narrow", Role.SIGNER, key_set.id, key.id)
     world.until(lambda: _admitted(world, narrow))
     request = wire.VerifyRequest(token=world.sign({"aud": "demo"}).token, audience="demo")
-    assert world.service.verifying.verify(narrow, "main", request).kid
+    assert world.service.token_verification.verify(narrow, "main", request).kid
     with pytest.raises(errors.Forbidden):
-        world.service.verifying.verify(narrow, "other", request)
+        world.service.token_verification.verify(narrow, "other", request)
 
 
 def test_a_batch_is_whole_or_stale(world: World) -> None:

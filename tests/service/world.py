@@ -13,18 +13,18 @@ import msgspec
 
 from kms_jwks import authn, wire
 from kms_jwks.access import Role
+from kms_jwks.backends.calling import Backends, CallLimits
 from kms_jwks.config import Settings
+from kms_jwks.custodian.leader_lease import LeaderLease
+from kms_jwks.custodian.loop import Custodian
 from kms_jwks.model import SECOND, Id, Instant, KeyVersion, VersionState
-from kms_jwks.service import Presented, Service
+from kms_jwks.service import RequestContext, Service
 from kms_jwks.service.clients import add_client, add_grant, add_token
-from kms_jwks.service.clocks import boot_clock
-from kms_jwks.service.confirmation import Confirmation
-from kms_jwks.service.custodian import Custodian
-from kms_jwks.service.modules import Limits, Modules
-from kms_jwks.service.office import Office
-from kms_jwks.service.preparing import Operation
+from kms_jwks.service.preparation import SigningOperation
 from kms_jwks.service.signing import Batch
 from kms_jwks.store import Store
+from kms_jwks.worker.clocks import boot_clock
+from kms_jwks.worker.confirmation import Confirmation
 from tests.memory_backend import MemoryBackend
 
 T = TypeVar("T")
@@ -83,11 +83,11 @@ class World:
         self._stores.append(made)
         return made
 
-    def modules(self) -> Modules:
-        return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=0.5)})
+    def backends(self) -> Backends:
+        return Backends({"memory": self.backend}, default="memory", limits={"memory": CallLimits(timeout=0.5)})
 
     def worker(self) -> Service:
-        return Service(self.settings, self.store(), self.modules(), boot=self.boot)
+        return Service(self.settings, self.store(), self.backends(), boot=self.boot)
 
     def custodian(self, **changes: Any) -> Custodian:
         store = self.store()
@@ -99,15 +99,15 @@ class World:
             kick=lambda: None,
         )
         options: dict[str, Any] = {"node": "node-1", "boot": self.boot}
-        return Custodian(store, self.modules(), confirmation, Office(store, **(options | changes)))
+        return Custodian(store, self.backends(), confirmation, LeaderLease(store, **(options | changes)))
 
-    def client(self, name: str, role: Role, key_set: Id | None = None, key: Id | None = None) -> Presented:
+    def client(self, name: str, role: Role, key_set: Id | None = None, key: Id | None = None) -> RequestContext:
         """A client with one grant and a token, straight from the registry."""
         with self.registry.write() as tx:
             owner = add_client(tx, name)
             add_grant(tx, owner, role, key_set, key)
             made, _ = add_token(tx, owner, 400 * 86_400)
-        return Presented(f"Bearer {made.token}")
+        return RequestContext(f"Bearer {made.token}")
 
     # --- life
 
@@ -132,8 +132,8 @@ class World:
         """Let time pass, for database and boot clock alike, and let every worker notice it."""
         self.offset += int(seconds * SECOND)
         for worker in self.workers:
-            worker.watcher.kick()
-        self.until(lambda: all(w.watcher.has_lease() for w in self.workers))
+            worker.sync.kick()
+        self.until(lambda: all(w.sync.has_lease() for w in self.workers))
 
     def until(self, condition: Callable[[], T], seconds: float = 10) -> T:
         """Wait for something that threads bring about; fails when it does not come."""
@@ -154,18 +154,18 @@ class World:
         self, claims: dict[str, Any] | None = None, *, worker: Service | None = None, **body: Any
     ) -> wire.SignedJwt:
         answer = (worker or self.service).signing.handle(
-            Operation.JWT, self.signer, "main", "default", {"claims": claims or {}, **body}
+            SigningOperation.JWT, self.signer, "main", "default", {"claims": claims or {}, **body}
         )
         assert isinstance(answer, wire.SignedJwt)
         return answer
 
     def batch(self, items: list[Any]) -> Batch:
-        answer = self.service.signing.handle(Operation.JWT, self.signer, "main", "default", {"batch": items})
+        answer = self.service.signing.handle(SigningOperation.JWT, self.signer, "main", "default", {"batch": items})
         assert isinstance(answer, Batch)
         return answer
 
     def kids(self, worker: Service | None = None, key_set: str = "main") -> list[str]:
-        document = (worker or self.service).documents.jwks(Presented(), key_set)
+        document = (worker or self.service).documents.jwks(RequestContext(), key_set)
         return [jwk["kid"] for jwk in msgspec.json.decode(document.body)["keys"]]
 
     def versions(self) -> list[KeyVersion]:

@@ -13,7 +13,7 @@ import msgspec
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.model import SECOND
-from kms_jwks.service.preparing import Operation
+from kms_jwks.service.preparation import SigningOperation
 from tests.simulation.plant import Plant, SimWorker
 
 FOR_EVER = math.inf
@@ -148,7 +148,11 @@ class Fleet:
         worker = self.any_worker()
         try:
             made = worker.signing.handle(
-                Operation.JWT, self.plant.who, "main", self.key, {"claims": {"sub": "a"}, "expires_in": expires_in}
+                SigningOperation.JWT,
+                self.plant.who,
+                "main",
+                self.key,
+                {"claims": {"sub": "a"}, "expires_in": expires_in},
             )
         except errors.RegistryStale:
             # It has not polled since time jumped: as in life, the issuer asks again.

@@ -105,7 +105,7 @@ class Oracle:
         if found is None or worker.lease_until <= 0:
             return
         # What the worker takes for the registry's time when its lease ends, or now.
-        at = worker.watcher.clock.now() - (self.plant.now - until)
+        at = worker.sync.clock.now() - (self.plant.now - until)
         for key in found.keys.values():
             if not key.enabled or key.active is None:
                 continue
@@ -126,7 +126,7 @@ class Oracle:
         if acting is not None and any(
             before.tables[t] is not after.tables[t] for t in before.tables if t is not Worker
         ):
-            holder = acting.custodian._office._holder
+            holder = acting.custodian._leader_lease._holder
             hold(after.lease.holder == holder, "a custodian wrote out of office", node=acting.name)
         old: Mapping[str, KeyVersion] = before.tables[KeyVersion]
         new: Mapping[str, KeyVersion] = after.tables[KeyVersion]

@@ -18,25 +18,26 @@ import structlog
 
 from kms_jwks import model, wire
 from kms_jwks.access import Role
+from kms_jwks.backends.calling import Backends, CallLimits
+from kms_jwks.custodian.leader_lease import Fenced, LeaderLease
+from kms_jwks.custodian.loop import Custodian
 from kms_jwks.errors import Error
 from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
 from kms_jwks.service.clients import add_client, add_grant, add_token
-from kms_jwks.service.clocks import DatabaseClock
-from kms_jwks.service.confirmation import Confirmation
+from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import CUSTODIAN_WAIT, Control, _settled
-from kms_jwks.service.custodian import Custodian
 from kms_jwks.service.external_keys import ExternalKeys
-from kms_jwks.service.guard import Guard, Presented
+from kms_jwks.service.guard import Guard
 from kms_jwks.service.key_sets import KeySets
 from kms_jwks.service.keys import Keys
-from kms_jwks.service.modules import Limits, Modules
-from kms_jwks.service.office import Fenced, Office
 from kms_jwks.service.operation import Operation
-from kms_jwks.service.recycling import Recycling
 from kms_jwks.service.signing import Signing
-from kms_jwks.service.snapshot import Snapshot
 from kms_jwks.service.versions import Versions
-from kms_jwks.service.watcher import Watcher
+from kms_jwks.worker.clocks import DatabaseClock
+from kms_jwks.worker.confirmation import Confirmation
+from kms_jwks.worker.restart_limit import RestartLimit
+from kms_jwks.worker.snapshot import Snapshot
+from kms_jwks.worker.sync import RegistrySync
 from tests.memory_backend import MemoryBackend
 from tests.simulation.store import MemoryStore, Registry
 from tests.unit.builders import T0
@@ -102,7 +103,7 @@ class Node:
         store.before = self.bomb
         return Custodian(
             store,
-            self.plant.modules(),
+            self.plant.backends(),
             SimConfirmation(self.plant, store, self),
             SimOffice(store, node=self.name, boot=self.boot),
             monotonic=lambda: self.boot() / SECOND,
@@ -114,7 +115,7 @@ class Node:
         return worker
 
 
-class SimOffice(Office):
+class SimOffice(LeaderLease):
     """Without the thread that renews while a module works: here a module answers at once."""
 
     @contextlib.contextmanager
@@ -168,8 +169,8 @@ class SimWorker:
         store = node.store()
         store.before = self.bomb
         guard, plant = Guard(), node.plant
-        modules = plant.modules()
-        self.watcher = Watcher(
+        backends = plant.backends()
+        self.sync = RegistrySync(
             store,
             node=node.name,
             lease=plant.lease,
@@ -181,34 +182,34 @@ class SimWorker:
             backends=dict,
             clock=DatabaseClock(node.boot),
         )
-        self.watcher._shelf = SimpleNamespace(store=lambda _: None, snapshot=lambda: None)  # type: ignore[assignment]
-        control = SimControl(store, guard, SimConfirmation(plant, store, node), modules, URL)
+        self.sync._jwks_cache = SimpleNamespace(store=lambda _: None, snapshot=lambda: None)  # type: ignore[assignment]
+        control = SimControl(store, guard, SimConfirmation(plant, store, node), backends, URL)
         self.store = store
-        self.signing = Signing(self.watcher, guard, modules)
+        self.signing = Signing(self.sync, guard, backends)
         self.key_sets, self.keys, self.versions = KeySets(control), Keys(control), Versions(control)
         self.external_keys = ExternalKeys(control)
-        self.operation = Operation(control, self.watcher, Recycling(NOWHERE, 1))
+        self.operation = Operation(control, self.sync, RestartLimit(NOWHERE, 1))
 
     @property
     def snapshot(self) -> Snapshot | None:
-        return self.watcher._current.snapshot
+        return self.sync._current.snapshot
 
     @property
     def lease_until(self) -> int:
         """In true time."""
-        return self.watcher._lease_until - self.node.boot_offset
+        return self.sync._lease_until - self.node.boot_offset
 
     def poll(self) -> None:
         if not self.alive:
             return
         try:
-            self.watcher.poll()
+            self.sync.poll()
         except Crash:
             self.die()
 
     def die(self) -> None:
         self.alive = False
-        life = self.watcher._registration._life
+        life = self.sync._registration._life
         if life is not None:
             life.release()
 
@@ -251,15 +252,15 @@ class Plant:
                 add_grant(tx, owner, role, None, None)
             made, _ = add_token(tx, owner, 300 * 366 * model.DAY)
             token = made.token
-        self.who = Presented(f"Bearer {token}")
+        self.who = RequestContext(f"Bearer {token}")
         self.nodes = [Node(self, f"node-{n}", (n + 1) * 1_000_000 * SECOND) for n in range(nodes)]
         for node in self.nodes:
             for _ in range(workers):
                 node.add_worker()
         self.round()
 
-    def modules(self) -> Modules:
-        return Modules({"memory": self.backend}, default="memory", limits={"memory": Limits(timeout=5.0)})
+    def backends(self) -> Backends:
+        return Backends({"memory": self.backend}, default="memory", limits={"memory": CallLimits(timeout=5.0)})
 
     def make_store(self) -> MemoryStore:
         """One process's way to the registry."""
@@ -317,7 +318,7 @@ class Plant:
         except Exception as error:
             # What `run` does: another term has begun, or the registry is away. The next tick begins anew.
             if isinstance(error, Fenced):
-                node.custodian._office.term = 0
+                node.custodian._leader_lease.term = 0
             elif not isinstance(error, Error):
                 raise
         finally:
@@ -404,8 +405,8 @@ def simulated(seed: int = 0, **options: Any) -> Iterator[Plant]:
     with (
         patch.object(model, "os", SimpleNamespace(urandom=rng.randbytes)),
         patch.object(model, "time", clock),
-        patch("kms_jwks.service.registration.LifeLine", life),
-        patch("kms_jwks.service.confirmation.liveness", liveness),
+        patch("kms_jwks.worker.registration.LivenessLock", life),
+        patch("kms_jwks.worker.confirmation.liveness", liveness),
     ):
         plant = Plant.__new__(Plant)
         known.append(plant)

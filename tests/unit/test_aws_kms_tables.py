@@ -8,8 +8,8 @@ from botocore import exceptions as vendor
 from kms_jwks import errors
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.aws_kms import AwsKmsOptions
+from kms_jwks.backends.aws_kms.error_map import CODES, FAILURES, translated
 from kms_jwks.backends.aws_kms.keys import ROWS, Arn, alias_of, facts_of, key_id_of, prepared
-from kms_jwks.backends.aws_kms.meanings import CODES, FAILURES, translated
 from kms_jwks.backends.base import Digest, Message
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from kms_jwks.backends import calling
 from kms_jwks.backends.pkcs11 import backend
 from kms_jwks.config import BackendSettings, Settings, load_settings
-from kms_jwks.service import modules, office, recycling
+from kms_jwks.custodian import leader_lease
+from kms_jwks.worker import restart_limit
 
 PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -50,14 +52,14 @@ def test_the_numbers_are_those_of_the_program() -> None:
     plain, text = BackendSettings(), re.sub(r"\s+", " ", TEXT)
     assert f"`sign_timeout_ms` ({plain.sign_timeout_ms // 1000} s)" in text
     assert f"`check_signatures` ({plain.check_signatures};" in text
-    assert modules.PATIENCE_IN_PLACE == 3
+    assert calling.PATIENCE_IN_PLACE == 3
     assert "when one call is 3 s past its deadline" in text
-    assert (office.LONG_STEP, office.LONGEST_STEP) == (30, 300)
+    assert (leader_lease.LONG_STEP, leader_lease.LONGEST_STEP) == (30, 300)
     assert "logged every 30 s" in text
     assert "after 5 minutes the custodian" in text
     assert (backend._READING, backend._MUTATING) == (10, 60)
     assert "given up on after 60 s" in text
     assert "(10 s, 60 s to make or destroy a key)" in text
-    assert (recycling.FIRST_PAUSE, recycling.SECOND_ROUND, recycling.LONGEST_PAUSE) == (1, 10, 300)
+    assert (restart_limit.FIRST_PAUSE, restart_limit.SECOND_ROUND, restart_limit.LONGEST_PAUSE) == (1, 10, 300)
     assert "from 10 s to 5 minutes" in text
     assert Settings.model_fields["threads"].default == 8

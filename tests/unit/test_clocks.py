@@ -7,7 +7,7 @@ import random
 import pytest
 
 from kms_jwks.model import SECOND, Instant
-from kms_jwks.service.clocks import DatabaseClock
+from kms_jwks.worker.clocks import DatabaseClock
 
 
 class Scene:

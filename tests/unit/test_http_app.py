@@ -13,9 +13,9 @@ from werkzeug.test import Client, EnvironBuilder, TestResponse, run_wsgi_app
 from kms_jwks import errors, wire
 from kms_jwks.config import Settings
 from kms_jwks.http.app import App, create_app
-from kms_jwks.service.guard import Presented
+from kms_jwks.service.context import RequestContext
 from kms_jwks.service.signing import Batch
-from kms_jwks.service.snapshot import Document
+from kms_jwks.worker.snapshot import Document
 
 if TYPE_CHECKING:
     from kms_jwks.service import Service
@@ -36,7 +36,7 @@ class FakeService:
         self.pins = 0
         self.documents = SimpleNamespace(default_key_set="main", jwks=self._use, discovery=self._use)
         self.signing = SimpleNamespace(handle=self._use, active=self._use)
-        self.verifying = SimpleNamespace(verify=self._use)
+        self.token_verification = SimpleNamespace(verify=self._use)
         self.key_sets = SimpleNamespace(list=self._use, create=self._use, get=self._use, patch=self._use)
         self.keys = SimpleNamespace(rotate=self._use, disable=self._use)
         self.versions = SimpleNamespace(public_jwk=self._use)
@@ -253,10 +253,10 @@ class TestRouting:
     def test_who_is_what_the_caller_showed(self, client: Client, service: FakeService) -> None:
         client.post(SIGN, json={}, headers={"Authorization": "Bearer kj_x"})
         client.get("/v1/key-sets", headers={"Authorization": ""})
-        assert [asked[1 if len(asked) > 3 else 0] for asked in service.asked] == [
-            Presented("Bearer kj_x"),
-            Presented(None),
-        ]
+        shown = [asked[1 if len(asked) > 3 else 0] for asked in service.asked]
+        assert all(isinstance(context, RequestContext) for context in shown)
+        assert [context.authorization for context in shown] == ["Bearer kj_x", None]
+        assert "kj_x" not in repr(shown)
 
     def test_who_shows_nothing_is_not_told_what_a_body_should_be(self, client: Client, service: FakeService) -> None:
         response = client.post(SIGN, data=b"nonsense", headers={"Authorization": ""})

@@ -136,7 +136,7 @@ def test_it_is_a_backend(installed: Installer) -> None:
     assert len(backend.sign(key.ref, alg, Message(b"x"), time.monotonic() + 60)) == 64
     assert backend.public_key(key.ref) == key.public_jwk
     assert 0.0 < backend.recovered_at <= time.monotonic()
-    with pytest.raises(errors.KeyNotFound):
+    with pytest.raises(errors.BackendKeyNotFound):
         backend.public_key(KeyRef.of(id="none", label="none"))
     backend.bind(key.ref)
     backend.distrust(key.ref)

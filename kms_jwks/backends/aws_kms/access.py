@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kms_jwks.backends.aws_kms import keys, making
 from kms_jwks.backends.aws_kms.connection import Connection
-from kms_jwks.backends.aws_kms.meanings import is_about_state, is_denial
-from kms_jwks.errors import BackendError, BackendRefused, KeyNotFound
+from kms_jwks.backends.aws_kms.error_map import is_about_state, is_denial
+from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,12 +52,12 @@ class Access:
         return facts
 
     def found(self, operation: str, key_id: str, deadline: float, **parameters: Any) -> dict[str, Any]:
-        """A call about one key. Raises KeyNotFound only when it was looked for a while; BackendError."""
+        """A call about one key. Raises BackendKeyNotFound only when it was looked for a while; BackendError."""
         looking = min(deadline, time.monotonic() + _LOOKING)
         try:
             return making.seen(lambda: self.connection.call(operation, deadline, KeyId=key_id, **parameters), looking)
-        except KeyNotFound as error:
-            raise KeyNotFound(f"KMS in {self._options.region} holds no key {key_id}.") from error
+        except BackendKeyNotFound as error:
+            raise BackendKeyNotFound(f"KMS in {self._options.region} holds no key {key_id}.") from error
         except BackendRefused as error:
             raise self._explained(error, key_id, deadline) from error
 
@@ -145,7 +145,7 @@ class Access:
         ListAliases. One that says no to the latter has looked at the credentials, and is well. Raises BackendError.
         """
         if self.bound is not None and self.bound["region"] == self._options.region:
-            with suppress(KeyNotFound):
+            with suppress(BackendKeyNotFound):
                 self.described(self.bound["arn"], deadline)
                 return
         try:

@@ -14,10 +14,10 @@ from kms_jwks.backends.aws_kms.access import Access
 from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
 from kms_jwks.errors import (
     BackendError,
+    BackendKeyNotFound,
     BackendRefused,
     BackendTimeout,
     KeyExists,
-    KeyNotFound,
     TokenSignatureInvalid,
     UnsupportedAlgorithm,
 )
@@ -103,9 +103,9 @@ class AwsKmsBackend:
             access.check_region(arn)
         try:
             metadata = access.described(key_id, deadline)
-        except KeyNotFound as error:
+        except BackendKeyNotFound as error:
             where = f"in {self._options.region}" + (f" of account {arn.account}" if arn else "")
-            raise KeyNotFound(f"KMS knows no key {locator!r} {where}.") from error
+            raise BackendKeyNotFound(f"KMS knows no key {locator!r} {where}.") from error
         _check_signs(metadata)
         own = self._options.account or access.account(deadline)
         if own is None and arn is not None:
@@ -143,7 +143,7 @@ class AwsKmsBackend:
         alias, spec, deadline = keys.alias_of(label), _spec(alg, rsa_bits), _making()
         access, connection = self._access(), self._access().connection
         access.check_account(deadline)
-        with suppress(KeyNotFound):
+        with suppress(BackendKeyNotFound):
             connection.call("DescribeKey", deadline, KeyId=alias)
             raise KeyExists(f"KMS holds a key under {alias}.")
         metadata = making.created(
@@ -160,7 +160,7 @@ class AwsKmsBackend:
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
         """See `Backend.schedule_destroy`. A key that is gone already is as good as destroyed."""
-        with suppress(KeyNotFound):
+        with suppress(BackendKeyNotFound):
             making.scheduled(self._to(ref), _making(), ref, days)
         return True
 

@@ -21,7 +21,7 @@ from botocore.credentials import (
     DeferredRefreshableCredentials,
 )
 
-from kms_jwks.backends.aws_kms.meanings import meaning_of, translated
+from kms_jwks.backends.aws_kms.error_map import meaning_of, translated
 from kms_jwks.errors import BackendError, BackendTimeout, BackendUnavailable
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kms_jwks.backends.aws_kms import keys
 from kms_jwks.backends.base import StoredKey
-from kms_jwks.errors import BackendError, BackendRefused, BackendUnavailable, KeyExists, KeyNotFound
+from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendUnavailable, KeyExists
 
 if TYPE_CHECKING:
     from kms_jwks.backends.aws_kms.connection import Connection
@@ -75,7 +75,7 @@ def seen(look: Callable[[], T], deadline: float) -> T:
     while True:
         try:
             return look()
-        except KeyNotFound:
+        except BackendKeyNotFound:
             pause = next(pauses, pause)
             if time.monotonic() + pause >= deadline:
                 raise
@@ -132,7 +132,7 @@ def _pages(connection: Connection, deadline: float, operation: str, member: str)
 def _alive(connection: Connection, deadline: float, key_id: str, account: str | None) -> KeyRef | None:
     try:
         metadata = connection.call("DescribeKey", deadline, KeyId=key_id)["KeyMetadata"]
-    except KeyNotFound:
+    except BackendKeyNotFound:
         return None
     if metadata["KeyState"] in PENDING:
         return None
@@ -144,7 +144,7 @@ def _tagged(connection: Connection, deadline: float, key_id: str) -> str:
     try:
         tags = _pages_of_tags(connection, deadline, key_id)
         return next((tag["TagValue"] for tag in tags if tag["TagKey"] == f"{TAG}label"), "")
-    except (KeyNotFound, BackendRefused):
+    except (BackendKeyNotFound, BackendRefused):
         return ""
 
 
@@ -194,7 +194,7 @@ def ended(connection: Connection, deadline: float, ref: KeyRef) -> None:
         if left is None:
             connection.call("ScheduleKeyDeletion", deadline, KeyId=metadata["KeyId"], PendingWindowInDays=SHORTEST)
             left = SHORTEST * _DAY
-    except KeyNotFound:
+    except BackendKeyNotFound:
         return
     date = datetime.now(UTC) + timedelta(seconds=left)
     raise BackendUnavailable(

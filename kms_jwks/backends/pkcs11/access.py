@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from pkcs11 import PKCS11Error
 
-from kms_jwks.backends.pkcs11.meanings import Garbled, Lost, Meaning, Rebuilt, meaning_of, said, translated, unavailable
+from kms_jwks.backends.pkcs11.error_map import (
+    Garbled,
+    Lost,
+    Meaning,
+    Rebuilt,
+    meaning_of,
+    said,
+    translated,
+    unavailable,
+)
 from kms_jwks.backends.pkcs11.opening import open_token
 from kms_jwks.errors import BackendError, BackendRefused, BackendTimeout, BackendUnavailable
 

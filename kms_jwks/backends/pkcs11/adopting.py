@@ -72,7 +72,7 @@ def _of_uri(locator: str, module: Path) -> Wanted:
 def adopted(seat: Seat, wanted: Wanted, public_jwk: PublicJwk | None) -> GeneratedKey:
     """The one private key that fits, with its public half or the one that is given for it.
 
-    Raises KeyNotFound, UnsupportedAlgorithm, BackendRefused.
+    Raises BackendKeyNotFound, UnsupportedAlgorithm, BackendRefused.
     """
     if wanted.uri is not None:
         wrong = wanted.uri.contradictions(seat.connection.module.shows(seat.connection.token))

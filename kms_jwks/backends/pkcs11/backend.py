@@ -15,8 +15,8 @@ from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRe
 from kms_jwks.backends.pkcs11 import adopting, keys, making, objects
 from kms_jwks.backends.pkcs11.access import Access
 from kms_jwks.backends.pkcs11.errands import Errands
+from kms_jwks.backends.pkcs11.error_map import Lost
 from kms_jwks.backends.pkcs11.locks import locked
-from kms_jwks.backends.pkcs11.meanings import Lost
 from kms_jwks.backends.pkcs11.mechanisms import offered
 from kms_jwks.backends.pkcs11.module import module_at, serial_of
 from kms_jwks.backends.pkcs11.opening import lock_path

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import Session, Token
 
+from kms_jwks.backends.pkcs11.error_map import Lost
 from kms_jwks.backends.pkcs11.keys import Mapper
-from kms_jwks.backends.pkcs11.meanings import Lost
 from kms_jwks.errors import BackendTimeout
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from kms_jwks.backends.base import MOST_LEFT_BEHIND
-from kms_jwks.backends.pkcs11.meanings import unavailable
+from kms_jwks.backends.pkcs11.error_map import unavailable
 from kms_jwks.errors import BackendTimeout
 
 T = TypeVar("T")

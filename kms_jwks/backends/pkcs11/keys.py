@@ -15,7 +15,7 @@ from pkcs11.attributes import AttributeMapper, handle_ulong
 from kms_jwks import jose
 from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.base import Evidence, PublicJwk
-from kms_jwks.backends.pkcs11.meanings import Meaning, meaning_of
+from kms_jwks.backends.pkcs11.error_map import Meaning, meaning_of
 from kms_jwks.errors import BackendRefused, InvalidJwk, UnsupportedAlgorithm
 
 Template: TypeAlias = dict[Attribute, Any]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kms_jwks.backends.pkcs11.meanings import unavailable
+from kms_jwks.backends.pkcs11.error_map import unavailable
 from kms_jwks.errors import BackendRefused, BackendTimeout
 
 _FIRST_WAIT = 0.002

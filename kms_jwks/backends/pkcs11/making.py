@@ -13,14 +13,14 @@ from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, PKCS11Error, 
 from kms_jwks import jose
 from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
 from kms_jwks.backends.pkcs11 import keys
-from kms_jwks.backends.pkcs11.meanings import Garbled, Lost, meaning_of, said, unavailable
+from kms_jwks.backends.pkcs11.error_map import Garbled, Lost, meaning_of, said, unavailable
 from kms_jwks.backends.pkcs11.mechanisms import ROWS, Row
 from kms_jwks.backends.pkcs11.objects import find, jwk_of, locator, look, private_key, signed
 from kms_jwks.errors import (
     BackendError,
+    BackendKeyNotFound,
     BackendRefused,
     KeyExists,
-    KeyNotFound,
     TokenSignatureInvalid,
     UnsupportedAlgorithm,
 )
@@ -87,7 +87,7 @@ def _generated(seat: Seat, request: Request, made: list[bytes]) -> GeneratedKey:
     ref = KeyRef.of(label=request.label, id=id_.hex(), serial=connection.serial)
     try:
         private = private_key(seat, ref)
-    except KeyNotFound as error:
+    except BackendKeyNotFound as error:
         raise unavailable("The module does not show the key that it said it made.") from error
     jwk = jwk_of(seat, ref, private)
     if not keys.fits(request.alg, jwk) or (request.rsa_bits and keys.modulus_bits(jwk) != request.rsa_bits):
@@ -151,7 +151,7 @@ def _make(session: Session, request: Request, id_: bytes, row: Row) -> None:
 
 def destroyed(seat: Seat, ref: KeyRef) -> None:
     """Destroy a pair, or find that it is gone. Refused where the reference fits several: one of them is another key."""
-    with suppress(KeyNotFound):
+    with suppress(BackendKeyNotFound):
         private_key(seat, ref)
     seat.handles.pop(ref, None)
     # A pair that has no CKA_ID is known by its label, which the public key of somebody else's pair may have too.

@@ -22,8 +22,8 @@ from kms_jwks.backends.pkcs11.cryptoki import (
     CKR_SESSION_HANDLE_INVALID,
     Cryptoki,
 )
+from kms_jwks.backends.pkcs11.error_map import code_of, named, said, unavailable
 from kms_jwks.backends.pkcs11.locks import Gate
-from kms_jwks.backends.pkcs11.meanings import code_of, named, said, unavailable
 
 _RESTART_UNDER_OTHERS: Final = 30.0
 """Seconds between two restarts of a module of which another token, in use in this process, is well."""

@@ -12,12 +12,12 @@ from kms_jwks import strictjson
 from kms_jwks.backends.base import Digest, KeyRef, Message, PublicJwk
 from kms_jwks.backends.pkcs11 import keys
 from kms_jwks.backends.pkcs11.connection import Handle
-from kms_jwks.backends.pkcs11.meanings import Garbled, Lost
+from kms_jwks.backends.pkcs11.error_map import Garbled, Lost
 from kms_jwks.backends.pkcs11.mechanisms import ROWS, prepared
 from kms_jwks.backends.pkcs11.searching import searched
 from kms_jwks.errors import (
+    BackendKeyNotFound,
     BackendRefused,
-    KeyNotFound,
     UnsupportedAlgorithm,
 )
 
@@ -86,11 +86,13 @@ def check_ref(seat: Seat, ref: KeyRef) -> None:
 
 
 def private_key(seat: Seat, ref: KeyRef) -> Object:
-    """The one private key of a reference. Raises KeyNotFound only when the token was well around each look."""
+    """The one private key of a reference. Raises BackendKeyNotFound only when the token was well around each look."""
     check_ref(seat, ref)
     found = look(seat.connection, seat.session, locator(ref, ObjectClass.PRIVATE_KEY))
     if not found:
-        raise KeyNotFound(f"The token with serial {seat.connection.serial} holds no private key {described(ref)}.")
+        raise BackendKeyNotFound(
+            f"The token with serial {seat.connection.serial} holds no private key {described(ref)}."
+        )
     if len(found) > 1:
         raise BackendRefused(
             f"The token holds {len(found)} private keys with this label and CKA_ID.",
@@ -100,14 +102,14 @@ def private_key(seat: Seat, ref: KeyRef) -> Object:
 
 
 def the_one(seat: Seat, template: keys.Template, locator: str) -> KeyRef:
-    """The reference of the one private key that fits. Raises KeyNotFound, BackendRefused where several do."""
+    """The reference of the one private key that fits. Raises BackendKeyNotFound, BackendRefused where several do."""
     found = look(seat.connection, seat.session, {**template, Attribute.CLASS: ObjectClass.PRIVATE_KEY})
     if len(found) > 1:
         raise BackendRefused(
             f"The token holds {len(found)} private keys that fit {locator!r}.", next_step="Name one of them by id=…"
         )
     if not found:
-        raise KeyNotFound(f"The token with serial {seat.connection.serial} holds no private key {locator!r}.")
+        raise BackendKeyNotFound(f"The token with serial {seat.connection.serial} holds no private key {locator!r}.")
     return ref_of(seat, str(keys.optional(found[0], Attribute.LABEL) or ""), found[0])
 
 

@@ -15,8 +15,8 @@ from kms_jwks.backends.pkcs11.cryptoki import (
     CKR_USER_ANOTHER_ALREADY_LOGGED_IN,
     CKR_USER_PIN_NOT_INITIALIZED,
 )
+from kms_jwks.backends.pkcs11.error_map import CODES, Meaning, meaning_of, named, said, translated, unavailable
 from kms_jwks.backends.pkcs11.locks import locked
-from kms_jwks.backends.pkcs11.meanings import CODES, Meaning, meaning_of, named, said, translated, unavailable
 from kms_jwks.backends.pkcs11.module import serial_of
 from kms_jwks.backends.pkcs11.pin import RefusedPins
 from kms_jwks.errors import BackendError, BackendRefused

@@ -1,0 +1,60 @@
+"""The examination of a node: what is wrong with its files, registry, clocks, modules and keys, and how to mend it.
+
+It reads and changes nothing; only `remove` does, one orphan at a time, on request. What a check cannot look at because
+something before it failed is left out, never reported as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from kms_jwks import errors
+from kms_jwks.backends.base import Backend
+from kms_jwks.config import Settings
+from kms_jwks.doctor import registry as registry_checks
+from kms_jwks.doctor.checks import Check, State, failed, worst
+from kms_jwks.doctor.files import files, registry_file
+from kms_jwks.doctor.modules import module
+from kms_jwks.doctor.orphans import Orphan, orphans, remove
+from kms_jwks.doctor.registry import Registry
+from kms_jwks.store import Store
+
+__all__ = ["Check", "Orphan", "State", "examine", "orphans", "registry_file", "remove", "worst"]
+
+
+def examine(
+    settings: Settings,
+    store: Store,
+    backends: Mapping[str, Backend],
+    *,
+    wall: Callable[[], int] = lambda: time.time_ns() // 1000,
+) -> Iterator[Check]:
+    """Every check, as it is made. `wall` is this node's clock in microseconds."""
+    yield from files(settings)
+    registry = None
+    try:
+        store.check_schema()
+        registry = Registry.of(store)
+    except errors.Error as error:
+        yield failed("registry", error, "Check database_url, and who may read the registry.")
+    if registry is not None:
+        yield Check(
+            "registry", State.OK, f"{store.url}: epoch {registry.epoch.counter} of {registry.epoch.incarnation}"
+        )
+        yield from registry_checks.clocks(registry, registry.now - wall())
+        yield from registry_checks.custodian(registry)
+        yield from registry_checks.intents(registry)
+        yield from registry_checks.workers(registry)
+        yield from registry_checks.policies(registry)
+    if settings.routes == "public":
+        yield Check("modules", State.OK, "this node only publishes and needs no module")
+        return
+    if not backends:
+        yield Check(
+            "modules", State.FAILURE, "no backend is configured", "Add a [backends.NAME] table to the settings."
+        )
+    for name, backend in backends.items():
+        yield from module(name, backend, store, registry)
+    if registry is not None:
+        yield from registry_checks.unknown_backends(registry, backends)

@@ -1,0 +1,197 @@
+"""Checks of what the registry holds: clocks, custodian, intents, workers, policies, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from kms_jwks import timeline
+from kms_jwks.backends.base import Backend
+from kms_jwks.doctor.checks import Check, State, some
+from kms_jwks.model import (
+    SECOND,
+    CustodianLease,
+    Epoch,
+    Instant,
+    Intent,
+    IntentState,
+    Key,
+    KeySet,
+    KeyVersion,
+    VersionState,
+    Worker,
+)
+from kms_jwks.store import Store
+
+CLOCK_WARNING = 5
+"""Seconds that the database's time may differ from this node's."""
+CLOCK_FAILURE = 60
+STUCK = 60
+"""Seconds after which an intent that nobody works on, or does not end, is stuck."""
+CUSTODIAN_GRACE = 30
+"""Seconds without an acting custodian that a restart may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """One consistent read of what the checks look at."""
+
+    installation: str
+    epoch: Epoch
+    now: Instant
+    key_sets: list[KeySet]
+    keys: list[Key]
+    versions: list[KeyVersion]
+    workers: list[Worker]
+    intents: list[Intent]
+    lease: CustodianLease | None
+
+    @classmethod
+    def of(cls, store: Store) -> Registry:
+        """Read it. Raises StoreUnavailable."""
+        with store.read() as tx:
+            return cls(
+                installation=tx.installation().id,
+                epoch=tx.epoch(),
+                now=tx.now(),
+                key_sets=tx.key_sets(),
+                keys=tx.keys(),
+                versions=[v for v in tx.versions() if v.state is not VersionState.DESTROYED],
+                workers=tx.workers(),
+                intents=tx.intents(),
+                lease=tx.custodian_lease(),
+            )
+
+    def name_of(self, version: KeyVersion) -> str:
+        """Key set, key and number, as the command line takes them."""
+        key = next((k.name for k in self.keys if k.id == version.key_id), version.key_id)
+        key_set = next((s.name for s in self.key_sets if s.id == version.key_set_id), version.key_set_id)
+        return f"{key_set} {key} {version.number}"
+
+
+def clocks(registry: Registry, difference: int) -> Iterator[Check]:
+    """Whether the times agree; `difference`: the database's minus this node's, in microseconds."""
+    apart = abs(difference) / SECOND
+    step = "Let both machines' clocks follow the same NTP servers."
+    if apart > CLOCK_FAILURE:
+        yield Check(
+            "clocks", State.FAILURE, f"the database's time is {difference / SECOND:+.1f} s from this node's", step
+        )
+    elif apart > CLOCK_WARNING:
+        yield Check(
+            "clocks", State.WARNING, f"the database's time is {difference / SECOND:+.1f} s from this node's", step
+        )
+    else:
+        yield Check("clocks", State.OK, f"database and node are {apart:.1f} s apart")
+    latest = max(
+        [w.heartbeat_at for w in registry.workers] + ([registry.lease.renewed_at] if registry.lease else []), default=0
+    )
+    if latest - registry.now > CLOCK_WARNING * SECOND:
+        yield Check(
+            "clocks",
+            State.FAILURE,
+            f"the registry holds times {(latest - registry.now) / SECOND:.0f} s in the future: the clock went back",
+            "Set the database's clock right; until then no key may change its state by date.",
+        )
+
+
+def custodian(registry: Registry) -> Iterator[Check]:
+    """Whether one acts."""
+    lease, serving = registry.lease, any(not silence(w, registry.now) for w in registry.workers)
+    start = "Run `kms-jwks serve` or `kms-jwks custodian`."
+    if lease is None:
+        yield Check("custodian", State.WARNING, "none has ever acted: no key can be made", start)
+        return
+    if lease.halted is not None:
+        yield Check(
+            "custodian", State.FAILURE, f"it has halted: {lease.halted}", "Set the clocks right; it goes on by itself."
+        )
+        return
+    over = (registry.now - lease.expires_at) / SECOND
+    if over <= 0:
+        yield Check("custodian", State.OK, f"term {lease.term} acts on node {lease.node}")
+    elif serving and over > CUSTODIAN_GRACE:
+        yield Check("custodian", State.FAILURE, f"workers run, and no custodian has acted for {over:.0f} s", start)
+    else:
+        yield Check("custodian", State.WARNING, f"none acts; the last one stopped {over:.0f} s ago", start)
+
+
+def intents(registry: Registry) -> Iterator[Check]:
+    """Whether the custodian gets on with its work in modules."""
+    found = False
+    by_id = {v.id: v for v in registry.versions}
+    for intent in registry.intents:
+        version = by_id.get(intent.version_id)
+        name = registry.name_of(version) if version else intent.version_id
+        since = (registry.now - max(intent.created_at, intent.not_before)) / SECOND
+        if intent.state in (IntentState.PENDING, IntentState.STARTED) and since > STUCK:
+            found = True
+            waiting = "waits for a custodian" if intent.state is IntentState.PENDING else "was begun and did not end"
+            yield Check(
+                "intents",
+                State.FAILURE,
+                f"{intent.kind.value} for {name} {waiting} for {since:.0f} s (label {intent.label})",
+                "Look at the custodian and its log; a new term abandons what the one before left and tries again.",
+            )
+        elif intent.state is IntentState.PENDING and intent.attempt > 1 and version is not None:
+            found = True
+            last = max(
+                (i for i in registry.intents if i.version_id == intent.version_id and i.error),
+                key=lambda i: i.attempt,
+                default=None,
+            )
+            yield Check(
+                "intents",
+                State.WARNING,
+                f"{intent.kind.value} for {name} comes to attempt {intent.attempt}: {last.error if last else ''}",
+                "Mend what the error says; the custodian goes on by itself.",
+            )
+    if not found:
+        yield Check("intents", State.OK, "none is stuck")
+
+
+def workers(registry: Registry) -> Iterator[Check]:
+    """Whether every registered worker is heard of."""
+    found = False
+    for worker in registry.workers:
+        if silent := silence(worker, registry.now):
+            found = True
+            yield Check(
+                "workers",
+                State.WARNING,
+                f"worker {worker.id} on node {worker.node} is silent for {silent:.0f} s and holds up activations",
+                f"Start its node, or if that will not come back: kms-jwks node forget {worker.id}",
+            )
+    if not found:
+        yield Check("workers", State.OK, f"{len(registry.workers)} registered, none silent")
+
+
+def silence(worker: Worker, now: Instant) -> float:
+    """Seconds since a worker was heard of, if that is longer than its lease allows; else 0."""
+    seconds = (now - worker.heartbeat_at) / SECOND
+    return seconds if seconds > worker.lease + 1 else 0.0
+
+
+def policies(registry: Registry) -> Iterator[Check]:
+    """What every report must show of the keys' policies."""
+    for key in registry.keys:
+        key_set = next(s for s in registry.key_sets if s.id == key.key_set_id)
+        for warning in timeline.policy_warnings(key.policy, cache_lifetime=key_set.cache_lifetime):
+            yield Check(
+                "policy",
+                State.WARNING,
+                f"{key_set.name} {key.name}: {warning}",
+                f"kms-jwks key update {key_set.name} {key.name} --publish-lead 24h --no-allow-unsafe-publish-lead",
+            )
+
+
+def unknown_backends(registry: Registry, backends: Mapping[str, Backend]) -> Iterator[Check]:
+    """Backends that keys are in and that this node does not know."""
+    for name in sorted({v.backend for v in registry.versions} - set(backends)):
+        versions = [registry.name_of(v) for v in registry.versions if v.backend == name]
+        yield Check(
+            f"backend {name}",
+            State.FAILURE,
+            f"not configured on this node, and holds the keys of {some(versions)}",
+            f"Add [backends.{name}] to the settings.",
+        )

@@ -1,0 +1,211 @@
+"""The control plane's endpoints for key sets, keys, versions and external keys."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from kms_jwks import jose, wire
+from kms_jwks.http.exchange import NO_STORE, Empty, Request, Response, added, created, encode, gone, ok, revised
+
+if TYPE_CHECKING:
+    from kms_jwks.service import Service
+
+
+# --- key sets ---------------------------------------------------------------------------------------------------------
+
+
+def list_key_sets(service: Service, request: Request) -> Response:
+    """The key sets that the caller's grants cover."""
+    return ok(service.key_sets.list(request.context, *request.page()))
+
+
+def create_key_set(service: Service, request: Request, body: wire.KeySetCreate) -> Response:
+    """A key set, with its first keys where the body has some."""
+    return created(service.key_sets.create(request.context, body))
+
+
+def get_key_set(service: Service, request: Request) -> Response:
+    """One key set with its keys."""
+    return revised(request, service.key_sets.get(request.context, request.params["key_set"]))
+
+
+def patch_key_set(service: Service, request: Request, body: wire.KeySetPatch) -> Response:
+    """Change a key set under If-Match."""
+    return revised(
+        request, service.key_sets.patch(request.context, request.params["key_set"], body, request.revision())
+    )
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def list_keys(service: Service, request: Request) -> Response:
+    """The keys of a key set."""
+    return ok(service.keys.list(request.context, request.params["key_set"], *request.page()))
+
+
+def key_timeline(service: Service, request: Request) -> Response:
+    """The life of a key's versions: what was, what is, and what is planned."""
+    return ok(service.keys.timeline(request.context, *_key(request)))
+
+
+def create_key(service: Service, request: Request, body: wire.KeyCreate) -> Response:
+    """A key, whose first versions the custodian makes; or whose first one is adopted."""
+    return created(service.keys.create(request.context, request.params["key_set"], body))
+
+
+def get_key(service: Service, request: Request) -> Response:
+    """One key with its versions."""
+    return revised(request, service.keys.get(request.context, *_key(request)))
+
+
+def patch_key(service: Service, request: Request, body: wire.KeyPatch) -> Response:
+    """Change a key's policy or profile under If-Match."""
+    return revised(request, service.keys.patch(request.context, *_key(request), body, request.revision()))
+
+
+def rotate_key(service: Service, request: Request, body: wire.RotateRequest) -> Response:
+    """Activate the standby now, or say when that is possible."""
+    return _changed(service.keys.rotate(request.context, *_key(request), body))
+
+
+def disable_key(service: Service, request: Request, body: Empty) -> Response:
+    """Stop a key from signing; its versions stay published."""
+    return _changed(service.keys.disable(request.context, *_key(request)))
+
+
+def enable_key(service: Service, request: Request, body: Empty) -> Response:
+    """Let a disabled key sign again."""
+    return _changed(service.keys.enable(request.context, *_key(request)))
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def list_versions(service: Service, request: Request) -> Response:
+    """The versions of a key, destroyed ones included."""
+    return ok(service.versions.list(request.context, *_key(request), *request.page()))
+
+
+def create_version(service: Service, request: Request, body: wire.VersionCreate) -> Response:
+    """A further version, as standby: made, or adopted."""
+    return created(service.versions.create(request.context, *_key(request), body))
+
+
+def get_version(service: Service, request: Request) -> Response:
+    """One version, by number or kid."""
+    return ok(service.versions.get(request.context, *_version(request)))
+
+
+def public_key(service: Service, request: Request) -> Response:
+    """The public key: JWK, or PEM or DER where Accept names one of them first."""
+    jwk = service.versions.public_jwk(request.context, *_version(request))
+    media_type = _public_key_type(request.header("accept") or "")
+    write = {JWK: encode, PEM: lambda jwk: jose.to_pem(jwk).encode(), DER: jose.to_der}[media_type]
+    return Response(200, [("Content-Type", media_type), ("Vary", "Accept"), NO_STORE], write(jwk))
+
+
+def safety(service: Service, request: Request) -> Response:
+    """Each invariant of a version with both sides as instants."""
+    return ok(service.versions.safety(request.context, *_version(request)))
+
+
+def attributes(service: Service, request: Request) -> Response:
+    """The module's evidence that the private key is its own and stays there."""
+    return ok(service.versions.attributes(request.context, *_version(request)))
+
+
+def activate_version(service: Service, request: Request, body: wire.ActivateRequest) -> Response:
+    """Make a published version the one that signs."""
+    return ok(service.versions.activate(request.context, *_version(request), body))
+
+
+def retire_version(service: Service, request: Request, body: wire.RetireRequest) -> Response:
+    """Take a retiring version out of the JWKS, once no token it signed can be alive."""
+    return ok(service.versions.retire(request.context, *_version(request), body))
+
+
+def revoke_version(service: Service, request: Request, body: wire.RevokeRequest) -> Response:
+    """Emergency: out of the JWKS, never signs again; the standby takes over at once."""
+    return ok(service.versions.revoke(request.context, *_version(request), body))
+
+
+def create_revocation(service: Service, request: Request, body: wire.RevocationCreate) -> Response:
+    """Emergency: everything in a backend or key set is revoked in one transaction."""
+    return ok(service.revocation.everything(request.context, body))
+
+
+def destroy_version(service: Service, request: Request, body: wire.DestroyRequest) -> Response:
+    """Set when the key pair is destroyed in its module."""
+    return ok(service.versions.destroy(request.context, *_version(request), body))
+
+
+def cancel_destroy(service: Service, request: Request, body: Empty) -> Response:
+    """Take `destroy_at` back."""
+    return ok(service.versions.cancel_destroy(request.context, *_version(request)))
+
+
+# --- external keys ----------------------------------------------------------------------------------------------------
+
+
+def list_external_keys(service: Service, request: Request) -> Response:
+    """The external keys of a key set."""
+    return ok(service.external_keys.list(request.context, request.params["key_set"], *request.page()))
+
+
+def create_external_key(service: Service, request: Request, body: wire.ExternalKeyCreate) -> Response:
+    """Publish a foreign public key until a date."""
+    key_set = request.params["key_set"]
+    answer = service.external_keys.create(request.context, key_set, body)
+    return added(answer, "v1", "key-sets", key_set, "external-keys", answer.kid)
+
+
+def get_external_key(service: Service, request: Request) -> Response:
+    """One external key."""
+    return ok(service.external_keys.get(request.context, request.params["key_set"], request.params["kid"]))
+
+
+def delete_external_key(service: Service, request: Request) -> Response:
+    """Stop publishing an external key now."""
+    service.external_keys.delete(request.context, request.params["key_set"], request.params["kid"])
+    return gone()
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------
+
+JWK = "application/jwk+json"
+PEM = "application/x-pem-file"
+"""Of everyday use; no type is registered for a public key in PEM."""
+DER = "application/octet-stream"
+_PUBLIC_KEY_TYPES = {JWK: JWK, "application/json": JWK, PEM: PEM, "text/plain": PEM, DER: DER}
+
+
+def _public_key_type(accept: str) -> str:
+    """The type we have that Accept likes most (RFC 9110 §12.5.1); the JWK otherwise, never 406."""
+    best, best_quality = JWK, 0.0
+    for part in accept.lower().split(","):
+        name, _, parameters = part.partition(";")
+        offered = _PUBLIC_KEY_TYPES.get(name.strip())
+        quality = _QUALITY.search(parameters)
+        weight = float(quality[1]) if quality else 1.0
+        if offered is not None and weight > best_quality:
+            best, best_quality = offered, weight
+    return best
+
+
+_QUALITY = re.compile(r"(?:^|;)\s*q=([01](?:\.[0-9]{0,3})?)\s*(?:;|$)")
+
+
+def _changed(key: wire.Key) -> Response:
+    response = ok(key)
+    response.headers.append(("ETag", f'"{key.revision}"'))
+    return response
+
+
+def _key(request: Request) -> tuple[str, str]:
+    return request.params["key_set"], request.params["key"]
+
+
+def _version(request: Request) -> tuple[str, str, str]:
+    return request.params["key_set"], request.params["key"], request.params["version"]

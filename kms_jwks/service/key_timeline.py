@@ -1,0 +1,173 @@
+"""The life of one key in time: each version's states, recorded and foreseen, and the steps that are planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from kms_jwks import timeline, wire
+from kms_jwks.model import DAY, ExternalKey, Id, Instant, Key, KeySet, KeyVersion, VersionState
+from kms_jwks.service import views
+from kms_jwks.store import ReadTx
+from kms_jwks.timeline import Event, Step, StepKind
+from kms_jwks.times import optional, to_datetime
+
+_S = VersionState
+_STATES: Mapping[str, VersionState] = {
+    "created": _S.CREATING,
+    "published": _S.PUBLISHED,
+    "activated": _S.ACTIVE,
+    "deactivated": _S.RETIRING,
+    "withdrawn": _S.RETIRED,
+    "revoked": _S.REVOKED,
+    "destroyed": _S.DESTROYED,
+    StepKind.CREATE: _S.PUBLISHED,
+    StepKind.PUBLISH: _S.PUBLISHED,
+    StepKind.ACTIVATE: _S.ACTIVE,
+    StepKind.WITHDRAW: _S.RETIRED,
+    StepKind.DESTROY: _S.DESTROYED,
+}
+"""What an event makes of the version it is about."""
+
+Entry = tuple[Instant, VersionState]
+"""When a version comes into a state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the registry holds of a key's set, from one read."""
+
+    now: Instant
+    key_set: KeySet
+    key: Key
+    keys: Sequence[Key]
+    versions: Sequence[KeyVersion]
+    externals: Sequence[ExternalKey]
+
+
+def read(tx: ReadTx, key_set: KeySet, key: Key) -> Facts:
+    """All that a timeline is made of. Making it takes a while, so that is not done in the transaction."""
+    versions, externals = tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id)
+    return Facts(tx.now(), key_set, key, tx.keys(key_set.id), versions, externals)
+
+
+def of_key(facts: Facts) -> wire.Timeline:
+    """The timeline of one key, as far ahead as its policy reaches: one rotation, or the destruction of what retires."""
+    now, key_set, key, keys = facts.now, facts.key_set, facts.key, facts.keys
+    versions, externals = facts.versions, facts.externals
+    until = timeline.later(now, max(key.policy.rotate_every, key.policy.destroy_after) + key.policy.publish_lead + DAY)
+    events = timeline.forecast(key_set, keys, versions, now, key, until, externals)
+    own = [v for v in versions if v.key_id == key.id]
+    planned = timeline.plan(key_set, keys, versions, now, externals)
+    return wire.Timeline(
+        key_set=key_set.name,
+        key=key.name,
+        enabled=key.disabled_at is None,
+        now=to_datetime(now),
+        until=to_datetime(until),
+        versions=[
+            *(_version(v, events, key, key_set, now) for v in own),
+            *(_coming(number, events, now) for number in _numbers_to_come(own, events)),
+        ],
+        steps=[*_waiting(planned, key, own), *_foreseen(planned, events)],
+    )
+
+
+def entries(number: int, events: Sequence[Event]) -> list[Entry]:
+    """When a version came, and will come, into each of its states, in order; an activation retires the one before."""
+    found: list[Entry] = []
+    signs = revoked = False
+    for event in events:
+        state = _STATES.get(event.kind)
+        if event.number == number and state is not None:
+            # A revocation of the version that signed deactivates it: it is never `retiring`.
+            if state is _S.REVOKED and found and found[-1] == (event.at, _S.RETIRING):
+                found.pop()
+            revoked = revoked or state is _S.REVOKED
+            if not (revoked and state is _S.RETIRING):
+                found.append((event.at, state))
+            signs = state is _S.ACTIVE
+        elif state is _S.ACTIVE and not event.past and signs:
+            found.append((event.at, _S.RETIRING))
+            signs = False
+    return found
+
+
+def _numbers_to_come(own: Sequence[KeyVersion], events: Sequence[Event]) -> list[int]:
+    known = {v.number for v in own}
+    return sorted({e.number for e in events} - known)
+
+
+def _waiting(planned: Sequence[Step], key: Key, own: Sequence[KeyVersion]) -> list[wire.TimelineStep]:
+    """The steps of this key that wait for something without a date."""
+    numbers: dict[Id, int | None] = {key.id: None, **{v.id: v.number for v in own}}
+    return [
+        wire.TimelineStep(
+            kind=s.kind.value,
+            due=None,
+            number=numbers[s.subject],
+            reason=s.reason,
+            waits_for=s.waits_for,
+            breach=s.breach,
+        )
+        for s in planned
+        if s.due is None and s.subject in numbers
+    ]
+
+
+def _foreseen(planned: Sequence[Step], events: Sequence[Event]) -> list[wire.TimelineStep]:
+    now = {(s.kind.value, s.subject): s for s in planned}
+    steps = []
+    for event in events:
+        if event.past:
+            continue
+        step = now.get((event.kind, event.subject))
+        steps.append(
+            wire.TimelineStep(
+                kind=event.kind,
+                due=to_datetime(event.at),
+                number=event.number,
+                reason=event.reason,
+                waits_for=step.waits_for if step is not None else "",
+                breach=step.breach if step is not None else None,
+            )
+        )
+    return steps
+
+
+def _spans(found: Sequence[Entry], now: Instant) -> list[wire.TimelineSpan]:
+    ends = [*(at for _, (at, _) in pairwise(found)), None]
+    return [
+        wire.TimelineSpan(state=state.value, start=to_datetime(at), end=optional(end), planned=at > now)
+        for (at, state), end in zip(found, ends, strict=True)
+    ]
+
+
+def _version(
+    version: KeyVersion, events: Sequence[Event], key: Key, key_set: KeySet, now: Instant
+) -> wire.TimelineVersion:
+    report = timeline.safety(version, key, key_set, now)
+    return wire.TimelineVersion(
+        number=version.number,
+        kid=version.kid,
+        state=version.state.value,
+        spans=_spans(entries(version.number, events), now),
+        checks=views.checks(report),
+        next=report.next,
+        next_at=optional(report.next_at),
+    )
+
+
+def _coming(number: int, events: Sequence[Event], now: Instant) -> wire.TimelineVersion:
+    """A version that is not made yet."""
+    found = entries(number, events)
+    return wire.TimelineVersion(
+        number=number,
+        kid=None,
+        state="planned",
+        spans=_spans(found, now),
+        checks=[],
+        next="it is made as the standby of the version before",
+        next_at=optional(found[0][0]) if found else None,
+    )

@@ -1,0 +1,180 @@
+"""From a request to a job: by which version, over which bytes, and how the answer is built from the signature.
+
+Pure: nothing is signed here. One preparer per route and purpose, in one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from msgspec import UNSET
+
+from kms_jwks import errors, jose, profiles, wire
+from kms_jwks.algorithms import Family
+from kms_jwks.backends.base import Digest, Message
+from kms_jwks.model import SECOND, Instant, Purpose
+from kms_jwks.times import from_numeric_date, to_datetime
+from kms_jwks.worker.snapshot import PublishedSet, Signer, SigningKey
+
+
+class SigningOperation(StrEnum):
+    """The three signing routes; the last segment of their paths."""
+
+    JWT = "jwt"
+    JWS = "jws"
+    SIGNATURE = "signature"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One signature to make: by which version, over what, and how the answer is built from it.
+
+    `pinned`: the caller named the kid, so no other version may step in.
+    """
+
+    signer: Signer
+    pinned: bool
+    what: Message | Digest
+    answer: Callable[[bytes], wire.Answer]
+
+
+Found = tuple[PublishedSet, SigningKey]
+Preparer = Callable[[PublishedSet, SigningKey, object, Instant], Job]
+
+
+def preparer_of(operation: SigningOperation, purpose: Purpose) -> Preparer:
+    """What prepares this route in a set of this purpose. Raises PurposeMismatch."""
+    preparer = _PREPARERS.get((operation, purpose))
+    if preparer is None:
+        raise errors.PurposeMismatch(f"A key set with purpose {purpose.value} has no route {operation.value}.")
+    return preparer
+
+
+def active_of(key: SigningKey) -> Signer:
+    """The version that signs now. Raises KeyDisabled, NoActiveVersion (with usable_at where it is known)."""
+    if not key.enabled:
+        raise errors.KeyDisabled(f"Key {key.name!r} is disabled.")
+    if key.active is None:
+        fields: dict[str, object] = {}
+        if key.standby is not None and key.standby[1] is not None:
+            fields["usable_at"] = to_datetime(key.standby[1])
+        raise errors.NoActiveVersion(f"Key {key.name!r} has no active version.", fields=fields)
+    return key.active
+
+
+def _pinned(key: SigningKey, kid: str, now: Instant) -> Signer:
+    active = active_of(key)
+    if active.kid == kid:
+        return active
+    signer = key.pinned.get(kid)
+    if signer is None:
+        raise errors.KidNotActive("The pinned kid is not this key's active one.", fields={"active_kid": active.kid})
+    check_handover(signer, key, now)
+    return signer
+
+
+def check_handover(signer: Signer, key: SigningKey, now: Instant) -> None:
+    """Raise KidNotActive once a retiring version no longer signs for calls that pinned it."""
+    if signer.until is not None and now >= signer.until:
+        fields: dict[str, object] = {"active_kid": key.active.kid} if key.active else {}
+        raise errors.KidNotActive("The pinned kid was deactivated and its handover is over.", fields=fields)
+
+
+# --- one preparer per route and purpose -------------------------------------------------------------------------------
+
+
+def _prepare_jwt(key_set: PublishedSet, key: SigningKey, item: object, now: Instant) -> Job:
+    request = wire.convert(item, wire.JwtRequest)
+    signer = active_of(key)
+    if request.profile is not UNSET and request.profile != key.profile:
+        raise errors.InvalidField(f"profile: key {key.name!r} has no profile of that name", fields={"field": "profile"})
+    expires_in = None if request.expires_in is UNSET else request.expires_in
+    issued = profiles.issue(key.rules, request.claims, now=now // SECOND, expires_in=expires_in)
+    data = jose.signing_input(signer.jwt_header, issued.payload)
+
+    def answer(signature: bytes) -> wire.Answer:
+        return wire.SignedJwt(
+            token=jose.compact(data, signature),
+            kid=signer.kid,
+            alg=signer.alg.name,
+            jti=issued.jti,
+            expires_at=from_numeric_date(issued.expires_at),
+        )
+
+    return Job(signer, False, Message(data), answer)
+
+
+def _prepare_signing_input(key_set: PublishedSet, key: SigningKey, item: object, now: Instant) -> Job:
+    request = wire.convert(item, wire.SigningInputRequest)
+    signer = _pinned(key, request.kid, now)
+    checked = profiles.check_signing_input(
+        key.rules, request.signing_input, alg=signer.alg.name, kid=signer.kid, now=now // SECOND
+    )
+    return Job(signer, True, Message(checked.data), _signature_answer(signer))
+
+
+def _prepare_jws(key_set: PublishedSet, key: SigningKey, item: object, now: Instant) -> Job:
+    request = wire.convert(item, wire.JwsRequest)
+    signer = active_of(key)
+    payload = _binary(request.payload, "payload")
+    header = jose.header_segment(
+        alg=signer.alg.name,
+        kid=signer.kid,
+        typ=None if request.typ is UNSET else request.typ,
+        cty=None if request.cty is UNSET else request.cty,
+    )
+    data = jose.signing_input(header, payload)
+
+    def answer(signature: bytes) -> wire.Answer:
+        jws = jose.compact(data, signature, detached=request.detached)
+        return wire.SignedJws(jws=jws, kid=signer.kid, alg=signer.alg.name)
+
+    return Job(signer, False, Message(data), answer)
+
+
+def _prepare_raw(key_set: PublishedSet, key: SigningKey, item: object, now: Instant) -> Job:
+    request = wire.convert(item, wire.RawSignatureRequest)
+    if (request.input is UNSET) == (request.digest is UNSET):
+        raise errors.InvalidField("Exactly one of input and digest must be there.", fields={"field": "input"})
+    pinned = request.kid is not UNSET
+    signer = active_of(key) if request.kid is UNSET else _pinned(key, request.kid, now)
+    what: Message | Digest
+    if request.input is not UNSET:
+        what = Message(_binary(request.input, "input"))
+    else:
+        assert request.digest is not UNSET
+        what = _digest(signer, _binary(request.digest, "digest"))
+    return Job(signer, pinned, what, _signature_answer(signer))
+
+
+_PREPARERS: Mapping[tuple[SigningOperation, Purpose], Preparer] = {
+    (SigningOperation.JWT, Purpose.JWT): _prepare_jwt,
+    (SigningOperation.SIGNATURE, Purpose.JWT): _prepare_signing_input,
+    (SigningOperation.JWS, Purpose.RAW): _prepare_jws,
+    (SigningOperation.SIGNATURE, Purpose.RAW): _prepare_raw,
+}
+
+
+def _signature_answer(signer: Signer) -> Callable[[bytes], wire.Answer]:
+    return lambda signature: wire.Signature(signature=jose.b64u_encode(signature), kid=signer.kid, alg=signer.alg.name)
+
+
+def _binary(text: str, field: str) -> bytes:
+    try:
+        return jose.b64u_decode(text)
+    except ValueError as error:
+        raise errors.InvalidPayload(f"{field}: {error}", fields={"field": field}) from None
+
+
+def _digest(signer: Signer, value: bytes) -> Digest:
+    if signer.alg.family is Family.EDDSA or signer.alg.hash is None:
+        raise errors.InvalidDigest(f"{signer.alg.name} signs the message itself; send it as input.")
+    wanted = Message(b"").digest(signer.alg)
+    if len(value) != len(wanted):
+        raise errors.InvalidDigest(
+            f"A digest for {signer.alg.name} has {len(wanted)} bytes, this one {len(value)}.",
+            fields={"expected": len(wanted), "given": len(value)},
+        )
+    return Digest(value)

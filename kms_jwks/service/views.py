@@ -1,0 +1,247 @@
+"""The registry's values as the API's structs; reads what it needs in the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from kms_jwks import exposure as exposures
+from kms_jwks import jose, timeline, wire
+from kms_jwks.model import (
+    ApiToken,
+    Client,
+    ExternalKey,
+    Grant,
+    Key,
+    KeySet,
+    KeyVersion,
+    VersionState,
+)
+from kms_jwks.store import ReadTx
+from kms_jwks.times import optional, to_datetime
+from kms_jwks.worker.snapshot import is_post_quantum
+
+T = TypeVar("T", bound=wire.Answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Created(Generic[T]):
+    """What a creation answers: `complete` is False while the custodian still works on it (202 with a Location)."""
+
+    answer: T
+    complete: bool
+    location: str
+
+
+def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
+    """A key set with its keys."""
+    return wire.KeySet(
+        name=value.name,
+        issuer=value.issuer,
+        access=value.access.value,
+        purpose=value.purpose.value,
+        cache_lifetime=value.cache_lifetime,
+        stale_if_error=value.stale_if_error,
+        existing_issuer=value.existing_issuer,
+        jwks_uri=f"{public_url}/{value.name}/.well-known/jwks.json",
+        jwks_pq_uri=f"{public_url}/{value.name}/.well-known/jwks-pq.json" if _has_post_quantum(tx, value) else None,
+        first_published_at=optional(value.first_published_at),
+        created_at=to_datetime(value.created_at),
+        updated_at=to_datetime(value.updated_at),
+        revision=value.revision,
+        keys=[key(tx, value, k) for k in tx.keys(value.id)],
+    )
+
+
+def _has_post_quantum(tx: ReadTx, value: KeySet) -> bool:
+    algs = [k.alg for k in tx.keys(value.id)] + [alg for _, alg in tx.ever_published(value.id)]
+    return any(is_post_quantum(alg) for alg in algs)
+
+
+def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
+    """A key with the versions whose pair is not destroyed."""
+    versions = tx.versions(key_id=value.id)
+    active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
+    p = value.policy
+    return wire.Key(
+        name=value.name,
+        key_set=owner.name,
+        alg=value.alg,
+        rsa_bits=value.rsa_bits,
+        backend=value.backend,
+        enabled=value.disabled_at is None,
+        active_kid=active.kid if active else None,
+        policy=wire.Policy(
+            rotate_every=p.rotate_every,
+            publish_lead=p.publish_lead,
+            allow_unsafe_publish_lead=p.allow_unsafe_publish_lead,
+            max_token_ttl=p.max_token_ttl,
+            clock_skew=p.clock_skew,
+            handover=p.handover,
+            destroy_after=p.destroy_after,
+            rotate_jitter=p.rotate_jitter,
+            rotate_window=p.rotate_window,
+            hold_until=optional(p.hold_until),
+        ),
+        profile=wire.Profile(
+            name=value.profile.name,
+            typ=value.profile.typ,
+            default_lifetime=min(value.profile.default_lifetime, p.max_token_ttl),
+        ),
+        warnings=[*timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime), *weakness_warnings(versions)],
+        created_at=to_datetime(value.created_at),
+        updated_at=to_datetime(value.updated_at),
+        revision=value.revision,
+        versions=[version(value, v, trouble(tx, v)) for v in versions if v.state is not VersionState.DESTROYED],
+    )
+
+
+def weakness_warnings(versions: Sequence[KeyVersion]) -> list[str]:
+    """What every report must show of adopted keys that are weaker than ours and still there."""
+    return [
+        f"version {v.number} was adopted although {', '.join(v.weaknesses)}"
+        for v in versions
+        if v.weaknesses and v.state is not VersionState.DESTROYED
+    ]
+
+
+def checks(report: timeline.SafetyReport) -> list[wire.SafetyCheck]:
+    """The invariants of a version."""
+    return [
+        wire.SafetyCheck(
+            invariant=c.invariant,
+            holds=c.holds,
+            statement=c.statement,
+            left=optional(c.left),
+            right=optional(c.right),
+        )
+        for c in report.checks
+    ]
+
+
+def trouble(tx: ReadTx, value: KeyVersion) -> str | None:
+    """What the last failed attempt to make a version's pair ended in, while there is none."""
+    if value.state is not VersionState.CREATING:
+        return None
+    return next((i.error for i in reversed(tx.intents(version_id=value.id)) if i.error), None)
+
+
+def version(owner: Key, value: KeyVersion, trouble: str | None = None) -> wire.Version:
+    """A version; `usable_at` only while it waits."""
+    waiting = value.state is VersionState.PUBLISHED
+    return wire.Version(
+        kid=value.kid,
+        number=value.number,
+        state=value.state.value,
+        alg=value.alg,
+        public_jwk=published_jwk(value),
+        created_at=to_datetime(value.created_at),
+        backend=value.backend,
+        trouble=trouble,
+        published_at=optional(value.published_at),
+        visible_since=optional(value.visible_since),
+        usable_at=optional(timeline.usable_at(value, owner.policy)) if waiting else None,
+        activated_at=optional(value.activated_at),
+        deactivated_at=optional(value.deactivated_at),
+        retired_at=optional(value.retired_at),
+        revoked_at=optional(value.revoked_at),
+        revoke_reason=value.revoke_reason,
+        destroy_at=optional(value.destroy_at),
+        destroyed_at=optional(value.destroyed_at),
+        breaches=[
+            wire.Breach(invariant=b.invariant, at=to_datetime(b.at), reason=b.reason, who=b.who) for b in value.breaches
+        ],
+        origin=value.origin.value,
+        weaknesses=list(value.weaknesses),
+        emergency=value.emergency,
+        absence=None if value.absence is None else dict(value.absence),
+    )
+
+
+def published_jwk(value: KeyVersion) -> dict[str, object] | None:
+    """The version's public JWK as the JWKS shows it; None while there is no pair."""
+    if value.kid is None or value.public_jwk is None:
+        return None
+    return jose.published_jwk(value.public_jwk, alg=value.alg, kid=value.kid, x5c=value.x5c)
+
+
+def exposure(case: exposures.Case, rows: Sequence[exposures.Exposed]) -> wire.Exposure:
+    """What a revocation leaves open."""
+    return wire.Exposure(
+        withdrawn_at=to_datetime(case.withdrawn_at),
+        cache_lifetime=case.cache_lifetime,
+        stale_if_error=case.stale_if_error,
+        trusted_until=optional(exposures.trusted_until(rows)),
+        unbounded=exposures.unbounded(rows),
+        second_rotation_not_before=optional(case.second_rotation_at),
+        verifiers=[
+            wire.ExposedVerifier(
+                verifier=row.verifier.name,
+                source=row.verifier.source,
+                keeps=row.keeps,
+                trusts_until=optional(row.trusts_until),
+                trusts_until_behind_cache=optional(row.trusts_until_behind_cache),
+                ends=row.ends.value,
+                learns=row.learns.value,
+                learns_by=optional(row.learns_by),
+                words=row.words,
+            )
+            for row in rows
+        ],
+    )
+
+
+def external_key(value: ExternalKey) -> wire.ExternalKey:
+    """An external key."""
+    return wire.ExternalKey(
+        kid=value.kid,
+        alg=value.alg,
+        public_jwk=jose.published_jwk(value.public_jwk, alg=value.alg, kid=value.kid),
+        created_at=to_datetime(value.created_at),
+        remove_at=to_datetime(value.remove_at),
+        removed_at=optional(value.removed_at),
+    )
+
+
+def client(value: Client) -> wire.Client:
+    """A client."""
+    return wire.Client(name=value.name, id=value.id, created_at=to_datetime(value.created_at))
+
+
+def token(owner: Client, value: ApiToken) -> wire.Token:
+    """A token without its secret."""
+    return wire.Token(
+        id=value.id,
+        client=owner.name,
+        created_at=to_datetime(value.created_at),
+        expires_at=to_datetime(value.expires_at),
+        revoked_at=optional(value.revoked_at),
+        last_used_at=optional(value.last_used_at),
+    )
+
+
+def grant(tx: ReadTx, value: Grant) -> wire.Grant:
+    """A grant with names for its scope."""
+    owner = tx.client_by_id(value.client_id)
+    scope: dict[str, str] = {}
+    if value.key_set_id is not None:
+        found_set = tx.key_set_by_id(value.key_set_id)
+        scope["key_set"] = found_set.name if found_set else value.key_set_id
+    if value.key_id is not None:
+        found_key = tx.key_by_id(value.key_id)
+        scope["key"] = found_key.name if found_key else value.key_id
+    return wire.Grant(
+        id=value.id,
+        client=owner.name if owner else value.client_id,
+        role=value.role,
+        scope=scope,
+        created_at=to_datetime(value.created_at),
+    )
+
+
+def page(items: Sequence[object], ids: Sequence[str], limit: int) -> wire.Page:
+    """One page of at most `limit`, from up to `limit` + 1 things that were read; the cursor is the last id shown."""
+    if len(items) > limit:
+        return wire.Page(items=list(items[:limit]), next=ids[limit - 1])
+    return wire.Page(items=list(items))

@@ -1,0 +1,250 @@
+"""How a process's backends are used: in place or in the pool, with a deadline, and what is lost when calls hang."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kms_jwks import errors, jose
+from kms_jwks.algorithms import ALGORITHMS
+from kms_jwks.backends.base import MOST_LEFT_BEHIND, Message
+from kms_jwks.backends.calling import PATIENCE_IN_PLACE, Backends, CallLimits
+from kms_jwks.service import Service
+from kms_jwks.worker.snapshot import Signer
+from tests.memory_backend import MemoryBackend
+from tests.service.world import World
+
+MESSAGE = Message(b"a.b")
+
+
+class ErrorTranslatingBackend:
+    """Hangs every call of a kind, or signatures of some references alone, until it is released."""
+
+    def __init__(self, backend: MemoryBackend, call: str = "sign") -> None:
+        self.released = threading.Event()
+        self.hung = 0
+        self._call = call
+        backend.before = self
+
+    def __call__(self, call: str) -> None:
+        if call == self._call and not self.released.is_set():
+            self.hung += 1
+            assert self.released.wait(60)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.perf_counter() + 20
+    while not condition():
+        assert time.perf_counter() < end
+        time.sleep(0.005)
+
+
+def make(*, in_place: bool, **limits: Any) -> tuple[Backends, MemoryBackend, Signer]:
+    backend = MemoryBackend(sign_in_place=in_place)
+    alg = ALGORITHMS["ES256"]
+    made = backend.generate("key", alg)
+    signer = Signer(jose.thumbprint(made.public_jwk), alg, "memory", made.ref, dict(made.public_jwk), "")
+    return (
+        Backends({"memory": backend}, default="memory", limits={"memory": CallLimits(**{"timeout": 0.1} | limits)}),
+        backend,
+        signer,
+    )
+
+
+def lose(backends: Backends, signer: Signer, count: int = 1) -> None:
+    """Have so many calls hang; on a busy machine some may not even get so far."""
+    while backends.stuck() < count:
+        with pytest.raises(errors.BackendTimeout):
+            backends.sign(signer, MESSAGE)
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    """Let time pass for those who look at the monotonic clock now and then; waiting for locks takes what it takes."""
+    offset, real = [0.0], time.monotonic
+    monkeypatch.setattr("kms_jwks.backends.calling.time.monotonic", lambda: real() + offset[0])
+
+    def pass_(seconds: float) -> None:
+        offset[0] += seconds
+
+    return pass_  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_signature_is_made_by_the_thread_that_the_backend_wants(in_place: bool) -> None:
+    backends, backend, signer = make(in_place=in_place, timeout=20)
+    threads: list[int] = []
+    backend.before = lambda _: threads.append(threading.get_ident())
+    jose.verify_signature(signer.alg, signer.public_jwk, MESSAGE.data, backends.sign(signer, MESSAGE))
+    assert (threads == [threading.get_ident()]) is in_place
+    assert backends.counters("memory") == {"checked": 1, "bad": 0, "timeouts": 0, "refused": 0, "stuck": 0}
+
+
+def test_names_that_are_not_configured() -> None:
+    backends, _, signer = make(in_place=True)
+    for use in (lambda: backends.get("x"), lambda: backends.counters("x"), lambda: backends.ask("x", "ping", bool)):
+        with pytest.raises(errors.BackendUnknown):
+            use()
+    with pytest.raises(errors.BackendUnknown):
+        backends.sign(Signer("k", signer.alg, "x", signer.ref, signer.public_jwk, ""), MESSAGE)
+
+
+def test_a_timeout_in_the_pool_makes_the_next_signatures_checked() -> None:
+    backends, backend, signer = make(in_place=False, check_signatures=0)
+    held = ErrorTranslatingBackend(backend)
+    assert backends._entries["memory"].checker._wary_until == 0.0
+    lose(backends, signer)
+    assert backends._entries["memory"].checker._wary_until > 0.0
+    assert backends.counters("memory")["timeouts"] >= 1
+    held.released.set()
+
+
+def test_a_process_is_worn_out_once_enough_calls_never_came_back(later: Callable[[float], None]) -> None:
+    backends, backend, signer = make(in_place=False, stuck_limit=2)
+    held = ErrorTranslatingBackend(backend)
+    for lost in (1, 2):
+        lose(backends, signer, lost)
+        later(5.0)
+        first, second = backends.worn_out(), backends.worn_out()
+        assert first is None, "what was not late at the look before is looked at again"
+        assert (second is not None) is (lost == 2)
+    assert second is not None
+    assert "memory" in second
+    held.released.set()
+    until(lambda: backends.stuck() == 0)
+    assert backends.worn_out() is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        ({}, 8),
+        ({"stuck_limit": 20}, 16),
+        ({"parallel": 8}, 4),
+        ({"parallel": 1}, 1),
+        ({"waiting": 4, "parallel": 64}, 2),
+        ({"stuck_limit": 1}, 1),
+    ],
+)
+def test_a_process_is_replaced_before_half_of_the_modules_room_is_lost(limits: dict[str, Any], most: int) -> None:
+    assert CallLimits(**limits).most_stuck == most
+
+
+def test_one_thread_lost_in_place_is_enough(later: Callable[[float], None]) -> None:
+    backends, backend, signer = make(in_place=True)
+    held = ErrorTranslatingBackend(backend)
+
+    def sign() -> None:
+        with contextlib.suppress(errors.BackendTimeout):  # it came back too late
+            backends.sign(signer, MESSAGE)
+
+    thread = threading.Thread(target=sign)
+    thread.start()
+    until(lambda: held.hung)
+    assert [backends.worn_out(), backends.worn_out(), backends.stuck()] == [None, None, 0], "there is patience"
+    later(PATIENCE_IN_PLACE + 1)
+    assert backends.lost_threads() == {thread.ident}
+    assert backends.worn_out() is None
+    assert backends.worn_out() is not None
+    assert backends.counters("memory")["stuck"] == 1
+    held.released.set()
+    thread.join(20)
+    assert [backends.lost_threads(), backends.worn_out(), backends.stuck()] == [frozenset(), None, 0]
+
+
+def test_a_question_is_asked_in_a_thread_that_can_be_lost(later: Callable[[float], None]) -> None:
+    backends, backend, signer = make(in_place=True)
+    held = ErrorTranslatingBackend(backend, "ping")
+    while backends.stuck() < 2:
+        with pytest.raises(errors.BackendTimeout):
+            backends.ask("memory", "ping", lambda b: b.ping(), 0.05)
+    with pytest.raises(errors.BackendUnavailable):
+        backends.ask("memory", "ping", lambda b: b.ping(), 30)
+    assert backends.ask("memory", "capabilities", lambda b: b.capabilities()) == backend.offered
+    assert backends.sign(signer, MESSAGE)
+    later(30)
+    assert backends.worn_out() is None
+    assert "questions" in (backends.worn_out() or "")
+    held.released.set()
+    until(lambda: backends.stuck() == 0)
+    assert backends.ask("memory", "ping", lambda b: b.ping()).description
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_the_backend_left_behind_itself_counts_too(in_place: bool) -> None:
+    """As a PKCS#11 token does with questions: they are answered, and their sessions are gone."""
+    backends, backend, _ = make(in_place=in_place, stuck_limit=2)
+    seen = []
+    for stuck in (1, 1, 2, 2, 0, 2, 0):
+        backend.stuck = stuck  # type: ignore[attr-defined]
+        seen.append(backends.worn_out() is not None)
+        assert backends.stuck() == backends.counters("memory")["stuck"] == stuck
+    assert seen == [False, False, False, True, False, False, False], "at two looks in a row"
+
+
+def test_a_backend_that_lets_nobody_in_any_more_wears_a_process_out_whatever_the_limit() -> None:
+    backends, backend, _ = make(in_place=False, stuck_limit=40, waiting=200)
+    backend.stuck = MOST_LEFT_BEHIND - 1  # type: ignore[attr-defined]
+    assert [backends.worn_out(), backends.worn_out()] == [None, None]
+    backend.stuck = MOST_LEFT_BEHIND  # type: ignore[attr-defined]
+    assert backends.worn_out() is None
+    assert "have not come back" in (backends.worn_out() or "")
+
+
+def test_what_is_stuck_is_left_open_at_the_end() -> None:
+    closed: list[str] = []
+
+    class Closing(MemoryBackend):
+        def close(self) -> None:
+            closed.append(self.name)
+
+    stuck, well = Closing("stuck", sign_in_place=False), Closing("well", sign_in_place=False)
+    made = stuck.generate("key", ALGORITHMS["ES256"])
+    signer = Signer("kid", ALGORITHMS["ES256"], "stuck", made.ref, dict(made.public_jwk), "")
+    backends = Backends({"stuck": stuck, "well": well}, default=None, limits={"stuck": CallLimits(0.05)})
+    held = ErrorTranslatingBackend(stuck)
+    lose(backends, signer)
+    backends.close()
+    assert closed == ["well"]
+    held.released.set()
+
+
+# --- through the service
+
+
+def test_wrong_signatures_are_seen_where_backends_are_listed(world: World) -> None:
+    world.create(keys=[{"name": "default", "alg": "RS256", "rsa_bits": 2048}])
+    left = [2]
+
+    def spoil(signature: bytes) -> bytes:
+        left[0] -= 1
+        return signature if left[0] < 0 else signature[:-1] + bytes([signature[-1] ^ 1])
+
+    world.backend.spoil = spoil
+    with pytest.raises(errors.BackendUnavailable):
+        world.sign()
+    assert world.sign().token
+    (listed,) = world.service.operation.backends(world.admin).items
+    assert listed.counters == {"checked": 3, "bad": 2, "timeouts": 0, "refused": 0, "stuck": 0}
+    assert listed.recycled == 0
+    assert len(world.backend.distrusted) == 2
+
+
+def test_a_service_asks_to_be_replaced_once_and_not_again_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service: Service = world.service
+    assert service.worn_out() is None
+    monkeypatch.setattr(service.backends, "worn_out", lambda: "a reason")
+    assert service.worn_out() == "a reason"
+    for _ in range(world.settings.workers - 1):
+        world.until(lambda: service.worn_out() == "a reason")
+    assert service.worn_out() is None
+    assert service.restart_limit.count() == world.settings.workers
+    (listed,) = service.operation.backends(world.admin).items
+    assert listed.recycled == world.settings.workers

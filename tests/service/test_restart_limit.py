@@ -1,0 +1,92 @@
+"""How often workers are replaced, across their lives and over all of a node."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from kms_jwks.model import SECOND
+from kms_jwks.worker.restart_limit import LONGEST_PAUSE, REMEMBERED, RestartLimit
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000_000 * SECOND
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def granted(restart_limit: RestartLimit, clock: Clock, seconds: int) -> list[int]:
+    """When a worker that asks every second is replaced."""
+    started, found = clock.now, []
+    while clock.now < started + seconds * SECOND:
+        if restart_limit.permit() == 0.0:
+            found.append((clock.now - started) // SECOND)
+        clock.now += SECOND
+    return found
+
+
+def test_the_first_round_is_quick_and_each_further_one_slower(tmp_path: Path) -> None:
+    clock = Clock()
+    times = granted(RestartLimit(tmp_path, 2, clock), clock, 400)
+    assert times[:8] == [0, 1, 11, 21, 41, 61, 101, 141]
+    assert max(b - a for a, b in itertools.pairwise(times)) <= LONGEST_PAUSE
+
+
+def test_even_a_module_that_hangs_for_hours_costs_few_workers(tmp_path: Path) -> None:
+    clock = Clock()
+    times = granted(RestartLimit(tmp_path, 1, clock), clock, 6 * 3600)
+    assert len(times) < 6 * 30
+    assert any(b - a == LONGEST_PAUSE for a, b in itertools.pairwise(times))
+
+
+def test_a_quiet_hour_makes_up_for_it(tmp_path: Path) -> None:
+    clock = Clock()
+    restart_limit = RestartLimit(tmp_path, 1, clock)
+    assert granted(restart_limit, clock, 30) == [0, 10]
+    assert restart_limit.count() == 2
+    clock.now += REMEMBERED * SECOND
+    assert restart_limit.count() == 0
+    assert granted(restart_limit, clock, 30) == [0, 10]
+
+
+def test_how_long_it_still_has_to_wait_is_told(tmp_path: Path) -> None:
+    clock = Clock()
+    restart_limit = RestartLimit(tmp_path, 1, clock)
+    assert restart_limit.permit() == 0.0
+    clock.now += 4 * SECOND
+    assert restart_limit.permit() == 6.0
+    assert RestartLimit(tmp_path, 1, clock).permit() == 6.0, "another process sees the same"
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "{}", '["x", null]', "[99999999999999999999]"])
+def test_a_file_that_says_nothing_forbids_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recycled.json").write_text(text)
+    assert RestartLimit(tmp_path, 1, Clock()).permit() == 0.0
+
+
+def test_after_a_reboot_the_clock_starts_anew(tmp_path: Path) -> None:
+    clock = Clock()
+    assert RestartLimit(tmp_path, 1, clock).permit() == 0.0
+    clock.now = 5 * SECOND
+    assert RestartLimit(tmp_path, 1, clock).permit() == 0.0
+
+
+def test_without_a_file_nobody_is_replaced(tmp_path: Path) -> None:
+    restart_limit = RestartLimit(tmp_path / "missing", 1, Clock())
+    assert restart_limit.permit() == LONGEST_PAUSE
+    assert restart_limit.count() == 0
+
+
+def _permit(folder: Path) -> float:
+    return RestartLimit(folder, 1).permit()
+
+
+def test_of_many_that_ask_at_once_one_is_replaced(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(4) as processes:
+        waits = processes.map(_permit, [tmp_path] * 16)
+    assert sum(wait == 0.0 for wait in waits) == 1

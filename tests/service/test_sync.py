@@ -1,0 +1,193 @@
+"""A worker's view: lease, confirmation, pins, and what is served while the database is away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kms_jwks import errors, wire
+from kms_jwks.model import SECOND
+from kms_jwks.service.context import RequestContext
+from kms_jwks.worker import liveness
+from tests.service.world import World
+
+
+def worker_row(world: World):  # type: ignore[no-untyped-def]
+    with world.registry.read() as tx:
+        return tx.worker(world.service.sync.worker_id or "")  # type: ignore[arg-type]
+
+
+def test_a_change_is_confirmed_by_every_worker_before_its_answer(two_workers: World) -> None:
+    world = two_workers
+    world.create()
+    world.standby()  # the custodian changes nothing more
+    created = world.service.clients.create(world.admin, wire.ClientCreate(name="fresh"))
+    assert created.name == "fresh"
+    with world.registry.read() as tx:
+        epoch = tx.epoch()
+        assert all(w.confirmed == epoch for w in tx.workers())
+
+
+def test_an_epoch_is_confirmed_only_once_older_answers_have_left(world: World) -> None:
+    world.create()
+    world.standby()
+    release = world.service.pin()
+    kept = world.service.sync.snapshot().epoch
+    world.service.clients.create(world.admin, wire.ClientCreate(name="fresh"))
+    world.until(lambda: world.service.sync.snapshot().epoch != kept)
+    row = worker_row(world)
+    assert row.confirmed is not None
+    assert row.confirmed.counter <= kept.counter
+    release()
+    release()
+    with world.registry.read() as tx:
+        epoch = tx.epoch()
+    world.until(lambda: worker_row(world).confirmed == epoch)
+
+
+def test_a_revocation_waits_for_an_answer_under_way_but_not_beyond_the_lease(tmp_path: Path) -> None:
+    world = World(tmp_path, lease=1).start()
+    try:
+        world.create()
+        world.standby()
+        world.service.pin()
+        answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+        assert [w.worker for w in answer.unconfirmed] == [world.service.sync.worker_id]
+    finally:
+        world.close()
+
+
+def test_without_the_database_documents_go_on_and_signing_ends_with_the_lease(world: World, tmp_path: Path) -> None:
+    world.create()
+    world.service.sync.poll()
+    registry = tmp_path / "registry.sqlite3"
+    registry.rename(tmp_path / "away")
+    world.service.store.dispose()
+    assert world.sign().token
+    world.offset += 11 * SECOND
+    with pytest.raises(errors.RegistryStale):
+        world.sign()
+    assert world.kids()
+    readiness = world.service.operation.ready_sign()
+    assert readiness.status == "failing"
+    assert readiness.dependencies[0].state == "registry_stale"
+    assert world.service.operation.ready().status == "ok"
+    (tmp_path / "away").rename(registry)
+    world.until(world.service.sync.has_lease)
+    assert world.sign().token
+
+
+def test_a_worker_that_starts_without_a_database_serves_the_last_documents(world: World, tmp_path: Path) -> None:
+    world.create()
+    world.until(lambda: len(world.kids()) == 2)
+    kids = world.kids()
+    kept = world.settings.state_dir / "jwks.json"
+    world.until(lambda: all(kid in kept.read_text() for kid in kids))
+    (tmp_path / "registry.sqlite3").rename(tmp_path / "away")
+    late = world.worker()
+    late.start()
+    try:
+        assert world.kids(late) == kids
+        assert late.operation.ready().status == "ok"
+        with pytest.raises(errors.Unavailable):
+            late.sync.leased()
+    finally:
+        (tmp_path / "away").rename(tmp_path / "registry.sqlite3")
+        world.until(late.sync.has_lease)
+        late.stop()
+
+
+def test_restricted_documents_are_not_kept_on_disk(world: World, tmp_path: Path) -> None:
+    world.create("hidden", access="restricted")
+    world.create("shown", keys=[{"name": "default", "alg": "ES256"}])
+    world.service.sync.poll()
+    kept = (tmp_path / "state" / "jwks.json").read_text()
+    assert "shown" in kept
+    assert "hidden" not in kept
+
+
+def test_a_restricted_set_needs_a_grant(world: World) -> None:
+    world.create("hidden", access="restricted")
+    with pytest.raises(errors.CredentialsMissing):
+        world.service.documents.jwks(RequestContext(), "hidden")
+    document = world.service.documents.jwks(world.signer, "hidden")
+    assert document.cache_control.startswith("private")
+    assert not document.public
+
+
+def test_a_dead_worker_is_struck_off_by_its_free_lock(two_workers: World) -> None:
+    world = two_workers
+    world.create()
+    dead = world.workers[1].sync
+    dead._stop.set()
+    dead._kick.set()
+    assert dead._thread is not None
+    dead._thread.join()
+    life = dead._registration._life
+    assert life is not None
+    folder = world.settings.state_dir / "workers"
+    assert not liveness.is_dead(folder, dead.worker_id or "")  # type: ignore[arg-type]
+    import os
+
+    os.close(life._fd)  # what the kernel does when a process ends
+    life._fd = -1
+    world.standby()
+    answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    assert answer.unconfirmed == []
+    with world.registry.read() as tx:
+        assert [w.id for w in tx.workers()] == [world.service.sync.worker_id]
+
+
+def test_a_missing_lock_file_proves_nothing(tmp_path: Path) -> None:
+    assert not liveness.is_dead(tmp_path, "unknown")  # type: ignore[arg-type]
+
+
+def test_a_worker_that_was_forgotten_comes_back_as_another(world: World) -> None:
+    world.create()
+    old = world.service.sync.worker_id
+    with pytest.raises(errors.Conflict):
+        world.service.operation.forget(world.admin, old or "")
+    from dataclasses import replace
+
+    with world.store().write() as tx:
+        row = tx.worker(old)  # type: ignore[arg-type]
+        assert row is not None
+        tx.save(replace(row, stopped_at=tx.now(), stop_reason="forgotten"))
+    world.offset += 6 * SECOND
+    world.until(lambda: world.service.sync.worker_id not in (None, old))
+    world.until(world.service.sync.has_lease)
+    assert world.sign().token
+
+
+def test_last_use_is_flushed_by_the_minute_and_does_not_move_the_epoch(world: World) -> None:
+    world.create()
+    world.sign()
+    world.standby()
+    world.until(lambda: len(world.kids()) == 2)
+    with world.registry.read() as tx:
+        before = tx.epoch()
+    world.offset += 61 * SECOND
+
+    def used() -> bool:
+        with world.registry.read() as tx:
+            return any(t.last_used_at is not None for t in tx.tokens())
+
+    world.until(used)
+    with world.registry.read() as tx:
+        assert tx.epoch() == before
+
+
+def test_discovery_only_where_the_issuer_is_the_url(world: World) -> None:
+    world.create()
+    world.create("elsewhere", issuer="https://other.example", keys=[{"name": "default", "alg": "ES256"}])
+    import msgspec
+
+    document = world.service.documents.discovery(RequestContext(), "main")
+    found = msgspec.json.decode(document.body)
+    assert found["issuer"] == "https://keys.example/main"
+    assert found["jwks_uri"] == "https://keys.example/main/.well-known/jwks.json"
+    assert found["id_token_signing_alg_values_supported"] == ["ES256"]
+    for name in ("elsewhere", None):
+        with pytest.raises(errors.NotFound):
+            world.service.documents.discovery(RequestContext(), name)
