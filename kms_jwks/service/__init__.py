@@ -44,7 +44,7 @@ class Service:
         self.settings = settings
         self.store = store
         self.backends = backends
-        guard = Guard()
+        guard = self.guard = Guard()
         self.sync = RegistrySync(
             store,
             node=settings.node_name,
@@ -89,6 +89,17 @@ class Service:
         self.sync.stop()
         self.backends.close()
         self.store.dispose()
+
+    def authenticate(self, context: RequestContext, *, data_plane: bool) -> None:
+        """Set `context.caller`, before anything else of the call is read or decoded.
+
+        The data plane asks the snapshot, the control plane the registry. Raises Unauthenticated, StoreUnavailable.
+        """
+        if data_plane:
+            self.guard.authenticate(self.sync.snapshot(), context, self.sync.clock.now())
+        else:
+            with self.store.read() as tx:
+                self.guard.authenticate(tx, context, tx.now())
 
     def worn_out(self) -> str | None:
         """Why this worker should end now so that a fresh one takes its place; None while it need not or may not.

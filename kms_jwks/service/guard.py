@@ -1,6 +1,6 @@
-"""The choke point: every use case begins here. It finds who calls and refuses what no grant allows.
+"""The choke point: every use case begins here. It authenticates the caller, authorises the call, and reports both.
 
-The data plane asks a snapshot, the control plane the transaction it works in; both give the same answers.
+The data plane reads a snapshot, the control plane its own transaction; both give the same answers.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 
 from kms_jwks import errors
 from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow, allow_within
@@ -19,6 +20,24 @@ from kms_jwks.worker.snapshot import KnownToken, PublishedSet, SigningKey, Snaps
 
 TokenSource = Callable[[str], KnownToken | None]
 """Where API tokens are looked up by their SHA-256: a snapshot or a transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the guard decided about one call.
+
+    `permission` is None where the credentials were refused before a permission was looked at. `key_set` and `key` are
+    the names in the request, known or not. `error` is the problem code of the refusal, None where the call was let in.
+    """
+
+    permission: Permission | None
+    key_set: str | None
+    key: str | None
+    error: str | None
+
+
+Observer = Callable[[RequestContext, Decision], None]
+"""Called once for each decision, with the context whose `caller` is set where the credentials are good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +59,58 @@ class EnteredSet:
     key_set: KeySet
 
 
-class Guard:
-    """Authenticates and authorises. `used` remembers when each token was last seen; the watcher flushes it."""
+class _Deciding:
+    """One decision under way: it ends with the `with` block, by its end or by the error that leaves it."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_context", "_key", "_key_set", "_observe", "permission")
+
+    def __init__(
+        self,
+        observe: Observer,
+        context: RequestContext,
+        permission: Permission | None,
+        key_set: str | None = None,
+        key: str | None = None,
+    ) -> None:
+        self._observe = observe
+        self._context = context
+        self._key_set = key_set
+        self._key = key
+        self.permission = permission
+
+    def __enter__(self) -> _Deciding:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, errors.Unauthenticated | errors.Forbidden | errors.NotFound):
+            code = error.code if isinstance(error, errors.Error) else None
+            self._observe(self._context, Decision(self.permission, self._key_set, self._key, code))
+
+
+def _ignore(context: RequestContext, decision: Decision) -> None:
+    pass
+
+
+class Guard:
+    """Authenticates and authorises; `observe` is told of every decision. Remembers when each token was last used."""
+
+    def __init__(self, observe: Observer = _ignore) -> None:
+        self._observe = observe
         self._lock = threading.Lock()
         self._used: dict[Id, Instant] = {}
+
+    # --- before a body is decoded
+
+    def authenticate(self, source: Snapshot | ReadTx, context: RequestContext, now: Instant) -> None:
+        """Set `context.caller`. What the caller may do is decided by the use case. Raises Unauthenticated."""
+        tokens = _tokens_in(source) if isinstance(source, Snapshot) else _tokens_of(source)
+        try:
+            self._authenticate(tokens, context, now)
+        except errors.Unauthenticated as error:
+            self._observe(context, Decision(None, None, None, error.code))
+            raise
 
     # --- data plane
 
@@ -56,12 +121,12 @@ class Guard:
 
         Raises Unauthenticated, Forbidden, KeySetNotFound.
         """
-        caller = self._authenticate(_tokens_in(snapshot), context, now)
-        key_set = snapshot.key_sets.get(name)
-        key_set = self._known_to(caller, key_set, name)
-        if not allow_within(caller.grants, permission, key_set.id):
-            raise _forbidden(caller, permission)
-        return key_set
+        with _Deciding(self._observe, context, permission, name):
+            caller = self._authenticate(_tokens_in(snapshot), context, now)
+            key_set = self._known_to(caller, snapshot.key_sets.get(name), name)
+            if not allow_within(caller.grants, permission, key_set.id):
+                raise _forbidden(caller, permission)
+            return key_set
 
     def admit_key(
         self,
@@ -72,56 +137,66 @@ class Guard:
         key_name: str,
         now: Instant,
     ) -> tuple[PublishedSet, SigningKey]:
-        """Let a data-plane call in to a key; the permission may depend on the set's purpose."""
-        caller = self._authenticate(_tokens_in(snapshot), context, now)
-        key_set = snapshot.key_sets.get(key_set_name)
-        key_set = self._known_to(caller, key_set, key_set_name)
-        key = key_set.keys.get(key_name)
-        self._authorise(caller, permission(key_set), Scope(key_set.id, key.id if key else None))
-        if key is None:
-            raise errors.KeyNotFound(f"There is no key {key_name!r} in key set {key_set_name!r}.")
-        return key_set, key
+        """Let a data-plane call in to a key; the permission may depend on the set's purpose.
+
+        Raises Unauthenticated, Forbidden, KeySetNotFound, KeyNotFound.
+        """
+        with _Deciding(self._observe, context, None, key_set_name, key_name) as deciding:
+            caller = self._authenticate(_tokens_in(snapshot), context, now)
+            key_set = self._known_to(caller, snapshot.key_sets.get(key_set_name), key_set_name)
+            deciding.permission = wanted = permission(key_set)
+            key = key_set.keys.get(key_name)
+            self._authorise(caller, wanted, Scope(key_set.id, key.id if key else None))
+            if key is None:
+                raise errors.KeyNotFound(f"There is no key {key_name!r} in key set {key_set_name!r}.")
+            return key_set, key
 
     # --- control plane
 
     def enter(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:
         """Let a call in that concerns the installation as a whole."""
-        caller = self._authenticate(_tokens_of(tx), context, tx.now())
-        self._authorise(caller, permission, EVERYTHING)
-        return caller
+        with _Deciding(self._observe, context, permission):
+            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+            self._authorise(caller, permission, EVERYTHING)
+            return caller
 
     def enter_any(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:
         """Let a listing in that shows each caller what its grants cover; it must have the permission somewhere."""
-        caller = self._authenticate(_tokens_of(tx), context, tx.now())
-        if not any(allow([g], permission, Scope(g.key_set_id, g.key_id)) for g in caller.grants):
-            raise _forbidden(caller, permission)
-        return caller
+        with _Deciding(self._observe, context, permission):
+            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+            if not any(allow([g], permission, Scope(g.key_set_id, g.key_id)) for g in caller.grants):
+                raise _forbidden(caller, permission)
+            return caller
 
     def enter_set(self, tx: ReadTx, context: RequestContext, permission: Permission, name: str) -> EnteredSet:
         """Let a call in that names a key set. Raises Unauthenticated, Forbidden, KeySetNotFound."""
-        caller = self._authenticate(_tokens_of(tx), context, tx.now())
-        key_set = tx.key_set(name)
-        self._authorise(caller, permission, Scope(key_set.id) if key_set else EVERYTHING)
-        if key_set is None:
-            raise errors.KeySetNotFound(f"There is no key set {name!r}.")
-        return EnteredSet(caller, tx.now(), key_set)
+        with _Deciding(self._observe, context, permission, name):
+            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+            key_set = tx.key_set(name)
+            self._authorise(caller, permission, Scope(key_set.id) if key_set else EVERYTHING)
+            if key_set is None:
+                raise errors.KeySetNotFound(f"There is no key set {name!r}.")
+            return EnteredSet(caller, tx.now(), key_set)
 
     def enter_key(self, tx: ReadTx, context: RequestContext, permission: Permission, key_set: str, key: str) -> Entered:
         """Let a call in that names a key. Raises Unauthenticated, Forbidden, KeySetNotFound, KeyNotFound."""
-        caller = self._authenticate(_tokens_of(tx), context, tx.now())
-        found_set = tx.key_set(key_set)
-        found_key = tx.key(found_set.id, key) if found_set else None
-        scope = Scope(found_set.id, found_key.id if found_key else None) if found_set else EVERYTHING
-        self._authorise(caller, permission, scope)
-        if found_set is None:
-            raise errors.KeySetNotFound(f"There is no key set {key_set!r}.")
-        if found_key is None:
-            raise errors.KeyNotFound(f"There is no key {key!r} in key set {key_set!r}.")
-        return Entered(caller, tx.now(), found_set, found_key)
+        with _Deciding(self._observe, context, permission, key_set, key):
+            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+            found_set = tx.key_set(key_set)
+            found_key = tx.key(found_set.id, key) if found_set else None
+            scope = Scope(found_set.id, found_key.id if found_key else None) if found_set else EVERYTHING
+            self._authorise(caller, permission, scope)
+            if found_set is None:
+                raise errors.KeySetNotFound(f"There is no key set {key_set!r}.")
+            if found_key is None:
+                raise errors.KeyNotFound(f"There is no key {key!r} in key set {key_set!r}.")
+            return Entered(caller, tx.now(), found_set, found_key)
 
-    def require(self, caller: Caller, permission: Permission, scope: Scope) -> None:
-        """A further permission of a caller who was let in, or one for a further scope. Raises Forbidden."""
-        self._authorise(caller, permission, scope)
+    def require(self, context: RequestContext, permission: Permission, scope: Scope) -> None:
+        """A further permission, or the same for a further scope, of a caller that was let in. Raises Forbidden."""
+        with _Deciding(self._observe, context, permission):
+            assert context.caller is not None, "only a caller that was let in can be asked for more"
+            self._authorise(context.caller, permission, scope)
 
     # --- last use
 
@@ -134,6 +209,7 @@ class Guard:
     # --- inside
 
     def _authenticate(self, source: TokenSource, context: RequestContext, now: Instant) -> Caller:
+        context.caller = None
         credential = credential_from_header(context.authorization)
         known = source(credential.sha256)
         if known is None or not matches(known.sha256, credential.sha256):
@@ -143,6 +219,7 @@ class Guard:
         if known.expires_at <= now:
             raise errors.CredentialsExpired
         self._used[known.id] = now
+        context.caller = known.caller
         return known.caller
 
     def _authorise(self, caller: Caller, permission: Permission, scope: Scope) -> None:
@@ -150,7 +227,7 @@ class Guard:
             raise _forbidden(caller, permission)
 
     def _known_to(self, caller: Caller, key_set: PublishedSet | None, name: str) -> PublishedSet:
-        """Who has no grant in a set gets the same answer whether it exists or not, and whatever it is for."""
+        """A caller without a grant in a set gets the same answer whether the set exists or not."""
         known = {grant.key_set_id for grant in caller.grants}
         if None not in known and (key_set is None or key_set.id not in known):
             raise errors.Forbidden("No grant of this client covers that key set.")

@@ -76,10 +76,10 @@ class Keys:
         control = self._control
         permission = Permission.KEY_CREATE if request.adopt is UNSET else Permission.KEY_ADOPT
         with control.store.read() as reading:
-            entered = control.guard.enter_set(reading, context, permission, key_set)
+            control.guard.enter_set(reading, context, permission, key_set)
             if request.adopt is not UNSET:
                 # A module is no key set's own: whoever may adopt from it could take any application's key.
-                control.guard.require(entered.caller, permission, EVERYTHING)
+                control.guard.require(context, permission, EVERYTHING)
         candidate = look_at(control, request)
         with control.store.write() as tx:
             found = control.guard.enter_set(tx, context, permission, key_set)
@@ -131,7 +131,7 @@ class Keys:
                     "The active version is not the expected one.", fields={"active_kid": active.kid if active else None}
                 )
             standby = _standby(found.key, versions)
-            broken = breach(control, tx, found, request)
+            broken = breach(control, context, tx, found, request)
             transitions.activate(
                 tx,
                 found.key_set,
@@ -247,14 +247,16 @@ def merge_policy(current: Policy, changes: wire.PolicyFields | msgspec.UnsetType
     return replace(merge(current, changes), hold_until=until)
 
 
-def breach(control: Control, tx: ReadTx, found: Entered, request: wire.BreakGlassRequest) -> str | None:
+def breach(
+    control: Control, context: RequestContext, tx: ReadTx, found: Entered, request: wire.BreakGlassRequest
+) -> str | None:
     """The reason for which this call may override an invariant, None where it does not ask for that.
 
     Raises InvalidField without a reason, Forbidden without the permission, be there something to override or not.
     """
     if not request.break_glass:
         return None
-    control.guard.require(found.caller, Permission.BREAK_GLASS, Scope(found.key_set.id, found.key.id))
+    control.guard.require(context, Permission.BREAK_GLASS, Scope(found.key_set.id, found.key.id))
     if not request.reason.strip():
         raise errors.InvalidField("reason: breaking the glass needs one", fields={"field": "reason"})
     return request.reason

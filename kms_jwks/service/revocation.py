@@ -126,13 +126,13 @@ class Revocation:
         if request.key_set is not UNSET:
             found = guard.enter_set(tx, context, Permission.VERSION_REVOKE, request.key_set)
             return tx.keys(found.key_set.id)
-        caller = guard.enter_any(tx, context, Permission.VERSION_REVOKE)
+        guard.enter_any(tx, context, Permission.VERSION_REVOKE)
         owners = {v.key_id for v in tx.versions() if v.backend == request.backend and _has_pair(v)}
         touched = [k for k in tx.keys(None) if k.id in owners or k.backend == request.backend]
         if not touched and request.backend not in self._control.backends.by_name:
             raise errors.BackendUnknown(f"No backend {request.backend!r} is configured, and no key was made in one.")
         for key in touched:
-            guard.require(caller, Permission.VERSION_REVOKE, Scope(key.key_set_id, key.id))
+            guard.require(context, Permission.VERSION_REVOKE, Scope(key.key_set_id, key.id))
         return touched
 
     def _is_to_be_disabled(self, key: Key, request: wire.RevocationCreate) -> bool:

@@ -63,7 +63,7 @@ class Versions:
         control = self._control
         with control.store.read() as reading:
             found = control.guard.enter_key(reading, context, Permission.KEY_ADOPT, key_set, key)
-            control.guard.require(found.caller, Permission.KEY_ADOPT, EVERYTHING)  # a module is no key set's own
+            control.guard.require(context, Permission.KEY_ADOPT, EVERYTHING)  # a module is no key set's own
             require_enabled(found.key)
         candidate = adoption.examine(control.backends, found.key.backend, found.key.alg, wanted)
         with control.store.write() as tx:
@@ -137,7 +137,7 @@ class Versions:
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, context, Permission.VERSION_ACTIVATE, key_set, key)
             require_enabled(found.key)
-            broken = breach(control, tx, found, request or wire.ActivateRequest())
+            broken = breach(control, context, tx, found, request or wire.ActivateRequest())
             wanted = _find(tx, found, version)
             value = transitions.activate(
                 tx,
@@ -163,7 +163,7 @@ class Versions:
         control = self._control
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, context, Permission.KEY_ROTATE, key_set, key)
-            broken = breach(control, tx, found, request)
+            broken = breach(control, context, tx, found, request)
             value = transitions.withdraw(
                 tx, found.key, _find(tx, found, version), breach=broken, who=found.caller.client
             )
