@@ -1,7 +1,7 @@
-"""The configured backends of a process, and the one way to have something signed by them: with a deadline, and checked.
+"""The configured backends of a process, and the one way to call them: by a deadline, in bounded pools, and checked.
 
-A call that hangs holds a thread for ever. In the pool that costs a place there; in place it costs the thread of the
-request. `worn_out` says when a process has lost enough of them to be replaced by a fresh one.
+A call that hangs occupies its thread for ever. In the pool that costs a place there; in place it costs the thread of
+the request. `worn_out` says when a process has lost enough threads to be replaced by a fresh one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import structlog
 
 from kms_jwks import errors
 from kms_jwks.backends.base import MOST_LEFT_BEHIND, Backend, Digest, KeyRef, Message, ModuleKey, stuck_in
-from kms_jwks.backends.pool import CallPool
+from kms_jwks.backends.pool import CallPool, PendingCall
 from kms_jwks.backends.released import SignatureChecker
 from kms_jwks.model import KeyVersion, VersionState
 
@@ -34,6 +34,9 @@ _ASKING: Final = 4
 _SAME_QUESTION: Final = 2
 """How often one question may stay without an answer until it is not asked again, and the process is replaced."""
 _ASKING_SECONDS: Final = 10.0
+_QUIET: Final = 1.0
+"""Seconds without a failure after which a call that works ends an outage: one key's failures are not logged in turns
+with another key's successes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,76 @@ class CallLimits:
         return min(self.stuck_limit, max(1, room // 2))
 
 
+class PendingSignature(Protocol):
+    """A signature under way: a thread waits with `wait`, an event loop with `on_done`; then `result` is taken once."""
+
+    @property
+    def deadline(self) -> float:
+        """An instant of `time.monotonic()`; an event loop that waits has to keep it by itself."""
+
+    def wait(self) -> None:
+        """Block until the signature is made, refused, or late."""
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called when there is a result, from another thread or at once."""
+
+    def result(self) -> bytes:
+        """The signature in JOSE form. Raises BackendError."""
+
+
+@dataclass(frozen=True, slots=True)
+class _MadeInPlace:
+    """A signature that the submitting thread has made already."""
+
+    signature: bytes
+    deadline: float
+
+    def wait(self) -> None:
+        pass
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        callback()
+
+    def result(self) -> bytes:
+        return self.signature
+
+
+@dataclass(frozen=True, slots=True)
+class _Pooled:
+    """A signature that a thread of the backend's pool makes."""
+
+    entry: _Entry
+    call: PendingCall[bytes]
+
+    @property
+    def deadline(self) -> float:
+        return self.call.deadline
+
+    def wait(self) -> None:
+        self.call.wait()
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        self.call.on_done(callback)
+
+    def result(self) -> bytes:
+        try:
+            signature = self.call.result()
+        except errors.BackendTimeout as error:
+            self.entry.checker.be_wary()
+            self.entry.failed(error)
+            raise
+        except errors.BackendError as error:
+            self.entry.failed(error)
+            raise
+        self.entry.worked()
+        return signature
+
+
 @dataclass(eq=False, slots=True)
 class _Entry:
     """A backend and what this process keeps about it."""
 
+    name: str
     backend: Backend
     limits: CallLimits
     checker: SignatureChecker
@@ -71,14 +140,36 @@ class _Entry:
     """Calls in place by thread: their deadlines."""
     left_behind: int = 0
     """What `stuck_in` said at the last look."""
+    state: str | None = None
+    """What the last call showed: `ok`, or the code of its error; None before the first one."""
+    lost_at: float | None = None
+    """Since when its calls have been failing; None while they work."""
+    failed_at: float = 0.0
 
     def lost_threads(self, now: float) -> frozenset[int]:
         """The threads of requests that are in the module for longer than anybody waits."""
         deadlines = list(self.in_place.items())
         return frozenset(thread for thread, deadline in deadlines if now - deadline > PATIENCE_IN_PLACE)
 
+    def worked(self) -> None:
+        """A call has shown that the backend works. Its recovery is logged once, with the length of the outage."""
+        if self.state != _OK:
+            self.state = _OK
+        if self.lost_at is not None and time.monotonic() - self.failed_at > _QUIET:
+            log.info("backend_recovered", backend=self.name, seconds=round(time.monotonic() - self.lost_at, 3))
+            self.lost_at = None
+
+    def failed(self, error: errors.BackendError) -> None:
+        """A call has failed. What is wrong with one key says nothing about the module. The loss is logged once."""
+        if isinstance(error, errors.BackendKeyNotFound | errors.UnsupportedAlgorithm):
+            return
+        self.state, self.failed_at = error.code, time.monotonic()
+        if self.lost_at is None and not isinstance(error, errors.BackendThrottled):
+            self.lost_at = self.failed_at
+            log.warning("backend_lost", backend=self.name, code=error.code, detail=error.detail)
+
     def stuck(self) -> int:
-        """Threads that the module holds past their deadline, the backend's own among them."""
+        """Threads that are in the module past their deadline, the backend's own among them."""
         lost = len(self.lost_threads(time.monotonic()))
         return self.pool.stuck() + self.asking.stuck() + lost + stuck_in(self.backend)
 
@@ -96,8 +187,11 @@ class Backends:
             for name, backend in self.by_name.items()
         }
         self._late_before: frozenset[object] = frozenset()
-        self.seen: dict[str, str] = {}
-        """What this process saw of each backend last: `ok`, or the code of the error; absent until it was used."""
+
+    @property
+    def states(self) -> dict[str, str]:
+        """What this process saw of each backend last: `ok`, or the code of the error. Absent until it was called."""
+        return {name: entry.state for name, entry in self._entries.items() if entry.state is not None}
 
     def get(self, name: str) -> Backend:
         """The backend of that name. Raises BackendUnknown."""
@@ -110,42 +204,52 @@ class Backends:
             if backend is not None and version.ref is not None and version.state is not VersionState.DESTROYED:
                 backend.bind(KeyRef.of(**version.ref))
 
-    def sign(self, signer: ModuleKey, what: Message | Digest) -> bytes:
-        """One signature in JOSE form within the backend's deadline, checked. Raises BackendError, BackendUnknown.
+    def submit(self, key: ModuleKey, what: Message | Digest) -> PendingSignature:
+        """Have `what` signed within the backend's deadline, and the signature checked.
 
-        A backend that does not sign in place works in a bounded pool: a call that hangs there is answered with
-        BackendTimeout and its thread is left behind. In place nobody can be answered before the module does.
+        A backend that signs in place has made it when this returns; then the caller cannot be answered before the
+        module. Every other backend works in a bounded pool: a call that hangs there ends in BackendTimeout, and its
+        thread stays behind. Raises BackendError, BackendUnknown; so does `result` of what is returned.
         """
-        try:
-            signature = self._sign(self._entry(signer.backend), signer, what)
-        except (errors.BackendKeyNotFound, errors.UnsupportedAlgorithm):
-            raise  # about the key, not about the module
-        except errors.BackendError as error:
-            self.seen[signer.backend] = error.code
-            raise
-        if self.seen.get(signer.backend) != _OK:
-            self.seen[signer.backend] = _OK
-        return signature
-
-    def _sign(self, entry: _Entry, signer: ModuleKey, what: Message | Digest) -> bytes:
+        entry = self._entry(key.backend)
         deadline = time.monotonic() + entry.limits.timeout
-        if entry.backend.sign_in_place:
+        signed = entry.checker.signed
+        try:
+            if not entry.backend.sign_in_place:
+                return _Pooled(entry, entry.pool.submit(key.kid, partial(signed, key, what, deadline), deadline))
             thread = threading.get_ident()
             entry.in_place[thread] = deadline
             try:
-                return entry.checker.signed(signer, what, deadline)
+                signature = signed(key, what, deadline)
             finally:
                 del entry.in_place[thread]
-        try:
-            return entry.pool.run(signer.kid, partial(entry.checker.signed, signer, what, deadline), deadline)
-        except errors.BackendTimeout:
-            entry.checker.be_wary()
+        except errors.BackendError as error:
+            entry.failed(error)
             raise
+        entry.worked()
+        return _MadeInPlace(signature, deadline)
+
+    def sign(self, key: ModuleKey, what: Message | Digest) -> bytes:
+        """Submit and wait: the signature in JOSE form. Raises BackendError, BackendUnknown."""
+        pending = self.submit(key, what)
+        pending.wait()
+        return pending.result()
+
+    def probe(self, name: str, question: Callable[[Backend], T], seconds: float) -> T:
+        """Ask a backend for a sign of life; its answer or failure counts as its state. Raises BackendError."""
+        entry = self._entry(name)
+        try:
+            answer = self.ask(name, "ping", question, seconds)
+        except errors.BackendError as error:
+            entry.failed(error)
+            raise
+        entry.worked()
+        return answer
 
     def ask(self, name: str, what: str, question: Callable[[Backend], T], seconds: float = _ASKING_SECONDS) -> T:
         """What a backend answers to anything but signing, within `seconds`. Raises BackendError, BackendUnknown.
 
-        `what` names the question: while one does not come back the same one is not asked by all threads at once.
+        `what` names the question: while it stays unanswered, the same one is not asked by every thread.
         """
         entry = self._entry(name)
         return entry.asking.run(what, partial(question, entry.backend), time.monotonic() + seconds)
@@ -179,7 +283,8 @@ class Backends:
     def worn_out(self) -> str | None:
         """Why this process should be replaced, in words; None while it need not be. To be asked about once a second.
 
-        What counts was late at the look before too: a process that was itself stopped for a while has lost nothing.
+        Only calls that were overdue at the previous check as well count: a process that was itself stopped for a while
+        has lost nothing.
         """
         now = time.monotonic()
         seen, reason = set[object](), None
@@ -222,6 +327,7 @@ class Backends:
 def _entry(name: str, backend: Backend, limits: CallLimits) -> _Entry:
     asking = CallPool(name, _ASKING, stuck_limit=_SAME_QUESTION, share=2, slow=1.0)
     return _Entry(
+        name=name,
         backend=backend,
         limits=limits,
         checker=SignatureChecker(backend, limits.check_signatures, ask=partial(asking.run, "public_key")),

@@ -1,11 +1,11 @@
-"""A bounded pool of threads that wait for a module, and that a process can afford to lose.
+"""A bounded pool of threads for calls into a module, any of which the module may never return.
 
-A caller is answered by its deadline, whatever the module does. A thread whose caller has gone keeps its place until the
-module lets it go: it is *stuck*. The threads are daemons, so none of them holds up the end of the process.
+A caller is answered by its deadline, whatever the module does. A thread whose caller was answered stays occupied until
+the module returns: its call is *stuck*. The threads are daemons, so a stuck one does not delay the end of the process.
 
-One key whose calls do not come back must not use up the pool, nor the threads of those who call: while none of its
-calls has succeeded for `slow` seconds, only `share` callers may wait for it, and its stuck calls take at most
-`stuck_limit` places; whoever comes beyond that is answered at once.
+A key whose calls do not return must not use up the pool, nor the threads of the callers. While no call of a key has
+succeeded for `slow` seconds, only `share` callers may wait for that key, and its stuck calls take at most
+`stuck_limit` places; every further call is refused at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kms_jwks.errors import BackendTimeout, BackendUnavailable
 
@@ -25,27 +25,66 @@ _RETRY_AFTER = 1
 
 
 @dataclass(eq=False, slots=True)
-class _Call:
-    """One piece of work. `done` is locked until it has ended; `started` is None while it waits for a thread."""
-
-    key: Hashable
-    work: Callable[[], Any]
-    deadline: float
-    done: Any = field(default_factory=threading.Lock)
-    started: float | None = None
-    ended: bool = False
-    given_up: bool = False
-    answer: Any = None
-    error: BaseException | None = None
-
-
-@dataclass(eq=False, slots=True)
 class _Key:
-    """What is under way for one key. `unanswered`: running calls that began after the last success, oldest first."""
+    """The calls of one key. `unanswered`: running calls that began after the last success, oldest first."""
 
     callers: int = 0
     stuck: int = 0
-    unanswered: dict[_Call, None] = field(default_factory=dict)
+    unanswered: dict[PendingCall[Any], None] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True)
+class PendingCall(Generic[T]):
+    """A call under way. A thread waits for it with `wait`, an event loop with `on_done`; then `result` is taken once.
+
+    `deadline` is an instant of `time.monotonic()`; an event loop that waits has to keep it by itself. The other fields
+    are the pool's.
+    """
+
+    deadline: float
+    pool: CallPool
+    key: Hashable
+    state: _Key
+    work: Callable[[], T]
+    started: float | None = None
+    """None while the call waits for a thread."""
+    ended: bool = False
+    left: bool = False
+    given_up: bool = False
+    answer: T | None = None
+    error: BaseException | None = None
+    callback: Callable[[], object] | None = None
+    running: Any = field(default_factory=threading.Lock)
+    """Locked until the call has ended."""
+
+    def wait(self) -> None:
+        """Block until the call has ended or its deadline has come; to be called at most once."""
+        try:
+            self.running.acquire(timeout=max(0.0, self.deadline - time.monotonic()))
+        except BaseException:
+            self.pool.leave(self)
+            raise
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called once the call has ended, by the pool's thread or at once; it must not block."""
+        with self.pool.lock:
+            self.callback = callback
+            ended = self.ended
+        if ended:
+            callback()
+
+    def result(self) -> T:
+        """What the work returned or raised. Raises BackendTimeout where it has not ended: the call is given up."""
+        self.pool.leave(self)
+        if self.given_up:
+            raise BackendTimeout(f"The deadline came while {self.pool.describe(self.started is not None)}.")
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                self.error = None  # no cycle of error, traceback and frame
+        answer: T = self.answer  # type: ignore[assignment]
+        return answer
 
 
 class CallPool:
@@ -57,77 +96,69 @@ class CallPool:
         self._stuck_limit = stuck_limit
         self._share = share
         self._slow = slow
-        self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self._queue: queue.SimpleQueue[PendingCall[Any] | None] = queue.SimpleQueue()
         self._threads = 0
         self._idle = 0
         self._queued = 0
         self._keys: dict[Hashable, _Key] = {}
-        self._stuck: dict[_Call, None] = {}
+        self._stuck: dict[PendingCall[Any], None] = {}
         self.timeouts = 0
         """Calls whose caller was answered BackendTimeout here."""
         self.refused = 0
-        """Calls that were answered at once, because their key or the whole pool is held up."""
+        """Calls that were refused at once, because too many of their key or of the whole pool are stuck."""
 
-    def run(self, key: Hashable, work: Callable[[], T], deadline: float) -> T:
-        """What `work` returns or raises, in a thread of the pool.
+    def submit(self, key: Hashable, work: Callable[[], T], deadline: float) -> PendingCall[T]:
+        """Have `work` done by a thread of the pool; `result` of what is returned must be called, also after a failure.
 
-        Raises BackendTimeout at the deadline, an instant of `time.monotonic()`, and BackendUnavailable where there is
-        no use in waiting.
+        `deadline` is an instant of `time.monotonic()`. Raises BackendUnavailable where waiting is of no use.
         """
-        call = _Call(key, work, deadline)
-        call.done.acquire()
-        with self._lock:
-            state = self._admit(call)
+        with self.lock:
+            state = self._admit(key)
+            call = PendingCall(deadline, self, key, state, work)
+            call.running.acquire()
             state.callers += 1
             self._queued += 1
             self._queue.put(call)
-        try:
-            call.done.acquire(timeout=max(0.0, deadline - time.monotonic()))
-        finally:
-            self._leave(call, state)
-        if call.given_up:
-            waited = "was still at it" if call.started is not None else f"was busy in all its {self._places} places"
-            raise BackendTimeout(f"The deadline came while backend {self._name!r} {waited}.")
-        if call.error is not None:
-            try:
-                raise call.error
-            finally:
-                call.error = None  # no cycle of error, traceback and frame
-        answer: T = call.answer
-        return answer
+        return call
+
+    def run(self, key: Hashable, work: Callable[[], T], deadline: float) -> T:
+        """Submit `work` and wait for it. Raises what `work` raises, BackendTimeout and BackendUnavailable."""
+        call = self.submit(key, work, deadline)
+        call.wait()
+        return call.result()
 
     def stuck(self) -> int:
-        """How many threads the module holds although their callers have gone."""
+        """How many threads are still in the module although their callers were answered."""
         return len(self._stuck)
 
     def overdue(self, now: float, patience: float) -> frozenset[int]:
         """The stuck calls that are past their deadline by more than `patience` seconds; an identity for each."""
-        with self._lock:
+        with self.lock:
             return frozenset(id(call) for call in self._stuck if now - call.deadline > patience)
 
     def close(self) -> None:
-        """Let the threads go that have nothing to do. Nothing may be run afterwards."""
-        with self._lock:
+        """End the idle threads. Nothing may be submitted afterwards."""
+        with self.lock:
             for _ in range(self._threads):
                 self._queue.put(None)
 
     # --- the callers' side
 
-    def _admit(self, call: _Call) -> _Key:
-        """Under the lock: whether the call has a chance, and a thread for it if one is missing."""
-        state = self._keys.get(call.key)
+    def _admit(self, key: Hashable) -> _Key:
+        """Under the lock: refuse a call that has no chance, and start a thread for it where one is missing."""
+        state = self._keys.get(key)
         if len(self._stuck) >= self._places or self._queued >= self._places:
-            self._refuse(f"All {self._places} calls that may be under way in backend {self._name!r} are held up.")
+            self._refuse(f"All {self._places} calls that may be under way in backend {self._name!r} are occupied.")
         if state is None:
             state = _Key()
         elif state.stuck >= self._stuck_limit:
-            self._refuse(f"{state.stuck} calls on this key have not come back from backend {self._name!r}.")
+            self._refuse(f"{state.stuck} calls on this key have not returned from backend {self._name!r}.")
         elif state.callers >= self._share and self._is_slow(state):
-            self._refuse(f"Calls on this key do not come back from backend {self._name!r}, and others wait already.")
+            self._refuse(f"Calls on this key do not return from backend {self._name!r}, and others wait already.")
         if self._queued >= self._idle and self._threads < self._places:
             self._start_thread()
-        self._keys[call.key] = state
+        self._keys[key] = state
         return state
 
     def _refuse(self, detail: str) -> None:
@@ -140,7 +171,7 @@ class CallPool:
 
     def _start_thread(self) -> None:
         try:
-            threading.Thread(target=self._work, name=f"module-{self._name}", daemon=True).start()
+            threading.Thread(target=self._work, name=f"backend-{self._name}", daemon=True).start()
         except RuntimeError:  # the system has no thread left
             if self._threads == 0:
                 self._refuse("The system gives this process no thread.")
@@ -148,9 +179,13 @@ class CallPool:
             self._threads += 1
             self._idle += 1
 
-    def _leave(self, call: _Call, state: _Key) -> None:
-        """The caller goes, with the call's end or without it."""
-        with self._lock:
+    def leave(self, call: PendingCall[Any]) -> None:
+        """The caller no longer waits. A call that has not ended is given up. Idempotent."""
+        state = call.state
+        with self.lock:
+            if call.left:
+                return
+            call.left = True
             state.callers -= 1
             if not call.ended:
                 call.given_up = True
@@ -160,6 +195,12 @@ class CallPool:
                     state.stuck += 1
             self._forget(call.key, state)
 
+    def describe(self, started: bool) -> str:
+        """Why a call was given up, in words."""
+        if started:
+            return f"backend {self._name!r} was still working on the call"
+        return f"backend {self._name!r} was busy in all its {self._places} places"
+
     def _forget(self, key: Hashable, state: _Key) -> None:
         if not (state.callers or state.stuck or state.unanswered):
             self._keys.pop(key, None)
@@ -168,32 +209,35 @@ class CallPool:
 
     def _work(self) -> None:
         while (call := self._queue.get()) is not None:
-            with self._lock:
+            with self.lock:
                 self._queued -= 1
                 if call.given_up:
                     continue
                 self._idle -= 1
                 call.started = time.monotonic()
-                state = self._keys[call.key]
-                state.unanswered[call] = None
+                call.state.unanswered[call] = None
             answer, error = None, None
             try:
                 answer = call.work()
-            except BaseException as failed:  # noqa: BLE001 - it is the caller's, whatever it is
+            except BaseException as failed:  # noqa: BLE001 - raised again by `result`, whatever it is
                 error = failed
-            self._end(call, state, answer, error)
+            self._end(call, answer, error)
             del call, answer, error
 
-    def _end(self, call: _Call, state: _Key, answer: Any, error: BaseException | None) -> None:
-        with self._lock:
+    def _end(self, call: PendingCall[Any], answer: Any, error: BaseException | None) -> None:
+        state = call.state
+        with self.lock:
             self._idle += 1
             call.answer, call.error, call.ended = answer, error, True
             if error is None:
-                # The key works: those that are still under way are stuck by themselves.
+                # The key works: a call that is still running is stuck for a reason of its own.
                 state.unanswered.clear()
             else:
                 state.unanswered.pop(call, None)
             if self._stuck.pop(call, call) is None:
                 state.stuck -= 1
                 self._forget(call.key, state)
-        call.done.release()
+            callback = call.callback
+        call.running.release()
+        if callback is not None:
+            callback()

@@ -54,7 +54,7 @@ class Service:
             used=guard.drain_used,
             bind=backends.bind,
             reap=lambda: self.confirmation.reap(),  # noqa: PLW0108 - it is made below
-            backends=lambda: backends.seen,
+            backends=lambda: backends.states,
             clock=DatabaseClock(boot),
         )
         self.confirmation = Confirmation(

@@ -128,12 +128,11 @@ class Operation:
         state, detail = "ok", ""
         algorithms: list[str] = []
         try:
-            detail, algorithms = backends.ask(
-                name, "ping", lambda b: (b.ping().description, sorted(b.capabilities())), _PROBE_SECONDS
+            detail, algorithms = backends.probe(
+                name, lambda b: (b.ping().description, sorted(b.capabilities())), _PROBE_SECONDS
             )
         except errors.BackendError as error:
             state, detail = error.code, error.detail
-        backends.seen[name] = state
         return wire.Backend(
             name=name,
             type=backend.kind,
