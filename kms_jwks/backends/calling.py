@@ -74,6 +74,9 @@ class PendingSignature(Protocol):
     def on_done(self, callback: Callable[[], object]) -> None:
         """Have `callback` called when there is a result, from another thread or at once."""
 
+    def give_up(self) -> None:
+        """Stop waiting without taking the result."""
+
     def result(self) -> bytes:
         """The signature in JOSE form. Raises BackendError."""
 
@@ -90,6 +93,9 @@ class _MadeInPlace:
 
     def on_done(self, callback: Callable[[], object]) -> None:
         callback()
+
+    def give_up(self) -> None:
+        pass
 
     def result(self) -> bytes:
         return self.signature
@@ -111,6 +117,9 @@ class _Pooled:
 
     def on_done(self, callback: Callable[[], object]) -> None:
         self.call.on_done(callback)
+
+    def give_up(self) -> None:
+        self.call.give_up()
 
     def result(self) -> bytes:
         try:

@@ -66,12 +66,19 @@ class PendingCall(Generic[T]):
             raise
 
     def on_done(self, callback: Callable[[], object]) -> None:
-        """Have `callback` called once the call has ended, by the pool's thread or at once; it must not block."""
+        """Have `callback` called once the call has ended, by the pool's thread or at once, unless it was given up.
+
+        It must neither block nor raise.
+        """
         with self.pool.lock:
             self.callback = callback
             ended = self.ended
         if ended:
             callback()
+
+    def give_up(self) -> None:
+        """Stop waiting without taking the result. Idempotent."""
+        self.pool.leave(self)
 
     def result(self) -> T:
         """What the work returned or raised. Raises BackendTimeout where it has not ended: the call is given up."""
@@ -186,6 +193,7 @@ class CallPool:
             if call.left:
                 return
             call.left = True
+            call.callback = None
             state.callers -= 1
             if not call.ended:
                 call.given_up = True

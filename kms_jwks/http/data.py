@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from kms_jwks import errors, wire
 from kms_jwks.http import problems
 from kms_jwks.http.exchange import JSON, Request, Response, ok
-from kms_jwks.service.preparation import SigningOperation
 from kms_jwks.service.signing import Batch
+from kms_jwks.service.signing_job import SigningOperation
 
 if TYPE_CHECKING:
     from kms_jwks.service import Service

@@ -1,14 +1,16 @@
-"""The signing path: authorise and prepare, sign in the module, look once more, answer. No database, no web framework.
+"""The signing path: prepare, submit, finish. No database, no web framework.
 
-`prepare` is pure and quick; `Backends.sign` may wait; `_check` looks at the lease and the version again under the
-snapshot of that moment, so that nothing leaves that a revocation has overtaken.
+`prepare` authorises the call and makes plain data of it. `submit` asks the module; it alone may take long, so it is
+waited for, by a thread or by an event loop. `finish` checks lease, caller and version once more, under the snapshot of
+that moment, and builds the answer: a revocation that overtook the signature keeps it back.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
@@ -16,14 +18,64 @@ from kms_jwks.backends.calling import Backends
 from kms_jwks.model import SECOND, Instant, Purpose
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.guard import Guard
-from kms_jwks.service.preparation import Found, Preparer, SigningOperation, active_of, check_handover, preparer_of
+from kms_jwks.service.signing_job import (
+    Preparer,
+    SigningJob,
+    SigningOperation,
+    active_of,
+    check_handover,
+    finish,
+    preparer_of,
+)
 from kms_jwks.times import to_datetime
-from kms_jwks.worker.snapshot import Signer, Snapshot
+from kms_jwks.worker.snapshot import PublishedSet, SigningKey, Snapshot
 from kms_jwks.worker.sync import RegistrySync
 
 MAX_BATCH = 256
 BATCH_SECONDS = 20
-"""How long a batch may take; what is not signed by then is answered with an error each."""
+"""How long a batch may take; an item that is not signed by then is answered with an error."""
+
+
+class Pending(Protocol):
+    """Something that has to be waited for before the next step."""
+
+    def wait(self) -> None:
+        """Block until it has ended, well or not, or is late."""
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called when it has ended, from another thread or at once; it must not block."""
+
+
+class Ticket(Pending, Protocol):
+    """The record of a signature on its way to durable storage."""
+
+    def result(self) -> object:
+        """Return once the record is durable; raise Unavailable where it is not: then no answer leaves."""
+
+
+Recorder = Callable[[RequestContext, SigningJob], Ticket]
+"""Told of every signature between its making and its answer."""
+
+
+class _Unrecorded:
+    """The ticket of a signature of which no record is kept."""
+
+    def wait(self) -> None:
+        pass
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        callback()
+
+    def result(self) -> None:
+        pass
+
+
+_UNRECORDED = _Unrecorded()
+
+
+def unrecorded(context: RequestContext, job: SigningJob) -> Ticket:
+    """The recorder of an installation without signature records."""
+    return _UNRECORDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +85,35 @@ class Batch:
     items: list[wire.Answer | errors.Error]
 
 
+Steps = Generator[Pending, None, wire.Answer | Batch]
+"""Yields whatever has to be waited for before it is resumed; returns the answer."""
+
+
 class Signing:
     """The data plane's use cases that sign."""
 
-    def __init__(self, watcher: RegistrySync, guard: Guard, backends: Backends) -> None:
-        self._sync = watcher
+    def __init__(self, sync: RegistrySync, guard: Guard, backends: Backends, record: Recorder = unrecorded) -> None:
+        self._sync = sync
         self._guard = guard
         self._backends = backends
+        self._record = record
 
     def handle(
         self, operation: SigningOperation, context: RequestContext, key_set: str, key: str, body: Mapping[str, object]
     ) -> wire.Answer | Batch:
+        """Take the steps in this thread. Raises what they raise."""
+        steps = self.steps(operation, context, key_set, key, body)
+        while True:
+            try:
+                pending = next(steps)
+            except StopIteration as end:
+                answer: wire.Answer | Batch = end.value
+                return answer
+            pending.wait()
+
+    def steps(
+        self, operation: SigningOperation, context: RequestContext, key_set: str, key: str, body: Mapping[str, object]
+    ) -> Steps:
         """Sign what `body` asks for, one item or ``{"batch": […]}``.
 
         Raises every error of a single call; in a batch, an item's error stands in its place, and only what concerns
@@ -57,13 +127,14 @@ class Signing:
         if not found_key.enabled:
             raise errors.KeyDisabled(f"Key {key!r} of key set {key_set!r} is disabled.")
         if "batch" not in body:
-            return self._one(call, snapshot, prepare, body)[1]
+            made = yield from self._make(_Attempt(call, prepare, snapshot, found_key), body, wait=True)
+            return finish(made.job, made.signature)
         if set(body) != {"batch"}:
             raise errors.InvalidField("A batch stands alone in its body.", fields={"field": "batch"})
         items = body["batch"]
         if not isinstance(items, list) or not 1 <= len(items) <= MAX_BATCH:
             raise errors.InvalidBatch(f"A batch is a list of 1 to {MAX_BATCH} items.")
-        return self._many(call, snapshot, prepare, items)
+        return (yield from self._many(_Attempt(call, prepare, snapshot, found_key), items))
 
     def active(self, context: RequestContext, key_set: str, key: str) -> wire.Active:
         """Which version signs now and which comes next: what a caller that pins the kid needs."""
@@ -86,35 +157,48 @@ class Signing:
 
     # --- inside
 
-    def _admit(self, call: _Call, snapshot: Snapshot) -> Found:
+    def _admit(self, call: _Call, snapshot: Snapshot) -> tuple[PublishedSet, SigningKey]:
         return self._guard.admit_key(
             snapshot,
             call.context,
-            lambda s: _permission(call.operation, s.purpose),
+            lambda key_set: _PERMISSIONS[call.operation, key_set.purpose],
             call.key_set,
             call.key,
             self._sync.clock.now(),
         )
 
-    def _one(self, call: _Call, snapshot: Snapshot, prepare: Preparer, item: object) -> tuple[Signer, wire.Answer]:
-        """Prepare, sign, look again. A call that pinned nothing follows a rotation or revocation that overtook it."""
+    def _make(self, attempt: _Attempt, item: object, *, wait: bool) -> Generator[Pending, None, _Made]:
+        """Prepare one item, have it signed and recorded, and check it; with `wait` its record is durable then.
+
+        A call that pinned no kid follows a rotation or revocation that overtook it.
+        """
+        context = attempt.call.context
         for last in (False, False, True):
-            found = _found(snapshot, call)
-            job = prepare(*found, item, self._sync.clock.now())
-            signature = self._backends.sign(job.signer, job.what)
+            job = attempt.prepare(attempt.key, item, self._sync.clock.now())
+            context.backend = job.signer.backend
+            pending = self._backends.submit(job.signer, job.what)
             try:
-                self._check(call, snapshot, job.signer)
+                yield pending
+            except GeneratorExit:
+                pending.give_up()  # the driver was cancelled
+                raise
+            made = _Made(job, pending.result(), self._record(context, job))
+            if wait:
+                yield made.ticket
+                made.ticket.result()
+            try:
+                self._check(attempt, job)
             except errors.KidNotActive:
                 if job.pinned or last:
                     raise
                 snapshot = self._sync.leased()
-                self._admit(call, snapshot)
+                attempt = _Attempt(attempt.call, attempt.prepare, snapshot, self._admit(attempt.call, snapshot)[1])
                 continue
-            return job.signer, job.answer(signature)
+            return made
         raise errors.InternalError  # unreachable: the last round returns or raises
 
-    def _many(self, call: _Call, snapshot: Snapshot, prepare: Preparer, items: list[object]) -> Batch:
-        results: list[tuple[Signer, wire.Answer] | errors.Error] = []
+    def _many(self, attempt: _Attempt, items: list[object]) -> Generator[Pending, None, Batch]:
+        results: list[_Made | errors.Error] = []
         stopped: errors.BackendError | None = None
         end = time.monotonic() + BATCH_SECONDS
         for item in items:
@@ -123,7 +207,7 @@ class Signing:
                     stopped = errors.BackendTimeout(f"The batch took more than {BATCH_SECONDS} s; send smaller ones.")
                 if stopped is not None:
                     raise stopped
-                results.append(self._one(call, snapshot, prepare, item))
+                results.append((yield from self._make(attempt, item, wait=False)))
             except errors.BackendError as error:
                 # The rest of the batch does not wait for a module that has just failed.
                 stopped = error
@@ -132,29 +216,31 @@ class Signing:
                 raise
             except errors.Error as error:
                 results.append(error)
-        return Batch([self._still_good(call, snapshot, result) for result in results])
+        for result in results:
+            if isinstance(result, _Made):
+                yield result.ticket
+                result.ticket.result()
+        return Batch([self._checked(attempt, result) for result in results])
 
-    def _still_good(
-        self, call: _Call, snapshot: Snapshot, result: tuple[Signer, wire.Answer] | errors.Error
-    ) -> wire.Answer | errors.Error:
+    def _checked(self, attempt: _Attempt, result: _Made | errors.Error) -> wire.Answer | errors.Error:
         if isinstance(result, errors.Error):
             return result
         try:
-            self._check(call, snapshot, result[0])
+            self._check(attempt, result.job)
         except errors.Conflict as error:
             return error
-        return result[1]
+        return finish(result.job, result.signature)
 
-    def _check(self, call: _Call, admitted_by: Snapshot, signed_by: Signer) -> None:
-        """The second look under the snapshot of this moment: lease, caller, version.
+    def _check(self, attempt: _Attempt, job: SigningJob) -> None:
+        """Check lease, caller and version under the snapshot of this moment.
 
         Raises RegistryStale, Unauthenticated, Forbidden, Conflict.
         """
         snapshot = self._sync.leased()
-        if snapshot is admitted_by:
+        if snapshot is attempt.snapshot:
             return
-        self._admit(call, snapshot)
-        found = snapshot.signers.get(signed_by.kid)
+        self._admit(attempt.call, snapshot)
+        found = snapshot.signers.get(job.signer.kid)
         if found is None:
             raise errors.KidNotActive("The version was withdrawn while its signature was being made.")
         key, signer = found
@@ -167,7 +253,7 @@ class Signing:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Who asks for what: enough to admit it again under another snapshot."""
+    """One request: enough to admit it again under another snapshot."""
 
     operation: SigningOperation
     context: RequestContext
@@ -175,14 +261,30 @@ class _Call:
     key: str
 
 
-def _found(snapshot: Snapshot, call: _Call) -> Found:
-    key_set = snapshot.key_sets[call.key_set]
-    return key_set, key_set.keys[call.key]
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A call that was admitted under `snapshot`, and what that snapshot says of its key."""
+
+    call: _Call
+    prepare: Preparer
+    snapshot: Snapshot
+    key: SigningKey
 
 
-def _permission(operation: SigningOperation, purpose: Purpose) -> Permission:
-    if operation is SigningOperation.JWT:
-        return Permission.JWT_SIGN
-    if operation is SigningOperation.JWS:
-        return Permission.JWS_SIGN
-    return Permission.JWT_SIGN if purpose is Purpose.JWT else Permission.RAW_SIGN
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A signature that was made and must not leave before `ticket` is durable and `_check` has passed."""
+
+    job: SigningJob
+    signature: bytes
+    ticket: Ticket
+
+
+_PERMISSIONS: Mapping[tuple[SigningOperation, Purpose], Permission] = {
+    (SigningOperation.JWT, Purpose.JWT): Permission.JWT_SIGN,
+    (SigningOperation.JWT, Purpose.RAW): Permission.JWT_SIGN,
+    (SigningOperation.JWS, Purpose.JWT): Permission.JWS_SIGN,
+    (SigningOperation.JWS, Purpose.RAW): Permission.JWS_SIGN,
+    (SigningOperation.SIGNATURE, Purpose.JWT): Permission.JWT_SIGN,
+    (SigningOperation.SIGNATURE, Purpose.RAW): Permission.RAW_SIGN,
+}

@@ -24,7 +24,7 @@ from kms_jwks.custodian import transitions
 from kms_jwks.custodian.loop import plan_of
 from kms_jwks.doctor import orphans
 from kms_jwks.model import DAY, SECOND, KeyVersion, VersionState
-from kms_jwks.service.preparation import SigningOperation
+from kms_jwks.service.signing_job import SigningOperation
 from kms_jwks.times import to_datetime
 from tests.simulation.oracle import DRIFT, Broken, Oracle, hold
 from tests.simulation.plant import Crash, Node, Plant, SimWorker, simulated

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jwt
@@ -16,8 +20,8 @@ from kms_jwks import errors, jose, strictjson, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, SECOND, VersionState
 from kms_jwks.service.context import RequestContext
-from kms_jwks.service.preparation import SigningOperation
-from kms_jwks.service.signing import Batch
+from kms_jwks.service.signing import Batch, Steps
+from kms_jwks.service.signing_job import SigningJob, SigningOperation
 from tests.service.world import World
 
 RAW = [{"name": "default", "alg": "ES256"}]
@@ -342,6 +346,130 @@ def test_a_call_that_hangs_is_answered_by_its_deadline(world: World) -> None:
     release.set()
     world.backend.before = lambda _: None
     assert world.sign().token
+
+
+# --- one thread waits for many
+
+
+async def drive(steps: Steps) -> wire.Answer | Batch:
+    """Take the steps of a call in an event loop."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            pending = next(steps)
+        except StopIteration as end:
+            answer: wire.Answer | Batch = end.value
+            return answer
+        done = asyncio.Event()
+        pending.on_done(lambda done=done: loop.call_soon_threadsafe(done.set))  # type: ignore[misc]
+        deadline = getattr(pending, "deadline", None)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), deadline and max(0.0, deadline - time.monotonic()))
+
+
+def steps_of(world: World, body: dict[str, Any]) -> Steps:
+    return world.service.signing.steps(SigningOperation.JWT, world.signer, "main", "default", body)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_event_loop_drives_many_calls_in_one_thread(world: World, in_place: bool) -> None:
+    world.create()
+    world.backend.sign_in_place = in_place
+
+    async def all_of_them() -> list[Any]:
+        body = {"claims": {"sub": "a"}}
+        calls = [steps_of(world, body) for _ in range(8)] + [steps_of(world, {"batch": [body] * 3})]
+        return await asyncio.gather(*map(drive, calls))
+
+    *singles, batch = asyncio.run(all_of_them())
+    assert len({answer.jti for answer in singles}) == 8
+    assert [type(item) for item in batch.items] == [wire.SignedJwt] * 3
+
+
+def test_an_event_loop_answers_a_hung_call_by_its_deadline_and_can_cancel_one(world: World) -> None:
+    world.create()
+    world.backend.sign_in_place = False
+    release = threading.Event()
+
+    def held(name: str) -> None:
+        if name == "sign":
+            release.wait(20)
+
+    world.backend.before = held
+
+    async def hang() -> None:
+        hung = asyncio.create_task(drive(steps_of(world, {"claims": {}})))
+        steps = steps_of(world, {"claims": {}})
+        next(steps)
+        steps.close()
+        with pytest.raises(errors.BackendTimeout):
+            await hung
+
+    asyncio.run(hang())
+    release.set()
+    world.backend.before = lambda _: None
+    world.until(lambda: world.service.backends.stuck() == 0)
+    assert world.sign().token
+
+
+# --- the record of a signature
+
+
+class HeldTicket:
+    """A record that is durable, or lost, when the test says so."""
+
+    def __init__(self, lost: bool = False) -> None:
+        self.ended = threading.Event()
+        self.lost = lost
+
+    def wait(self) -> None:
+        assert self.ended.wait(20)
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        raise AssertionError("the thread waits")
+
+    def result(self) -> None:
+        assert self.ended.is_set()
+        if self.lost:
+            raise errors.Unavailable("The record could not be written.")
+
+
+def test_an_answer_leaves_once_its_record_is_durable(world: World) -> None:
+    kid = world.create().keys[0].active_kid
+    tickets: list[tuple[Any, HeldTicket]] = []
+
+    def record(context: RequestContext, job: SigningJob) -> HeldTicket:
+        tickets.append(((context.caller and context.caller.client, job.signer.kid, job.jti, job.profile), HeldTicket()))
+        return tickets[-1][1]
+
+    world.service.signing._record = record
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(world.sign)
+        world.until(lambda: tickets)
+        assert not answer.done()
+        tickets[0][1].ended.set()
+        assert tickets[0][0] == ("signer", kid, answer.result(20).jti, "default")
+        batch = thread.submit(world.batch, [{"claims": {}}] * 3)
+        world.until(lambda: len(tickets) == 4)
+        assert not batch.done(), "all of a batch are signed before one of its records is waited for"
+        for _, ticket in tickets:
+            ticket.ended.set()
+        assert len(batch.result(20).items) == 3
+
+
+def test_a_signature_whose_record_is_lost_does_not_leave(world: World) -> None:
+    world.create()
+
+    def record(context: RequestContext, job: SigningJob) -> HeldTicket:
+        ticket = HeldTicket(lost=True)
+        ticket.ended.set()
+        return ticket
+
+    world.service.signing._record = record
+    with pytest.raises(errors.Unavailable, match="record"):
+        world.sign()
+    with pytest.raises(errors.Unavailable, match="record"):
+        world.batch([{"claims": {}}])
 
 
 # --- active and verify

@@ -20,8 +20,8 @@ from kms_jwks.custodian.loop import Custodian
 from kms_jwks.model import SECOND, Id, Instant, KeyVersion, VersionState
 from kms_jwks.service import RequestContext, Service
 from kms_jwks.service.clients import add_client, add_grant, add_token
-from kms_jwks.service.preparation import SigningOperation
 from kms_jwks.service.signing import Batch
+from kms_jwks.service.signing_job import SigningOperation
 from kms_jwks.store import Store
 from kms_jwks.worker.clocks import boot_clock
 from kms_jwks.worker.confirmation import Confirmation

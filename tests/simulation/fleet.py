@@ -13,7 +13,7 @@ import msgspec
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.model import SECOND
-from kms_jwks.service.preparation import SigningOperation
+from kms_jwks.service.signing_job import SigningOperation
 from tests.simulation.plant import Plant, SimWorker
 
 FOR_EVER = math.inf

@@ -1,13 +1,13 @@
-"""From a request to a job: by which version, over which bytes, and how the answer is built from the signature.
+"""One signature as plain data: which version signs which bytes, and how the answer is built from the signature.
 
-Pure: nothing is signed here. One preparer per route and purpose, in one table.
+Pure: nothing here signs or waits. Each route and purpose has one function in the table that prepares its jobs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
 from msgspec import UNSET
 
@@ -16,7 +16,7 @@ from kms_jwks.algorithms import Family
 from kms_jwks.backends.base import Digest, Message
 from kms_jwks.model import SECOND, Instant, Purpose
 from kms_jwks.times import from_numeric_date, to_datetime
-from kms_jwks.worker.snapshot import PublishedSet, Signer, SigningKey
+from kms_jwks.worker.snapshot import Signer, SigningKey
 
 
 class SigningOperation(StrEnum):
@@ -27,29 +27,55 @@ class SigningOperation(StrEnum):
     SIGNATURE = "signature"
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One signature to make: by which version, over what, and how the answer is built from it.
+class AnswerForm(Enum):
+    """What the caller gets."""
 
-    `pinned`: the caller named the kid, so no other version may step in.
+    JWT = auto()
+    JWS = auto()
+    DETACHED_JWS = auto()
+    SIGNATURE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class SigningJob:
+    """One signature to make, before a module is asked.
+
+    `pinned`: the caller named the kid, so no other version may sign instead. `profile`, `jti` and `expires_at` (a
+    NumericDate) are those of a JWT, None where there is none.
     """
 
     signer: Signer
-    pinned: bool
     what: Message | Digest
-    answer: Callable[[bytes], wire.Answer]
+    form: AnswerForm
+    pinned: bool = False
+    profile: str | None = None
+    jti: str | None = None
+    expires_at: int | None = None
 
 
-Found = tuple[PublishedSet, SigningKey]
-Preparer = Callable[[PublishedSet, SigningKey, object, Instant], Job]
+Preparer = Callable[[SigningKey, object, Instant], SigningJob]
 
 
 def preparer_of(operation: SigningOperation, purpose: Purpose) -> Preparer:
-    """What prepares this route in a set of this purpose. Raises PurposeMismatch."""
+    """The function that prepares this route's jobs in a set of this purpose. Raises PurposeMismatch."""
     preparer = _PREPARERS.get((operation, purpose))
     if preparer is None:
         raise errors.PurposeMismatch(f"A key set with purpose {purpose.value} has no route {operation.value}.")
     return preparer
+
+
+def finish(job: SigningJob, signature: bytes) -> wire.Answer:
+    """The answer to a job whose signature, in JOSE form, may be released."""
+    signer = job.signer
+    kid, alg = signer.kid, signer.alg.name
+    if job.form is AnswerForm.SIGNATURE:
+        return wire.Signature(signature=jose.b64u_encode(signature), kid=kid, alg=alg)
+    assert isinstance(job.what, Message)
+    token = jose.compact(job.what.data, signature, detached=job.form is AnswerForm.DETACHED_JWS)
+    if job.form is not AnswerForm.JWT:
+        return wire.SignedJws(jws=token, kid=kid, alg=alg)
+    assert job.jti is not None and job.expires_at is not None
+    return wire.SignedJwt(token=token, kid=kid, alg=alg, jti=job.jti, expires_at=from_numeric_date(job.expires_at))
 
 
 def active_of(key: SigningKey) -> Signer:
@@ -76,16 +102,16 @@ def _pinned(key: SigningKey, kid: str, now: Instant) -> Signer:
 
 
 def check_handover(signer: Signer, key: SigningKey, now: Instant) -> None:
-    """Raise KidNotActive once a retiring version no longer signs for calls that pinned it."""
+    """Raise KidNotActive once the handover of a retiring version is over."""
     if signer.until is not None and now >= signer.until:
         fields: dict[str, object] = {"active_kid": key.active.kid} if key.active else {}
         raise errors.KidNotActive("The pinned kid was deactivated and its handover is over.", fields=fields)
 
 
-# --- one preparer per route and purpose -------------------------------------------------------------------------------
+# --- one preparer for each route and purpose --------------------------------------------------------------------------
 
 
-def _prepare_jwt(key_set: PublishedSet, key: SigningKey, item: object, now: Instant) -> Job:
+def _prepare_jwt(key: SigningKey, item: object, now: Instant) -> SigningJob:
     request = wire.convert(item, wire.JwtRequest)
     signer = active_of(key)
     if request.profile is not UNSET and request.profile != key.profile:
@@ -93,29 +119,34 @@ def _prepare_jwt(key_set: PublishedSet, key: SigningKey, item: object, now: Inst
     expires_in = None if request.expires_in is UNSET else request.expires_in
     issued = profiles.issue(key.rules, request.claims, now=now // SECOND, expires_in=expires_in)
     data = jose.signing_input(signer.jwt_header, issued.payload)
-
-    def answer(signature: bytes) -> wire.Answer:
-        return wire.SignedJwt(
-            token=jose.compact(data, signature),
-            kid=signer.kid,
-            alg=signer.alg.name,
-            jti=issued.jti,
-            expires_at=from_numeric_date(issued.expires_at),
-        )
-
-    return Job(signer, False, Message(data), answer)
+    return SigningJob(
+        signer,
+        Message(data),
+        AnswerForm.JWT,
+        profile=key.profile,
+        jti=issued.jti,
+        expires_at=issued.expires_at,
+    )
 
 
-def _prepare_signing_input(key_set: PublishedSet, key: SigningKey, item: object, now: Instant) -> Job:
+def _prepare_signing_input(key: SigningKey, item: object, now: Instant) -> SigningJob:
     request = wire.convert(item, wire.SigningInputRequest)
     signer = _pinned(key, request.kid, now)
     checked = profiles.check_signing_input(
         key.rules, request.signing_input, alg=signer.alg.name, kid=signer.kid, now=now // SECOND
     )
-    return Job(signer, True, Message(checked.data), _signature_answer(signer))
+    return SigningJob(
+        signer,
+        Message(checked.data),
+        AnswerForm.SIGNATURE,
+        pinned=True,
+        profile=key.profile,
+        jti=checked.jti,
+        expires_at=checked.expires_at,
+    )
 
 
-def _prepare_jws(key_set: PublishedSet, key: SigningKey, item: object, now: Instant) -> Job:
+def _prepare_jws(key: SigningKey, item: object, now: Instant) -> SigningJob:
     request = wire.convert(item, wire.JwsRequest)
     signer = active_of(key)
     payload = _binary(request.payload, "payload")
@@ -125,20 +156,14 @@ def _prepare_jws(key_set: PublishedSet, key: SigningKey, item: object, now: Inst
         typ=None if request.typ is UNSET else request.typ,
         cty=None if request.cty is UNSET else request.cty,
     )
-    data = jose.signing_input(header, payload)
-
-    def answer(signature: bytes) -> wire.Answer:
-        jws = jose.compact(data, signature, detached=request.detached)
-        return wire.SignedJws(jws=jws, kid=signer.kid, alg=signer.alg.name)
-
-    return Job(signer, False, Message(data), answer)
+    form = AnswerForm.DETACHED_JWS if request.detached else AnswerForm.JWS
+    return SigningJob(signer, Message(jose.signing_input(header, payload)), form)
 
 
-def _prepare_raw(key_set: PublishedSet, key: SigningKey, item: object, now: Instant) -> Job:
+def _prepare_raw(key: SigningKey, item: object, now: Instant) -> SigningJob:
     request = wire.convert(item, wire.RawSignatureRequest)
     if (request.input is UNSET) == (request.digest is UNSET):
         raise errors.InvalidField("Exactly one of input and digest must be there.", fields={"field": "input"})
-    pinned = request.kid is not UNSET
     signer = active_of(key) if request.kid is UNSET else _pinned(key, request.kid, now)
     what: Message | Digest
     if request.input is not UNSET:
@@ -146,7 +171,7 @@ def _prepare_raw(key_set: PublishedSet, key: SigningKey, item: object, now: Inst
     else:
         assert request.digest is not UNSET
         what = _digest(signer, _binary(request.digest, "digest"))
-    return Job(signer, pinned, what, _signature_answer(signer))
+    return SigningJob(signer, what, AnswerForm.SIGNATURE, pinned=request.kid is not UNSET)
 
 
 _PREPARERS: Mapping[tuple[SigningOperation, Purpose], Preparer] = {
@@ -155,10 +180,6 @@ _PREPARERS: Mapping[tuple[SigningOperation, Purpose], Preparer] = {
     (SigningOperation.JWS, Purpose.RAW): _prepare_jws,
     (SigningOperation.SIGNATURE, Purpose.RAW): _prepare_raw,
 }
-
-
-def _signature_answer(signer: Signer) -> Callable[[bytes], wire.Answer]:
-    return lambda signature: wire.Signature(signature=jose.b64u_encode(signature), kid=signer.kid, alg=signer.alg.name)
 
 
 def _binary(text: str, field: str) -> bytes:
