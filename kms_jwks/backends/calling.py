@@ -82,26 +82,6 @@ class PendingSignature(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _MadeInPlace:
-    """A signature that the submitting thread has made already."""
-
-    signature: bytes
-    deadline: float
-
-    def wait(self) -> None:
-        pass
-
-    def on_done(self, callback: Callable[[], object]) -> None:
-        callback()
-
-    def give_up(self) -> None:
-        pass
-
-    def result(self) -> bytes:
-        return self.signature
-
-
-@dataclass(frozen=True, slots=True)
 class _Pooled:
     """A signature that a thread of the backend's pool makes."""
 
@@ -213,14 +193,14 @@ class Backends:
             if backend is not None and version.ref is not None and version.state is not VersionState.DESTROYED:
                 backend.bind(KeyRef.of(**version.ref))
 
-    def submit(self, key: ModuleKey, what: Message | Digest) -> PendingSignature:
+    def submit(self, key: ModuleKey, what: Message | Digest) -> PendingSignature | bytes:
         """Have `what` signed within the backend's deadline, and the signature checked.
 
-        A backend that signs in place has made it when this returns; then the caller cannot be answered before the
+        A backend that signs in place gives the signature itself, in JOSE form; its caller cannot be answered before the
         module. Every other backend works in a bounded pool: a call that hangs there ends in BackendTimeout, and its
-        thread stays behind. Raises BackendError, BackendUnknown; so does `result` of what is returned.
+        thread stays behind. Raises BackendError, BackendUnknown; so does `result` of a pending signature.
         """
-        entry = self._entry(key.backend)
+        entry = self._entries.get(key.backend) or self._entry(key.backend)
         deadline = time.monotonic() + entry.limits.timeout
         signed = entry.checker.signed
         try:
@@ -235,12 +215,15 @@ class Backends:
         except errors.BackendError as error:
             entry.failed(error)
             raise
-        entry.worked()
-        return _MadeInPlace(signature, deadline)
+        if entry.state != _OK or entry.lost_at is not None:
+            entry.worked()
+        return signature
 
     def sign(self, key: ModuleKey, what: Message | Digest) -> bytes:
         """Submit and wait: the signature in JOSE form. Raises BackendError, BackendUnknown."""
         pending = self.submit(key, what)
+        if isinstance(pending, bytes):
+            return pending
         pending.wait()
         return pending.result()
 

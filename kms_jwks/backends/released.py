@@ -1,8 +1,9 @@
-"""Whether a signature that a module gave may be released: verified with the public key that the registry recorded.
+"""The check of a module's signatures before they are released, with the public key that the registry recorded.
 
-A wrong one never leaves. Of RSA every signature is checked: a single one made with a fault can give the key away. Of
-the other algorithms a share is, and always: each key's first in this process and after each opening of the module, all
-of the second after an opening or after the module could not be reached, and all of the minute after a wrong one.
+A wrong signature is never released. Every RSA signature is checked, since a single faulty one can reveal the key. Of
+the other algorithms a share is checked, and always: the first signature of each key in this process and after each
+opening of the module, every signature in the second after an opening or after the module could not be reached, and
+every signature in the minute after a wrong one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ AFTER_RECOVERY = 1.0
 AFTER_A_BAD_ONE = 60.0
 """Seconds after a wrong signature in which every one is checked."""
 _REFUSED_FOR = 5.0
-"""Seconds for which a key that is not the recorded one is refused without asking the module again."""
+"""Seconds during which a key that is not the recorded one is refused without asking the module again."""
 _KNOWN = 1024
 """Keys whose verifiers are kept."""
 
@@ -52,9 +53,9 @@ class _Known:
 
 
 class SignatureChecker:
-    """For one backend of one process. `share` of the signatures that need not be checked are: 0 to 1.
+    """For one backend of one process. `share`, 0 to 1, of the signatures that need not be checked are checked too.
 
-    `ask` puts a question to the backend by a deadline of ours: the calls other than signatures know their own alone.
+    `ask` puts a question to the backend by a deadline of ours; the backend's own calls, but for `sign`, take none.
     """
 
     def __init__(
@@ -83,17 +84,22 @@ class SignatureChecker:
         Raises BackendError: BackendRefused where the module holds another key than the recorded one,
         BackendUnavailable where its signatures are wrong for a reason of its own.
         """
-        known = self._of(signer)
+        known = self._known.get(signer.kid) or self._learn(signer)
         if known.refused_until > time.monotonic():
             raise _another_key(signer)
-        signature = self._sign(signer, what, deadline)
-        if not self._is_due(signer, known) or self._is_good(signer, known, what, signature):
-            return signature
-        self._distrust(signer)
-        signature = self._sign(signer, what, deadline)
+        backend = self._backend
+        try:
+            signature = backend.sign(signer.ref, signer.alg, what, deadline)
+            if not self._is_due(signer, known) or self._is_good(signer, known, what, signature):
+                return signature
+            backend.distrust(signer.ref)
+            signature = backend.sign(signer.ref, signer.alg, what, deadline)
+        except (BackendUnavailable, BackendTimeout):
+            self.be_wary()
+            raise
         if self._is_good(signer, known, what, signature):
             return signature
-        self._distrust(signer)
+        backend.distrust(signer.ref)
         raise self._verdict(signer, known, deadline)
 
     def be_wary(self, seconds: float = AFTER_RECOVERY) -> None:
@@ -102,27 +108,17 @@ class SignatureChecker:
 
     # --- inside
 
-    def _of(self, signer: ModuleKey) -> _Known:
-        known = self._known.get(signer.kid)
-        if known is None:
-            try:
-                known = _Known(jose.Verifier(signer.alg, signer.public_jwk))
-            except InvalidJwk as error:
-                raise BackendRefused(
-                    f"The recorded public key of kid {signer.kid!r} cannot be used: {error.detail}",
-                    next_step="Rotate the key; the record in the registry is damaged.",
-                ) from None
-            if len(self._known) >= _KNOWN:
-                self._known.clear()
-            known = self._known.setdefault(signer.kid, known)
-        return known
-
-    def _sign(self, signer: ModuleKey, what: Message | Digest, deadline: float) -> bytes:
+    def _learn(self, signer: ModuleKey) -> _Known:
         try:
-            return self._backend.sign(signer.ref, signer.alg, what, deadline)
-        except (BackendUnavailable, BackendTimeout):
-            self.be_wary()
-            raise
+            known = _Known(jose.Verifier(signer.alg, signer.public_jwk))
+        except InvalidJwk as error:
+            raise BackendRefused(
+                f"The recorded public key of kid {signer.kid!r} cannot be used: {error.detail}",
+                next_step="Rotate the key; the record in the registry is damaged.",
+            ) from None
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        return self._known.setdefault(signer.kid, known)
 
     def _is_due(self, signer: ModuleKey, known: _Known) -> bool:
         if signer.alg.is_rsa or known.checked_at is None:
@@ -140,7 +136,7 @@ class SignatureChecker:
                 known.verifier.verify_digest(what.value, signature)
         except TokenSignatureInvalid:
             good = False
-        except Exception as error:  # noqa: BLE001 - what cannot be verified is not released
+        except Exception as error:  # noqa: BLE001 - a signature that cannot be verified is not released
             log.warning("signature_not_verifiable", backend=self._backend.name, error=type(error).__name__)
             good = False
         else:
@@ -155,11 +151,8 @@ class SignatureChecker:
             log.error("wrong_signature", backend=self._backend.name, kid=signer.kid, alg=signer.alg.name)
         return good
 
-    def _distrust(self, signer: ModuleKey) -> None:
-        self._backend.distrust(signer.ref)
-
     def _verdict(self, signer: ModuleKey, known: _Known, deadline: float) -> BackendError:
-        """Two wrong signatures in a row: whether it is the key, or the module."""
+        """After two wrong signatures in a row: find out whether the key or the module is at fault."""
         try:
             held = jose.thumbprint(self._ask(partial(self._backend.public_key, signer.ref), deadline))
         except (BackendError, InvalidJwk):
@@ -167,7 +160,7 @@ class SignatureChecker:
         if held is not None and held != jose.thumbprint(signer.public_jwk):
             known.refused_until = time.monotonic() + _REFUSED_FOR
             log.error(
-                "key_is_another_one",
+                "module_key_differs",
                 backend=self._backend.name,
                 kid=signer.kid,
                 held=held,

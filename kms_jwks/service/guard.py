@@ -66,7 +66,7 @@ class _Deciding:
 
     def __init__(
         self,
-        observe: Observer,
+        observe: Observer | None,
         context: RequestContext,
         permission: Permission | None,
         key_set: str | None = None,
@@ -84,19 +84,19 @@ class _Deciding:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, errors.Unauthenticated | errors.Forbidden | errors.NotFound):
-            code = error.code if isinstance(error, errors.Error) else None
-            self._observe(self._context, Decision(self.permission, self._key_set, self._key, code))
+        if self._observe is None or not (error is None or isinstance(error, _REFUSALS)):
+            return
+        code = error.code if isinstance(error, errors.Error) else None
+        self._observe(self._context, Decision(self.permission, self._key_set, self._key, code))
 
 
-def _ignore(context: RequestContext, decision: Decision) -> None:
-    pass
+_REFUSALS = (errors.Unauthenticated, errors.Forbidden, errors.NotFound)
 
 
 class Guard:
     """Authenticates and authorises; `observe` is told of every decision. Remembers when each token was last used."""
 
-    def __init__(self, observe: Observer = _ignore) -> None:
+    def __init__(self, observe: Observer | None = None) -> None:
         self._observe = observe
         self._lock = threading.Lock()
         self._used: dict[Id, Instant] = {}
@@ -109,7 +109,8 @@ class Guard:
         try:
             self._authenticate(tokens, context, now)
         except errors.Unauthenticated as error:
-            self._observe(context, Decision(None, None, None, error.code))
+            if self._observe is not None:
+                self._observe(context, Decision(None, None, None, error.code))
             raise
 
     # --- data plane

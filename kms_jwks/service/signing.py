@@ -14,7 +14,7 @@ from typing import Protocol
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
-from kms_jwks.backends.calling import Backends
+from kms_jwks.backends.calling import Backends, PendingSignature
 from kms_jwks.model import SECOND, Instant, Purpose
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.guard import Guard
@@ -57,27 +57,6 @@ Recorder = Callable[[RequestContext, SigningJob], Ticket]
 """Told of every signature between its making and its answer."""
 
 
-class _Unrecorded:
-    """The ticket of a signature of which no record is kept."""
-
-    def wait(self) -> None:
-        pass
-
-    def on_done(self, callback: Callable[[], object]) -> None:
-        callback()
-
-    def result(self) -> None:
-        pass
-
-
-_UNRECORDED = _Unrecorded()
-
-
-def unrecorded(context: RequestContext, job: SigningJob) -> Ticket:
-    """The recorder of an installation without signature records."""
-    return _UNRECORDED
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Answers in the order of the items; an item that failed has its error in its place."""
@@ -92,7 +71,7 @@ Steps = Generator[Pending, None, wire.Answer | Batch]
 class Signing:
     """The data plane's use cases that sign."""
 
-    def __init__(self, sync: RegistrySync, guard: Guard, backends: Backends, record: Recorder = unrecorded) -> None:
+    def __init__(self, sync: RegistrySync, guard: Guard, backends: Backends, record: Recorder | None = None) -> None:
         self._sync = sync
         self._guard = guard
         self._backends = backends
@@ -176,14 +155,11 @@ class Signing:
         for last in (False, False, True):
             job = attempt.prepare(attempt.key, item, self._sync.clock.now())
             context.backend = job.signer.backend
-            pending = self._backends.submit(job.signer, job.what)
-            try:
-                yield pending
-            except GeneratorExit:
-                pending.give_up()  # the driver was cancelled
-                raise
-            made = _Made(job, pending.result(), self._record(context, job))
-            if wait:
+            signature = self._backends.submit(job.signer, job.what)
+            if not isinstance(signature, bytes):
+                signature = yield from _result(signature)
+            made = _Made(job, signature, self._record(context, job) if self._record is not None else None)
+            if wait and made.ticket is not None:
                 yield made.ticket
                 made.ticket.result()
             try:
@@ -217,7 +193,7 @@ class Signing:
             except errors.Error as error:
                 results.append(error)
         for result in results:
-            if isinstance(result, _Made):
+            if isinstance(result, _Made) and result.ticket is not None:
                 yield result.ticket
                 result.ticket.result()
         return Batch([self._checked(attempt, result) for result in results])
@@ -277,7 +253,16 @@ class _Made:
 
     job: SigningJob
     signature: bytes
-    ticket: Ticket
+    ticket: Ticket | None
+
+
+def _result(pending: PendingSignature) -> Generator[Pending, None, bytes]:
+    try:
+        yield pending
+    except GeneratorExit:
+        pending.give_up()  # the driver was cancelled
+        raise
+    return pending.result()
 
 
 _PERMISSIONS: Mapping[tuple[SigningOperation, Purpose], Permission] = {

@@ -25,7 +25,7 @@ class Forkable(Protocol):
 
 
 GATE = threading.RLock()
-"""ErrorTranslatingBackend over a fork, and for the moment in which a connection is asked for or given back."""
+"""Held over a fork, and for the moment in which a connection is asked for or given back."""
 
 _told: weakref.WeakSet[Forkable] = weakref.WeakSet()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import structlog
 
 from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS
@@ -22,7 +23,7 @@ from tests.service.world import World
 MESSAGE = Message(b"a.b")
 
 
-class ErrorTranslatingBackend:
+class HangingCalls:
     """Hangs every call of a kind, or signatures of some references alone, until it is released."""
 
     def __init__(self, backend: MemoryBackend, call: str = "sign") -> None:
@@ -96,7 +97,7 @@ def test_names_that_are_not_configured() -> None:
 
 def test_a_timeout_in_the_pool_makes_the_next_signatures_checked() -> None:
     backends, backend, signer = make(in_place=False, check_signatures=0)
-    held = ErrorTranslatingBackend(backend)
+    held = HangingCalls(backend)
     assert backends._entries["memory"].checker._wary_until == 0.0
     lose(backends, signer)
     assert backends._entries["memory"].checker._wary_until > 0.0
@@ -106,7 +107,7 @@ def test_a_timeout_in_the_pool_makes_the_next_signatures_checked() -> None:
 
 def test_a_process_is_worn_out_once_enough_calls_never_came_back(later: Callable[[float], None]) -> None:
     backends, backend, signer = make(in_place=False, stuck_limit=2)
-    held = ErrorTranslatingBackend(backend)
+    held = HangingCalls(backend)
     for lost in (1, 2):
         lose(backends, signer, lost)
         later(5.0)
@@ -137,7 +138,7 @@ def test_a_process_is_replaced_before_half_of_the_modules_room_is_lost(limits: d
 
 def test_one_thread_lost_in_place_is_enough(later: Callable[[float], None]) -> None:
     backends, backend, signer = make(in_place=True)
-    held = ErrorTranslatingBackend(backend)
+    held = HangingCalls(backend)
 
     def sign() -> None:
         with contextlib.suppress(errors.BackendTimeout):  # it came back too late
@@ -159,7 +160,7 @@ def test_one_thread_lost_in_place_is_enough(later: Callable[[float], None]) -> N
 
 def test_a_question_is_asked_in_a_thread_that_can_be_lost(later: Callable[[float], None]) -> None:
     backends, backend, signer = make(in_place=True)
-    held = ErrorTranslatingBackend(backend, "ping")
+    held = HangingCalls(backend, "ping")
     while backends.stuck() < 2:
         with pytest.raises(errors.BackendTimeout):
             backends.ask("memory", "ping", lambda b: b.ping(), 0.05)
@@ -207,7 +208,7 @@ def test_what_is_stuck_is_left_open_at_the_end() -> None:
     made = stuck.generate("key", ALGORITHMS["ES256"])
     signer = Signer("kid", ALGORITHMS["ES256"], "stuck", made.ref, dict(made.public_jwk), "")
     backends = Backends({"stuck": stuck, "well": well}, default=None, limits={"stuck": CallLimits(0.05)})
-    held = ErrorTranslatingBackend(stuck)
+    held = HangingCalls(stuck)
     lose(backends, signer)
     backends.close()
     assert closed == ["well"]
@@ -248,3 +249,60 @@ def test_a_service_asks_to_be_replaced_once_and_not_again_at_once(
     assert service.restart_limit.count() == world.settings.workers
     (listed,) = service.operation.backends(world.admin).items
     assert listed.recycled == world.settings.workers
+
+
+# --- loss and recovery
+
+
+def test_loss_and_recovery_are_logged_once_each_with_the_length_of_the_outage(later: Callable[[float], None]) -> None:
+    backends, backend, signer = make(in_place=True)
+    with structlog.testing.capture_logs() as logs:
+        assert backends.sign(signer, MESSAGE)
+        assert backends.states == {"memory": "ok"}
+        backend.fail = errors.BackendUnavailable("The token is away.")
+        for _ in range(5):
+            with pytest.raises(errors.BackendUnavailable):
+                backends.sign(signer, MESSAGE)
+        assert backends.states == {"memory": "backend_unavailable"}
+        later(30)
+        with pytest.raises(errors.BackendUnavailable):
+            backends.probe("memory", lambda b: b.ping(), 5)
+        backend.fail = None
+        assert backends.sign(signer, MESSAGE)
+        assert [line["event"] for line in logs] == ["backend_lost"], "not while failures and successes take turns"
+        later(2)
+        for _ in range(3):
+            assert backends.sign(signer, MESSAGE)
+    lost, recovered = logs
+    assert (lost["log_level"], lost["backend"], lost["code"]) == ("warning", "memory", "backend_unavailable")
+    assert lost["detail"] == "The token is away."
+    assert (recovered["event"], recovered["log_level"]) == ("backend_recovered", "info")
+    assert 32 <= recovered["seconds"] < 40
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.BackendKeyNotFound("The module does not hold this key."),
+        errors.UnsupportedAlgorithm("not here"),
+        errors.BackendThrottled("later", retry_after=1),
+    ],
+)
+def test_a_missing_key_or_a_throttled_call_is_no_loss_of_the_module(error: errors.BackendError) -> None:
+    backends, backend, signer = make(in_place=False)
+    backend.fail = error
+    with structlog.testing.capture_logs() as logs:
+        with pytest.raises(type(error)):
+            backends.sign(signer, MESSAGE)
+        backend.fail = None
+        assert backends.sign(signer, MESSAGE)
+    assert logs == []
+
+
+def test_a_timeout_in_the_pool_counts_as_a_loss() -> None:
+    backends, backend, signer = make(in_place=False)
+    held = HangingCalls(backend)
+    with structlog.testing.capture_logs() as logs:
+        lose(backends, signer)
+    held.released.set()
+    assert [(line["event"], line["code"]) for line in logs] == [("backend_lost", "backend_timeout")]

@@ -127,7 +127,7 @@ def test_another_key_in_the_module_is_found_out(name: str) -> None:
     checker.be_wary()
     with structlog.testing.capture_logs() as logs, pytest.raises(errors.BackendRefused, match="is not the one"):
         checker.signed(signer, Message(b"x"), soon())
-    loud = [line for line in logs if line["event"] == "key_is_another_one"]
+    loud = [line for line in logs if line["event"] == "module_key_differs"]
     assert [line["log_level"] for line in loud] == ["error"]
     assert loud[0]["kid"] == signer.kid
     asked = len(backend.made)
