@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import structlog
 
@@ -26,13 +26,13 @@ log = structlog.get_logger(__name__)
 
 _OK: Final = "ok"
 PATIENCE: Final = 1.0
-"""Seconds past its deadline until a call in the pool counts as one that never comes back."""
+"""Seconds past its deadline after which a call in the pool counts as one that will not return."""
 PATIENCE_IN_PLACE: Final = 3.0
-"""The same for a call in place, whose caller waits with it: one is enough to replace the process."""
+"""The same for a call in place, which holds its caller: a single one is enough to replace the process."""
 _ASKING: Final = 4
 """Threads that may ask a backend for something other than a signature, beside those that sign."""
 _SAME_QUESTION: Final = 2
-"""How often one question may stay without an answer until it is not asked again, and the process is replaced."""
+"""Unanswered calls of one question after which it is not asked again, and the process is replaced."""
 _ASKING_SECONDS: Final = 10.0
 _QUIET: Final = 1.0
 """Seconds without a failure after which a call that works ends an outage: one key's failures are not logged in turns
@@ -41,10 +41,10 @@ with another key's successes."""
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """What a backend's calls may take. `timeout` is seconds.
+    """The bounds of a backend's calls. `timeout` is in seconds.
 
-    `waiting` bounds the calls under way in the pool, `parallel` says how many the module works at itself (None: as many
-    as may wait), `callers` how many threads of this process ask for signatures (those of its requests).
+    `waiting` bounds the calls under way in the pool. `parallel` is the number of calls that the module works on at once
+    (None: as many as may wait), `callers` the number of threads of this process that ask for signatures.
     """
 
     timeout: float = 2.0
@@ -56,62 +56,45 @@ class CallLimits:
 
     @property
     def most_stuck(self) -> int:
-        """Calls that never came back after which the process is replaced: before half of the module's room is lost."""
+        """Calls that did not return after which the process is replaced: before half of the module's room is lost."""
         room = min(self.waiting, self.parallel or self.waiting)
         return min(self.stuck_limit, max(1, room // 2))
 
 
-class PendingSignature(Protocol):
+@dataclass(frozen=True, slots=True)
+class PendingSignature:
     """A signature under way: a thread waits with `wait`, an event loop with `on_done`; then `result` is taken once."""
+
+    _entry: _Entry
+    _call: PendingCall[bytes]
 
     @property
     def deadline(self) -> float:
         """An instant of `time.monotonic()`; an event loop that waits has to keep it by itself."""
+        return self._call.deadline
 
     def wait(self) -> None:
         """Block until the signature is made, refused, or late."""
+        self._call.wait()
 
     def on_done(self, callback: Callable[[], object]) -> None:
-        """Have `callback` called when there is a result, from another thread or at once."""
+        """Have `callback` called when there is a result, from another thread or at once; it neither blocks nor raises."""
+        self._call.on_done(callback)
 
     def give_up(self) -> None:
         """Stop waiting without taking the result."""
+        self._call.give_up()
 
     def result(self) -> bytes:
         """The signature in JOSE form. Raises BackendError."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pooled:
-    """A signature that a thread of the backend's pool makes."""
-
-    entry: _Entry
-    call: PendingCall[bytes]
-
-    @property
-    def deadline(self) -> float:
-        return self.call.deadline
-
-    def wait(self) -> None:
-        self.call.wait()
-
-    def on_done(self, callback: Callable[[], object]) -> None:
-        self.call.on_done(callback)
-
-    def give_up(self) -> None:
-        self.call.give_up()
-
-    def result(self) -> bytes:
         try:
-            signature = self.call.result()
-        except errors.BackendTimeout as error:
-            self.entry.checker.be_wary()
-            self.entry.failed(error)
-            raise
+            signature = self._call.result()
         except errors.BackendError as error:
-            self.entry.failed(error)
+            if isinstance(error, errors.BackendTimeout):
+                self._entry.checker.be_wary()
+            self._entry.failed(error)
             raise
-        self.entry.worked()
+        self._entry.worked()
         return signature
 
 
@@ -134,9 +117,10 @@ class _Entry:
     lost_at: float | None = None
     """Since when its calls have been failing; None while they work."""
     failed_at: float = 0.0
+    transition: threading.Lock = field(default_factory=threading.Lock)
 
     def lost_threads(self, now: float) -> frozenset[int]:
-        """The threads of requests that are in the module for longer than anybody waits."""
+        """The threads of requests that have been in the module for longer than any caller waits."""
         deadlines = list(self.in_place.items())
         return frozenset(thread for thread, deadline in deadlines if now - deadline > PATIENCE_IN_PLACE)
 
@@ -144,16 +128,22 @@ class _Entry:
         """A call has shown that the backend works. Its recovery is logged once, with the length of the outage."""
         if self.state != _OK:
             self.state = _OK
-        if self.lost_at is not None and time.monotonic() - self.failed_at > _QUIET:
-            log.info("backend_recovered", backend=self.name, seconds=round(time.monotonic() - self.lost_at, 3))
-            self.lost_at = None
+        if self.lost_at is None:
+            return
+        with self.transition:
+            lost_at, now = self.lost_at, time.monotonic()
+            if lost_at is not None and now - self.failed_at > _QUIET:
+                self.lost_at = None
+                log.info("backend_recovered", backend=self.name, seconds=round(now - lost_at, 3))
 
     def failed(self, error: errors.BackendError) -> None:
         """A call has failed. What is wrong with one key says nothing about the module. The loss is logged once."""
         if isinstance(error, errors.BackendKeyNotFound | errors.UnsupportedAlgorithm):
             return
-        self.state, self.failed_at = error.code, time.monotonic()
-        if self.lost_at is None and not isinstance(error, errors.BackendThrottled):
+        with self.transition:
+            self.state, self.failed_at = error.code, time.monotonic()
+            if self.lost_at is not None or isinstance(error, errors.BackendThrottled):
+                return
             self.lost_at = self.failed_at
             log.warning("backend_lost", backend=self.name, code=error.code, detail=error.detail)
 
@@ -205,7 +195,9 @@ class Backends:
         signed = entry.checker.signed
         try:
             if not entry.backend.sign_in_place:
-                return _Pooled(entry, entry.pool.submit(key.kid, partial(signed, key, what, deadline), deadline))
+                return PendingSignature(
+                    entry, entry.pool.submit(key.kid, partial(signed, key, what, deadline), deadline)
+                )
             thread = threading.get_ident()
             entry.in_place[thread] = deadline
             try:
