@@ -78,7 +78,7 @@ class PendingSignature:
         self._call.wait()
 
     def on_done(self, callback: Callable[[], object]) -> None:
-        """Have `callback` called when there is a result, from another thread or at once; it neither blocks nor raises."""
+        """Have `callback` called when there is a result, from another thread or at once; it must not block."""
         self._call.on_done(callback)
 
     def give_up(self) -> None:
@@ -128,11 +128,12 @@ class _Entry:
         """A call has shown that the backend works. Its recovery is logged once, with the length of the outage."""
         if self.state != _OK:
             self.state = _OK
-        if self.lost_at is None:
+        lost_at = self.lost_at
+        if lost_at is None:
             return
         with self.transition:
-            lost_at, now = self.lost_at, time.monotonic()
-            if lost_at is not None and now - self.failed_at > _QUIET:
+            now = time.monotonic()
+            if self.lost_at == lost_at and now - self.failed_at > _QUIET:
                 self.lost_at = None
                 log.info("backend_recovered", backend=self.name, seconds=round(now - lost_at, 3))
 
