@@ -1,7 +1,7 @@
 """Imports go one way, and each third party has one home. The map of the house is in CONTRIBUTING.md."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -144,3 +144,91 @@ def test_a_violation_is_found(path: str, source: str) -> None:
 )
 def test_what_is_allowed_is_not_called_a_violation(path: str, source: str) -> None:
     assert violations(source, path) == []
+
+
+# --- circles ----------------------------------------------------------------------------------------------------------
+
+
+def run_imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements that run: of the module and of its functions, without those under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            yield from (found for other in node.orelse for found in run_imports(ast.Module([other], [])))
+        else:
+            yield from run_imports(node)
+
+
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """File → the files of the package that its imports name; paths are relative to the package.
+
+    `from package import name` names the file of `name` where it is a module, and otherwise the package's `__init__.py`.
+    """
+
+    def file_of(dotted: str) -> str | None:
+        top, *rest = dotted.split(".")
+        below = "/".join(rest)
+        candidates = (f"{below}.py", f"{below}/__init__.py" if below else "__init__.py")
+        return next((path for path in candidates if top == PACKAGE and path in sources), None)
+
+    graph: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        found = graph[path] = set[str]()
+        for node in run_imports(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found.update(filter(None, (file_of(alias.name) for alias in node.names)))
+                continue
+            base = ".".join([PACKAGE, *PurePosixPath(path).parts][: -node.level]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            found.update(filter(None, (file_of(f"{module}.{alias.name}") or file_of(module) for alias in node.names)))
+    return graph
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """The groups of files of which each reaches every other one by imports, and the files that import themselves."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        queue = list(graph[start])
+        while queue:
+            path = queue.pop()
+            if path not in seen:
+                seen.add(path)
+                queue.extend(graph[path])
+        return seen
+
+    reach = {path: reached(path) for path in graph}
+    groups = {
+        frozenset(other for other in reach[path] if path in reach[other]) for path in graph if path in reach[path]
+    }
+    return sorted(sorted(group) for group in groups)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    package = ROOT / PACKAGE
+    graph = import_graph({path: (package / path).read_text(encoding="utf-8") for path in modules()})
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "found"),
+    [
+        ({"a.py": "from kms_jwks import b", "b.py": "import kms_jwks.a"}, [["a.py", "b.py"]]),
+        ({"a.py": "from kms_jwks.b import x", "b.py": "def late():\n    from kms_jwks.a import y"}, [["a.py", "b.py"]]),
+        (
+            {"p/a.py": "from . import b", "p/b.py": "from ..c import x", "c.py": "from kms_jwks.p.a import y"},
+            [["c.py", "p/a.py", "p/b.py"]],
+        ),
+        (
+            {"p/__init__.py": "from kms_jwks.p.a import X", "p/a.py": "from kms_jwks.p import X"},
+            [["p/__init__.py", "p/a.py"]],
+        ),
+        ({"a.py": "import kms_jwks.a"}, [["a.py"]]),
+        ({"a.py": "from kms_jwks import b", "b.py": "if TYPE_CHECKING:\n    from kms_jwks.a import Y"}, []),
+        ({"p/__init__.py": "from kms_jwks.p.a import X", "p/a.py": "from kms_jwks.p import b", "p/b.py": ""}, []),
+        ({"a.py": "import b\nfrom kms_jwks import c, d", "b.py": "", "c.py": "from kms_jwks import d", "d.py": ""}, []),
+    ],
+)
+def test_circles_are_found_and_nothing_else(sources: dict[str, str], found: list[list[str]]) -> None:
+    assert circles(import_graph(sources)) == found
