@@ -13,7 +13,7 @@ from kms_jwks.config import Settings, load_settings
 from kms_jwks.custodian.leader_lease import LeaderLease
 from kms_jwks.custodian.loop import Custodian
 from kms_jwks.service import Service
-from kms_jwks.store import Connecting, Store
+from kms_jwks.store import ConnectionSettings, Store
 from kms_jwks.worker.confirmation import Confirmation
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 def make_store(settings: Settings) -> Store:
     """The registry's store; opens nothing."""
-    connecting = Connecting(
+    connection = ConnectionSettings(
         pool_size=settings.database_pool_size,
         timeout=settings.database_timeout_ms / 1000,
         application_name=f"kms-jwks {settings.node_name}",
     )
-    return Store(settings.database_url, connecting=connecting)
+    return Store(settings.database_url, connection_settings=connection)
 
 
 def make_backends(settings: Settings, *, management: bool = False) -> Backends:

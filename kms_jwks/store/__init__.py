@@ -10,32 +10,35 @@ from sqlalchemy import select
 from kms_jwks import errors
 from kms_jwks.model import Epoch, Instant
 from kms_jwks.store import schema, tables
-from kms_jwks.store.engine import Connecting, Database
-from kms_jwks.store.failures import HOW_TO_MAKE_ONE
-from kms_jwks.store.mapping import snapshot_view
-from kms_jwks.store.reading import ReadTx, RegistryContents
-from kms_jwks.store.writing import WriteTx
+from kms_jwks.store.database import ConnectionSettings, Database
+from kms_jwks.store.error_map import HOW_TO_CREATE
+from kms_jwks.store.mapping import RegistryContents, snapshot_view
+from kms_jwks.store.transactions import ReadTx, WriteTx
 
-__all__ = ["Connecting", "ReadTx", "RegistryContents", "Store", "WriteTx", "snapshot_view"]
+__all__ = ["ConnectionSettings", "ReadTx", "RegistryContents", "Store", "WriteTx", "snapshot_view"]
 
 
 class Store:
-    """A registry. Made before the fork if need be: it opens nothing until it is used.
+    """A registry. It opens nothing until it is used, so it may be made before a fork.
 
-    `wall` (microseconds) stands for the database's clock on SQLite, where both are this machine's; `connecting` is for
-    PostgreSQL. Everything raises StoreUnavailable while the database is away; a URL that cannot be used is a
-    ConfigurationError.
+    `wall` (microseconds) replaces this machine's clock, which is the database's time on SQLite; `connection_settings`
+    are for PostgreSQL. Every method raises StoreUnavailable while the database cannot be used, and ConfigurationError
+    for a URL that cannot be used.
     """
 
     def __init__(
-        self, url: str, *, wall: Callable[[], int] | None = None, connecting: Connecting | None = None
+        self,
+        url: str,
+        *,
+        wall: Callable[[], int] | None = None,
+        connection_settings: ConnectionSettings | None = None,
     ) -> None:
-        self._database = Database(url, wall, connecting)
+        self._database = Database(url, wall, connection_settings)
 
     @property
     def url(self) -> str:
         """The database's URL without a password."""
-        return self._database.shown_url
+        return self._database.url_without_password
 
     @contextmanager
     def read(self) -> Iterator[ReadTx]:
@@ -53,10 +56,10 @@ class Store:
         tx.committed_epoch = epoch
 
     def poll(self) -> tuple[Epoch, Instant]:
-        """The epoch and the database's time, cheaply."""
-        found = self._database.ask(select(tables.epoch.c.incarnation, tables.epoch.c.counter))
+        """The epoch and the database's time, in one exchange."""
+        found = self._database.fetch_first(select(tables.epoch.c.incarnation, tables.epoch.c.counter))
         if found is None:
-            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_MAKE_ONE)
+            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_CREATE)
         row, now = found
         return Epoch(row.incarnation, row.counter), now
 
@@ -66,7 +69,7 @@ class Store:
             schema.check(connection)
 
     def upgrade(self) -> None:
-        """Make the database if it is not there, and bring its schema up to date."""
+        """Create SQLite's file if it is missing, and bring the schema up to date."""
         self._database.create_file()
         with self._database.migrate() as connection:
             schema.upgrade(connection, self._database.now(connection))

@@ -1,4 +1,4 @@
-"""Rows ↔ the model's frozen values: one explicit row per table, and what of a thing a snapshot holds."""
+"""How entities of the model become rows and come back, one table entry per class, and what a snapshot holds of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from kms_jwks.model import (
     Epoch,
     ExternalKey,
     Grant,
+    Id,
+    Instant,
     Intent,
     IntentKind,
     IntentState,
@@ -36,15 +38,15 @@ from kms_jwks.model import (
 )
 from kms_jwks.store import tables
 
-Thing = KeySet | Key | KeyVersion | ExternalKey | Client | ApiToken | Grant | Worker | Intent
+Entity = KeySet | Key | KeyVersion | ExternalKey | Client | ApiToken | Grant | Worker | Intent
 
 
 @dataclass(frozen=True)
 class Mapper:
     """How one class becomes a row.
 
-    `nested` fields are frozen values spread over columns that begin with the field's name; `enums` are kept by value;
-    `documents` are kept as JSON, and read back by the function given.
+    `nested` fields are frozen values in several columns whose names begin with the field's name; `enums` are stored by
+    value; `documents` are stored as JSON and read back by the given function.
     """
 
     cls: type[Any]
@@ -53,13 +55,13 @@ class Mapper:
     enums: Mapping[str, type[StrEnum]] = field(default_factory=dict)
     documents: Mapping[str, Callable[[Any], object]] = field(default_factory=dict)
     view: Callable[[Any], tuple[object, ...] | None] = lambda _: None
-    """What a snapshot holds of the thing; None when it does not hold it."""
+    """What a snapshot holds of the entity; None if it does not hold it."""
 
-    def to_row(self, thing: object) -> dict[str, object]:
-        """The columns of `thing`."""
+    def to_row(self, entity: object) -> dict[str, object]:
+        """The columns of `entity`."""
         row: dict[str, object] = {}
         for name in _names(self.cls):
-            value = getattr(thing, name)
+            value = getattr(entity, name)
             if name in self.nested:
                 for part in _names(self.nested[name]):
                     row[f"{name}_{part}"] = None if value is None else getattr(value, part)
@@ -72,7 +74,7 @@ class Mapper:
         return row
 
     def from_row(self, row: RowMapping) -> Any:
-        """The thing a row stands for."""
+        """The entity of a row."""
         values: dict[str, object] = {}
         for name in _names(self.cls):
             if name in self.nested:
@@ -117,9 +119,27 @@ def _breaches(value: list[dict[str, Any]]) -> tuple[Breach, ...]:
 # --- what a snapshot holds --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryContents:
+    """Everything that a snapshot is made of, from one consistent read."""
+
+    epoch: Epoch
+    installation: str
+    now: Instant
+    key_sets: tuple[KeySet, ...]
+    keys: tuple[Key, ...]
+    versions: tuple[KeyVersion, ...]
+    external_keys: tuple[ExternalKey, ...]
+    clients: tuple[Client, ...]
+    tokens: tuple[ApiToken, ...]
+    grants: tuple[Grant, ...]
+    ever_published: frozenset[tuple[Id, str]]
+    """Key set and `alg` of every key that a set publishes or ever published."""
+
+
 def _all_but(*left_out: str) -> Callable[[Any], tuple[object, ...]]:
-    def view(thing: Any) -> tuple[object, ...]:
-        return tuple(_comparable(getattr(thing, name)) for name in _names(type(thing)) if name not in left_out)
+    def view(entity: Any) -> tuple[object, ...]:
+        return tuple(_comparable(getattr(entity, name)) for name in _names(type(entity)) if name not in left_out)
 
     return view
 
@@ -140,9 +160,9 @@ def _version_view(version: KeyVersion) -> tuple[object, ...] | None:
     return _PUBLISHED_VIEW(version) if version.state.in_jwks else None
 
 
-def snapshot_view(thing: Thing) -> tuple[object, ...] | None:
-    """What a snapshot holds of `thing`, or None: the epoch grows when this changes and at no other time."""
-    return MAPPERS[type(thing)].view(thing)
+def snapshot_view(entity: Entity) -> tuple[object, ...] | None:
+    """What a snapshot holds of `entity`, or None. The epoch grows when this changes, and at no other time."""
+    return MAPPERS[type(entity)].view(entity)
 
 
 MAPPERS: Mapping[type[Any], Mapper] = MappingProxyType(

@@ -1,8 +1,8 @@
-"""How this program talks to PostgreSQL: every wait is bounded, so that packets that vanish are an error and not a hang.
+"""How this program talks to PostgreSQL: every wait is bounded, so that lost packets are an error and not a hang.
 
-Three kinds of silence, three bounds: a server that works too long ends the statement itself (statement_timeout,
-lock_timeout); a peer that is gone is the kernel's to notice (keepalives, tcp_user_timeout); and where something in
-between still acknowledges what nobody reads, the client gives up (`Bounded`).
+Three kinds of silence have three bounds. The server itself ends a statement that takes too long (statement_timeout,
+lock_timeout). The kernel notices a peer that is gone (keepalives, tcp_user_timeout). Where a middlebox acknowledges
+packets that never reach the server, the client gives up (`BoundedConnection`).
 """
 
 from __future__ import annotations
@@ -19,45 +19,43 @@ from psycopg.abc import PQGen
 from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
 
-from kms_jwks.store.engine import Connecting
-
 RV = TypeVar("RV")
 
 DRIVER = "postgresql+psycopg"
 _PING_AFTER = 2.0
-"""Seconds of rest after which a connection is asked whether it still is one. A worker's poll comes far more often."""
-_PING_PATIENCE = 2.0
+"""Idle seconds after which a connection is tested before it is used. A worker polls far more often."""
+_PING_TIMEOUT = 2.0
 _GRACE = 0.5
-"""Seconds that the client waits longer than the server, whose error says more."""
+"""Seconds that the client waits longer than the server: the server's error says more."""
 
 
-class Bounded(psycopg.Connection[Any]):
-    """A connection whose every exchange with the server ends within `patience` seconds; None waits for ever."""
+class BoundedConnection(psycopg.Connection[Any]):
+    """A connection whose every exchange with the server ends within `timeout` seconds; None sets no limit."""
 
-    patience: float | None = None
+    timeout: float | None = None
 
     def wait(self, gen: PQGen[RV], *arguments: Any, **more: Any) -> RV:
-        """Run one exchange. Raises OperationalError, and the connection is closed, when it takes too long."""
-        if self.patience is None:
+        """Run one exchange. If it takes too long, close the connection and raise OperationalError."""
+        if self.timeout is None:
             return super().wait(gen, *arguments, **more)
         try:
-            return super().wait(_within(gen, self.patience), *arguments, **more)
+            return super().wait(_within(gen, self.timeout), *arguments, **more)
         except TimeoutError as error:
             self.close()
             raise psycopg.OperationalError("timeout: the server did not answer in time") from error
 
     @contextmanager
-    def patient(self, seconds: float | None) -> Iterator[None]:
-        """Another patience for the block."""
-        before, self.patience = self.patience, seconds
+    def within(self, seconds: float | None) -> Iterator[None]:
+        """Another timeout for the block."""
+        before, self.timeout = self.timeout, seconds
         try:
             yield
         finally:
-            self.patience = before
+            self.timeout = before
 
 
 def _within(gen: PQGen[RV], seconds: float) -> PQGen[RV]:
-    # psycopg looks in ten times a second while nothing comes, with "nothing is ready".
+    # While nothing arrives psycopg resumes ten times a second with "nothing is ready".
     end = time.monotonic() + seconds
     try:
         wanted = next(gen)
@@ -74,38 +72,39 @@ def _within(gen: PQGen[RV], seconds: float) -> PQGen[RV]:
             gen.close()
 
 
-def make_engine(url: URL, connecting: Connecting) -> Engine:
-    """An engine that connects as `connecting` says, for what the URL's own query leaves open."""
+def make_engine(url: URL, pool_size: int, timeout: float, application_name: str) -> Engine:
+    """An engine in autocommit mode. `timeout` in seconds: for one statement, for a lock, for a new connection.
+
+    The URL's own query wins over these settings.
+    """
     engine = create_engine(
         url.set(drivername=DRIVER),
-        # A writer's statements see what was committed before it got the lock; a reader's all see one moment.
-        isolation_level="READ COMMITTED",
-        pool_size=connecting.pool_size,
+        isolation_level="AUTOCOMMIT",  # a transaction begins with a statement of ours that says its isolation level
+        pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=connecting.timeout,
+        pool_timeout=timeout,
         pool_use_lifo=True,
         use_native_hstore=False,
     )
-    patience = connecting.timeout + _GRACE
 
     @event.listens_for(engine, "do_connect")
-    def connect(_dialect: Any, _record: Any, arguments: list[Any], parameters: dict[str, Any]) -> Bounded:
-        made = Bounded.connect(*arguments, **_parameters(parameters, connecting))
-        made.patience = patience
+    def connect(_dialect: Any, _record: Any, arguments: list[Any], asked: dict[str, Any]) -> BoundedConnection:
+        made = BoundedConnection.connect(*arguments, **_parameters(asked, timeout, application_name))
+        made.timeout = timeout + _GRACE
         return made
 
     event.listen(engine, "connect", _prepare)
-    event.listen(engine, "checkin", _note_rest)
-    event.listen(engine, "checkout", _look_again)
+    event.listen(engine, "checkin", _note_idle)
+    event.listen(engine, "checkout", _check_idle)
     return engine
 
 
-def _parameters(asked: dict[str, Any], connecting: Connecting) -> dict[str, Any]:
-    """libpq's parameters: what the URL asks for, and ours for the rest."""
-    milliseconds = int(connecting.timeout * 1000)
+def _parameters(asked: dict[str, Any], timeout: float, application_name: str) -> dict[str, Any]:
+    """libpq's parameters: those of the URL, and ours for the rest."""
+    milliseconds = int(timeout * 1000)
     defaults = {
-        "application_name": connecting.application_name,
-        "connect_timeout": max(2, math.ceil(connecting.timeout)),
+        "application_name": application_name,
+        "connect_timeout": max(2, math.ceil(timeout)),
         "tcp_user_timeout": milliseconds,
         "keepalives_idle": 10,
         "keepalives_interval": 5,
@@ -114,7 +113,7 @@ def _parameters(asked: dict[str, Any], connecting: Connecting) -> dict[str, Any]
     bounds = {
         "statement_timeout": milliseconds,
         "lock_timeout": milliseconds,
-        # Who vanishes in the midst of a transaction holds up the writers of all nodes; they wait longer than that.
+        # A client that vanishes in a transaction holds up the writers of all nodes. They wait longer than this.
         "idle_in_transaction_session_timeout": milliseconds // 2,
     }
     options = [f"-c {name}={value}" for name, value in bounds.items()]
@@ -122,8 +121,8 @@ def _parameters(asked: dict[str, Any], connecting: Connecting) -> dict[str, Any]
     return defaults | asked | {"options": " ".join([*options, str(asked.get("options", ""))]).strip()}
 
 
-def _prepare(connection: Bounded, _: Any) -> None:
-    """What was answered stays answered: a database that was told to be careless is told otherwise, ours alone."""
+def _prepare(connection: BoundedConnection, _: Any) -> None:
+    """Make commits durable in this session where the database is configured with synchronous_commit = off."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
@@ -131,26 +130,28 @@ def _prepare(connection: Bounded, _: Any) -> None:
     connection.commit()
 
 
-def _note_rest(connection: Bounded | None, record: Any) -> None:
+def _note_idle(connection: BoundedConnection | None, record: Any) -> None:
     if connection is not None:
-        record.info["resting_since"] = time.monotonic()
+        record.info["idle_since"] = time.monotonic()
 
 
-def _look_again(connection: Bounded, record: Any, _: Any) -> None:
-    """Before a connection is used again. What can be seen without asking costs nothing: the server's goodbye."""
-    since = record.info.get("resting_since")
+def _check_idle(connection: BoundedConnection, record: Any, _: Any) -> None:
+    """Replace a connection that was lost while it was idle.
+
+    What the server sent meanwhile, the end of the session above all, can be read without an exchange. An end that has
+    not arrived yet shows in the first exchange (`Database._retry_once`).
+    """
+    since = record.info.get("idle_since")
     if since is None:
         return
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
-    gone = bool(poll.poll(0))
-    if not gone and time.monotonic() - since > _PING_AFTER:
+    lost = bool(poll.poll(0))
+    if not lost and time.monotonic() - since > _PING_AFTER:
         try:
-            with connection.patient(_PING_PATIENCE):
-                connection.autocommit = True
+            with connection.within(_PING_TIMEOUT):
                 connection.execute("")
-                connection.autocommit = False
         except psycopg.Error:
-            gone = True
-    if gone:
-        raise InvalidatePoolError("the connection was lost while it rested")
+            lost = True
+    if lost:
+        raise InvalidatePoolError("the connection was lost while it was idle")

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, Table, create_engine, inspect, text
 
@@ -24,7 +23,7 @@ from kms_jwks.store.mapping import MAPPERS
 from kms_jwks.store.tables import metadata
 from tests.unit.builders import T0, key, key_set, version
 
-MIGRATIONS = Path(schema.__file__).parent / "migrations"
+MIGRATIONS = schema.MIGRATIONS
 NEXT = """
 import sqlalchemy as sa
 from alembic import op
@@ -100,7 +99,7 @@ class SchemaContract:
     ) -> None:
         """The next migration may rebuild a table that others refer to, and no row may go with it."""
         store.upgrade()
-        head = schema.needed()
+        head = schema.needed_revision()
         with store.write() as tx:
             tx.add(Client(Id("client-1"), "issuer", T0))
             tx.add(Grant(Id("grant-1"), Id("client-1"), "signer", T0))
@@ -125,7 +124,7 @@ class SchemaContract:
         """From the first one on, one revision after the other, and what was written under the first is read under
         the last."""
         revisions = sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("0*.py"))
-        assert revisions[-1] == schema.needed()
+        assert revisions[-1] == schema.needed_revision()
         upgrade, things = command.upgrade, (key_set(), key(), version(1, VersionState.ACTIVE), _WORKER, _INTENT)
         for revision in revisions:
             with monkeypatch.context() as patched:
@@ -167,11 +166,9 @@ class SchemaContract:
 
     def _add_migration(self, folder: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
         shutil.copytree(MIGRATIONS, folder / "migrations")
-        written = NEXT.format(head=schema.needed(), recreate=self.recreate) + more
+        written = NEXT.format(head=schema.needed_revision(), recreate=self.recreate) + more
         (folder / "migrations" / "versions" / "next.py").write_text(written)
-        config = Config()
-        config.set_main_option("script_location", str(folder / "migrations"))
-        monkeypatch.setattr(schema, "_config", lambda: config)
+        monkeypatch.setattr(schema, "MIGRATIONS", folder / "migrations")
 
 
 class _Unknown(StrEnum):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,7 @@ from sqlalchemy import create_engine, event
 
 from kms_jwks import errors
 from kms_jwks.model import SECOND, Client, CustodianLease, new_id
-from kms_jwks.store import Connecting, Store
+from kms_jwks.store import ConnectionSettings, Store
 from kms_jwks.store.tables import metadata
 from tests import postgres as servers
 from tests.contract.schema_suite import SchemaContract
@@ -24,7 +26,7 @@ from tests.postgres import Postgres
 from tests.proxy import Proxy
 from tests.unit.builders import T0
 
-QUICK = Connecting(timeout=1.0)
+QUICK = ConnectionSettings(timeout=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def database(postgres: Postgres, template: str) -> str:
 
 @pytest.fixture
 def store(postgres: Postgres, database: str) -> Iterator[Store]:
-    made = Store(postgres.url(database), connecting=Connecting(timeout=20.0))
+    made = Store(postgres.url(database), connection_settings=ConnectionSettings(timeout=20.0))
     yield made
     made.dispose()
 
@@ -138,7 +140,7 @@ def test_a_reader_writes_nothing(store: Store) -> None:
 
 
 def test_a_writer_that_waits_too_long_may_try_again(postgres: Postgres, database: str) -> None:
-    store = Store(postgres.url(database), connecting=QUICK)
+    store = Store(postgres.url(database), connection_settings=QUICK)
     with postgres.connect(database) as other, other.transaction():
         other.execute("SELECT counter FROM epoch FOR UPDATE")
         began = time.monotonic()
@@ -154,7 +156,7 @@ def test_a_writer_that_waits_too_long_may_try_again(postgres: Postgres, database
 
 def test_writers_that_wait_leave_connections_to_those_who_read(postgres: Postgres, database: str) -> None:
     """A worker that cannot poll loses its lease, and its node holds up the others' changes too."""
-    store = Store(postgres.url(database), connecting=Connecting(pool_size=3, timeout=20.0))
+    store = Store(postgres.url(database), connection_settings=ConnectionSettings(pool_size=3, timeout=20.0))
     with postgres.connect(database) as other, ThreadPoolExecutor(12) as pool:
         with other.transaction():
             other.execute("SELECT counter FROM epoch FOR UPDATE")
@@ -171,7 +173,9 @@ def test_writers_that_wait_leave_connections_to_those_who_read(postgres: Postgre
 
 def test_who_rests_in_the_midst_of_a_change_does_not_hold_up_the_others(postgres: Postgres, database: str) -> None:
     """A process that was stopped, or whose packets vanish, holds the lock that every writer of every node waits for."""
-    resting, other = (Store(postgres.url(database), connecting=Connecting(timeout=t)) for t in (1.0, 10.0))
+    resting, other = (
+        Store(postgres.url(database), connection_settings=ConnectionSettings(timeout=t)) for t in (1.0, 10.0)
+    )
 
     def rest() -> None:
         with resting.write() as tx:
@@ -264,6 +268,51 @@ def test_sessions_that_the_server_ends_are_replaced_unnoticed(store: Store, post
     assert store.poll()[0].counter == 2
 
 
+@pytest.mark.parametrize(
+    "use", [Store.poll, names, lambda store: add(store, "after")], ids=["poll", "a read", "a change"]
+)
+def test_a_session_whose_end_has_not_arrived_is_replaced_unnoticed(
+    store: Store, postgres: Postgres, database: str, use: Callable[[Store], object]
+) -> None:
+    """pg_terminate_backend returns before the session ends, and a connection may be taken in between."""
+    rest_of_all_connections(store)
+    with postgres.connect() as connection:
+        found = connection.execute("SELECT pid FROM pg_stat_activity WHERE datname = %s", [database]).fetchall()
+        processes = [process for (process,) in found]
+        assert len(processes) == 3
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
+    go_on = threading.Timer(0.3, lambda: [os.kill(process, signal.SIGCONT) for process in processes])
+    go_on.start()
+    use(store)
+    go_on.join()
+    rest_of_all_connections(store)
+    store.poll()
+
+
+def test_an_exchange_is_repeated_once_and_no_more(store: Store, postgres: Postgres, database: str) -> None:
+    """A server that ends every session at once is unavailable, and is asked twice."""
+    store.poll()
+    opened = store._database._engine
+    assert opened is not None
+    ended = []
+
+    def end(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        ended.append(statement)
+        kill_sessions(postgres, database)
+        time.sleep(0.3)
+
+    event.listen(opened, "before_cursor_execute", end)
+    for use in (store.poll, lambda: names(store), lambda: add(store, "never")):
+        ended.clear()
+        with pytest.raises(errors.StoreUnavailable):
+            use()
+        assert len(ended) == 2
+    event.remove(opened, "before_cursor_execute", end)
+    assert names(store) == set()
+
+
 @pytest.fixture
 def own() -> Iterator[Postgres]:
     with servers.running() as server:
@@ -272,7 +321,7 @@ def own() -> Iterator[Postgres]:
 
 def test_a_server_that_is_restarted_or_killed_is_used_again(own: Postgres) -> None:
     name = own.create()
-    store = Store(own.url(name), connecting=QUICK)
+    store = Store(own.url(name), connection_settings=QUICK)
     store.upgrade()
     for number, end in enumerate((own.stop, own.kill)):
         rest_of_all_connections(store)
@@ -293,7 +342,7 @@ def test_a_server_that_is_restarted_or_killed_is_used_again(own: Postgres) -> No
 def test_packets_that_vanish_are_an_error_within_seconds_and_no_hang(
     postgres: Postgres, database: str, proxy: Proxy
 ) -> None:
-    store = Store(postgres.url(database, port=proxy.port), connecting=QUICK)
+    store = Store(postgres.url(database, port=proxy.port), connection_settings=QUICK)
     rest_of_all_connections(store)
     proxy.freeze()
     for use in (store.poll, lambda: names(store), lambda: add(store, "never")):
@@ -312,8 +361,8 @@ def test_a_connection_that_died_while_it_rested_is_not_handed_out(
 ) -> None:
     """Its peer vanished without a goodbye, and is back under the same address: the first call works all the same."""
     monkeypatch.setattr("kms_jwks.store.postgresql._PING_AFTER", 0.0)
-    monkeypatch.setattr("kms_jwks.store.postgresql._PING_PATIENCE", 0.2)
-    store = Store(postgres.url(database, port=proxy.port), connecting=QUICK)
+    monkeypatch.setattr("kms_jwks.store.postgresql._PING_TIMEOUT", 0.2)
+    store = Store(postgres.url(database, port=proxy.port), connection_settings=QUICK)
     rest_of_all_connections(store)
     proxy.freeze()
     proxy.thaw(old_ones=False)
@@ -325,7 +374,7 @@ def test_while_the_server_is_away_one_tries_and_the_others_are_told_at_once(
     postgres: Postgres, database: str, proxy: Proxy
 ) -> None:
     """Threads that all wait for a connection could not serve the JWKS meanwhile."""
-    store = Store(postgres.url(database, port=proxy.port), connecting=Connecting(timeout=2.0))
+    store = Store(postgres.url(database, port=proxy.port), connection_settings=ConnectionSettings(timeout=2.0))
     store.poll()
     proxy.freeze()
     with pytest.raises(errors.StoreUnavailable):
@@ -390,7 +439,8 @@ def test_sessions_carry_the_program_s_name_and_bounds_and_the_url_wins(postgres:
     asked = "?application_name=mine&options=-c%20statement_timeout%3D7s"
     for query, expected in (("", ["kms-jwks n1", "3s", "3s", "1500ms"]), (asked, ["mine", "7s", "3s", "1500ms"])):
         store = Store(
-            postgres.url(database) + query, connecting=Connecting(timeout=3.0, application_name="kms-jwks n1")
+            postgres.url(database) + query,
+            connection_settings=ConnectionSettings(timeout=3.0, application_name="kms-jwks n1"),
         )
         with store.read() as tx:
             found = [tx._connection.exec_driver_sql(f"SHOW {name}").scalar() for name in shown]
@@ -399,7 +449,7 @@ def test_sessions_carry_the_program_s_name_and_bounds_and_the_url_wins(postgres:
 
 
 def test_a_process_keeps_to_its_connections(postgres: Postgres, database: str) -> None:
-    store = Store(postgres.url(database), connecting=Connecting(pool_size=3))
+    store = Store(postgres.url(database), connection_settings=ConnectionSettings(pool_size=3))
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(lambda _: names(store), range(60)))
     with postgres.connect() as connection:

@@ -7,16 +7,19 @@ import multiprocessing
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, event
 
 from kms_jwks import errors
 from kms_jwks.model import Client, Id
-from kms_jwks.store import Store, engine
+from kms_jwks.store import Store, schema, sqlite
 from kms_jwks.store.tables import metadata
 from tests.contract.schema_suite import MIGRATIONS, SchemaContract
 from tests.contract.store_suite import StoreContract
@@ -152,6 +155,28 @@ def test_the_migrations_make_the_checks_of_the_code(file: Path) -> None:
     assert statements(file) == statements(made)
 
 
+def test_the_names_of_the_migrations_are_their_revisions() -> None:
+    """The schema is checked without Alembic, by the names of the files."""
+    scripts = ScriptDirectory.from_config(schema.alembic_config())
+    assert scripts.get_current_head() == schema.needed_revision()
+    assert [script.revision for script in scripts.walk_revisions()] == schema._revisions()[::-1]
+
+
+def test_a_schema_is_checked_and_used_without_alembic(file: Path) -> None:
+    """A process that serves, signs or runs the custodian does not import it."""
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    store.dispose()
+    code = (
+        "import sys; sys.modules['alembic'] = None\n"
+        "from kms_jwks.store import Store\n"
+        f"store = Store('sqlite:///{file}')\n"
+        "store.check_schema(); print(store.poll()[0].counter)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("1", "")
+
+
 def test_there_is_no_way_down() -> None:
     for script in MIGRATIONS.rglob("*.*"):
         if script.suffix in {".py", ".mako"}:
@@ -162,7 +187,7 @@ def test_there_is_no_way_down() -> None:
 
 
 def test_a_writer_that_waits_too_long_may_try_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 0.05)
     store = Store(f"sqlite:///{file}")
     store.upgrade()
     with store.write():

@@ -29,7 +29,7 @@ from kms_jwks.custodian.leader_lease import LeaderLease
 from kms_jwks.custodian.loop import Custodian
 from kms_jwks.model import IntentKind, IntentState, VersionState
 from kms_jwks.service.key_sets import add_key_set
-from kms_jwks.store import Connecting, Store
+from kms_jwks.store import ConnectionSettings, Store
 from kms_jwks.worker.confirmation import Confirmation
 from tests.memory_backend import MemoryBackend, PrivateKey
 from tests.postgres import Postgres
@@ -93,7 +93,7 @@ def act(url: str, state: Path, keys: Path, name: str, seed: int) -> None:
     custodians.PACE = 0.02
     backend = module(keys)
     backend.before = lambda call: time.sleep(chance.random() * 0.2 if call in ("generate", "generated") else 0.0)
-    store = Store(url, connecting=Connecting(timeout=5.0))
+    store = Store(url, connection_settings=ConnectionSettings(timeout=5.0))
     confirmation = Confirmation(store, node=name, state_dir=state, lease=10, kick=lambda: None)
     backends = Backends({"memory": backend}, default="memory", limits={"memory": CallLimits(timeout=0.5)})
     Custodian(store, backends, confirmation, LeaderLease(store, node=name, lease=LEASE)).run(stop)

@@ -1,6 +1,8 @@
 """Imports go one way, and each third party has one home. The map of the house is in CONTRIBUTING.md."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -232,3 +234,17 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 )
 def test_circles_are_found_and_nothing_else(sources: dict[str, str], found: list[list[str]]) -> None:
     assert circles(import_graph(sources)) == found
+
+
+# --- what a serving process loads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["kms_jwks.wiring", "kms_jwks.http.app", "kms_jwks.client"])
+def test_a_process_imports_only_what_it_needs(module: str) -> None:
+    """Migrations, commands and vendors' modules cost memory and start-up time of every worker and of the custodian."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert module in loaded
+    unneeded = {"alembic", "boto3", "botocore", "gunicorn", "pkcs11", "psycopg"}
+    unneeded |= {"click"} if "http" not in module else set()  # Flask imports it
+    assert unneeded.isdisjoint(loaded)

@@ -1,12 +1,12 @@
-"""Reading the registry in one consistent transaction: finders and lists, everything in the order of creation."""
+"""Read and write transactions on the registry: finders, lists in the order of creation, changes, the epoch's rule."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, select, union
+from sqlalchemy import ColumnElement, Connection, insert, select, union, update
 
 from kms_jwks import errors
 from kms_jwks.model import (
@@ -28,34 +28,16 @@ from kms_jwks.model import (
     Worker,
 )
 from kms_jwks.store import tables as t
-from kms_jwks.store.engine import Database
-from kms_jwks.store.failures import HOW_TO_MAKE_ONE
-from kms_jwks.store.mapping import MAPPERS, snapshot_view
+from kms_jwks.store.database import Database
+from kms_jwks.store.error_map import HOW_TO_CREATE, translate_errors
+from kms_jwks.store.mapping import MAPPERS, Entity, RegistryContents, snapshot_view
 
 T = TypeVar("T")
 Where = ColumnElement[bool]
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryContents:
-    """Everything a snapshot is made of, from one consistent read."""
-
-    epoch: Epoch
-    installation: str
-    now: Instant
-    key_sets: tuple[KeySet, ...]
-    keys: tuple[Key, ...]
-    versions: tuple[KeyVersion, ...]
-    external_keys: tuple[ExternalKey, ...]
-    clients: tuple[Client, ...]
-    tokens: tuple[ApiToken, ...]
-    grants: tuple[Grant, ...]
-    ever_published: frozenset[tuple[Id, str]]
-    """Key set and `alg` of every key that a set shows or ever showed."""
-
-
 class ReadTx:
-    """One read transaction. Finders answer None for what is not there."""
+    """One read transaction. Finders return None for what is not in the registry."""
 
     def __init__(self, database: Database, connection: Connection) -> None:
         self._database = database
@@ -74,7 +56,7 @@ class ReadTx:
         """The epoch this transaction sees."""
         row = self._connection.execute(select(t.epoch.c.incarnation, t.epoch.c.counter)).first()
         if row is None:
-            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_MAKE_ONE)
+            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_CREATE)
         return Epoch(row.incarnation, row.counter)
 
     def installation(self) -> Installation:
@@ -83,7 +65,7 @@ class ReadTx:
         return Installation(row.id, Instant(row.created_at))
 
     def contents(self) -> RegistryContents:
-        """Everything that has a view in a snapshot."""
+        """Everything that a snapshot holds."""
         v = t.versions.c
         shown = [state.value for state in VersionState if state.in_jwks]
         return RegistryContents(
@@ -106,9 +88,9 @@ class ReadTx:
         """The key set of that name."""
         return self._first(KeySet, t.key_sets.c.name == name)
 
-    def key_set_by_id(self, thing_id: Id) -> KeySet | None:
+    def key_set_by_id(self, entity_id: Id) -> KeySet | None:
         """The key set of that id."""
-        return self._first(KeySet, t.key_sets.c.id == thing_id)
+        return self._first(KeySet, t.key_sets.c.id == entity_id)
 
     def key_sets(self, *, after: Id | None = None, limit: int | None = None) -> list[KeySet]:
         """Key sets after the id `after`, at most `limit`."""
@@ -118,17 +100,17 @@ class ReadTx:
         """The key of that name in a set."""
         return self._first(Key, t.keys.c.key_set_id == key_set_id, t.keys.c.name == name)
 
-    def key_by_id(self, thing_id: Id) -> Key | None:
+    def key_by_id(self, entity_id: Id) -> Key | None:
         """The key of that id."""
-        return self._first(Key, t.keys.c.id == thing_id)
+        return self._first(Key, t.keys.c.id == entity_id)
 
     def keys(self, key_set_id: Id | None = None, *, after: Id | None = None, limit: int | None = None) -> list[Key]:
         """Keys, of one set or of all."""
         return self._list(Key, *_equal(t.keys.c.key_set_id, key_set_id), after=after, limit=limit)
 
-    def version(self, thing_id: Id) -> KeyVersion | None:
+    def version(self, entity_id: Id) -> KeyVersion | None:
         """The version of that id."""
-        return self._first(KeyVersion, t.versions.c.id == thing_id)
+        return self._first(KeyVersion, t.versions.c.id == entity_id)
 
     def version_by_kid(self, kid: str) -> KeyVersion | None:
         """The version that a kid is bound to."""
@@ -148,7 +130,7 @@ class ReadTx:
         after: Id | None = None,
         limit: int | None = None,
     ) -> list[KeyVersion]:
-        """Versions, of one set or key, in some states; `unseen` ones are those that were never visible everywhere."""
+        """Versions, of one set or key, in some states; `unseen` selects those that were never visible everywhere."""
         c = t.versions.c
         where = [*_equal(c.key_set_id, key_set_id), *_equal(c.key_id, key_id)]
         if states is not None:
@@ -183,7 +165,7 @@ class ReadTx:
         return frozenset((Id(row[0]), row[1]) for row in self._connection.execute(union(versions, externals)))
 
     def kid_owner(self, kid: str) -> tuple[str, Id] | None:
-        """To what a kid was bound, for ever: ("version" or "external_key", its id)."""
+        """What a kid is bound to for ever: ("version" or "external_key", its id)."""
         row = self._connection.execute(select(t.kids).where(t.kids.c.kid == kid)).first()
         return None if row is None else (row.owner_kind, Id(row.owner_id))
 
@@ -193,17 +175,17 @@ class ReadTx:
         """The client of that name, if it was not deleted."""
         return self._first(Client, t.clients.c.name == name, t.clients.c.deleted_at.is_(None))
 
-    def client_by_id(self, thing_id: Id) -> Client | None:
+    def client_by_id(self, entity_id: Id) -> Client | None:
         """The client of that id, deleted or not."""
-        return self._first(Client, t.clients.c.id == thing_id)
+        return self._first(Client, t.clients.c.id == entity_id)
 
     def clients(self, *, after: Id | None = None, limit: int | None = None) -> list[Client]:
         """Clients that were not deleted."""
         return self._list(Client, t.clients.c.deleted_at.is_(None), after=after, limit=limit)
 
-    def token(self, thing_id: Id) -> ApiToken | None:
+    def token(self, entity_id: Id) -> ApiToken | None:
         """The API token of that id."""
-        return self._first(ApiToken, t.tokens.c.id == thing_id)
+        return self._first(ApiToken, t.tokens.c.id == entity_id)
 
     def token_by_sha256(self, sha256: str) -> ApiToken | None:
         """The API token with that SHA-256, lower-case hex."""
@@ -215,9 +197,9 @@ class ReadTx:
         """API tokens, of one client or of all, revoked ones included."""
         return self._list(ApiToken, *_equal(t.tokens.c.client_id, client_id), after=after, limit=limit)
 
-    def grant(self, thing_id: Id) -> Grant | None:
+    def grant(self, entity_id: Id) -> Grant | None:
         """The grant of that id, deleted or not."""
-        return self._first(Grant, t.grants.c.id == thing_id)
+        return self._first(Grant, t.grants.c.id == entity_id)
 
     def grants(
         self,
@@ -234,17 +216,17 @@ class ReadTx:
 
     # --- processes
 
-    def worker(self, thing_id: Id) -> Worker | None:
+    def worker(self, entity_id: Id) -> Worker | None:
         """The worker of that id, stopped or not."""
-        return self._first(Worker, t.workers.c.id == thing_id)
+        return self._first(Worker, t.workers.c.id == entity_id)
 
     def workers(self, *, include_stopped: bool = False) -> list[Worker]:
-        """Workers that count, or all there ever were."""
+        """Workers that have not stopped, or every worker."""
         return self._list(Worker, *([] if include_stopped else [t.workers.c.stopped_at.is_(None)]))
 
-    def intent(self, thing_id: Id) -> Intent | None:
+    def intent(self, entity_id: Id) -> Intent | None:
         """The intent of that id."""
-        return self._first(Intent, t.intents.c.id == thing_id)
+        return self._first(Intent, t.intents.c.id == entity_id)
 
     def intents(
         self,
@@ -261,11 +243,11 @@ class ReadTx:
         return self._list(Intent, *where, after=after, limit=limit)
 
     def custodian_lease(self) -> CustodianLease | None:
-        """Who acts, and until when."""
+        """The custodian's lease; None before the first one."""
         found = self._connection.execute(select(t.custodian)).mappings().first()
         return None if found is None else MAPPERS[CustodianLease].from_row(found)
 
-    # --- inside
+    # --- helpers
 
     def _first(self, cls: type[T], *where: Where) -> T | None:
         mapper = MAPPERS[cls]
@@ -282,7 +264,90 @@ class ReadTx:
         return [mapper.from_row(row) for row in self._connection.execute(query).mappings()]
 
     def _viewed(self, cls: type[T], *where: Where) -> tuple[T, ...]:
-        return tuple(thing for thing in self._list(cls, *where) if snapshot_view(thing) is not None)  # type: ignore[arg-type]
+        return tuple(entity for entity in self._list(cls, *where) if snapshot_view(entity) is not None)  # type: ignore[arg-type]
+
+
+class WriteTx(ReadTx):
+    """One write transaction. No other one runs at the same time.
+
+    The commit increments the epoch's counter if what a snapshot holds has changed, and otherwise leaves it.
+    """
+
+    def __init__(self, database: Database, connection: Connection) -> None:
+        super().__init__(database, connection)
+        # On SQLite the transaction holds the lock already; on a server the writers queue for this row.
+        if connection.execute(select(t.epoch.c.counter).with_for_update()).first() is None:
+            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_CREATE)
+        self._views: dict[tuple[type[object], Id], tuple[object, object]] = {}
+        self._incarnation_changed = False
+        self.committed_epoch: Epoch | None = None
+        """After the commit: the new epoch, or None when no snapshot is affected."""
+
+    def next_epoch(self) -> Epoch:
+        """The epoch that this transaction commits if it changes what a snapshot holds."""
+        current = self.epoch()
+        return Epoch(current.incarnation, current.counter + 1)
+
+    def add(self, entity: Entity) -> None:
+        """Insert an entity. Raises NameTaken, KidTaken, TransitionRefused, Conflict; then nothing of it is written."""
+        mapper = MAPPERS[type(entity)]
+        with translate_errors(), self._connection.begin_nested():
+            self._bind_kid(entity)
+            self._connection.execute(insert(mapper.table).values(mapper.to_row(entity)))
+        self._note(entity, None)
+
+    def save(self, entity: Entity) -> None:
+        """Update an entity's changed columns. Raises KidTaken, TransitionRefused; then nothing of it is written."""
+        mapper = MAPPERS[type(entity)]
+        before = self._first(type(entity), mapper.table.c.id == entity.id)
+        if before is None:
+            raise errors.InternalError(f"No {type(entity).__name__} of that id is in the registry.")
+        old, new = mapper.to_row(before), mapper.to_row(entity)
+        changed = {name: value for name, value in new.items() if old[name] != value}
+        if not changed:
+            return
+        if "kid" in changed and old["kid"] is not None:
+            raise errors.InternalError("A kid that is bound to a key cannot be changed or removed.")
+        with translate_errors(), self._connection.begin_nested():
+            if "kid" in changed:
+                self._bind_kid(entity)
+            self._connection.execute(update(mapper.table).where(mapper.table.c.id == entity.id).values(changed))
+        self._note(entity, snapshot_view(before))
+
+    def set_custodian_lease(self, lease: CustodianLease) -> None:
+        """Write the custodian's lease. Raises InternalError for a lower term: terms never decrease."""
+        row = MAPPERS[CustodianLease].to_row(lease)
+        current = self.custodian_lease()
+        if current is None:
+            self._connection.execute(insert(t.custodian).values(single=1, **row))
+            return
+        if lease.term < current.term:
+            raise errors.InternalError("A custodian's term cannot decrease.")
+        self._connection.execute(update(t.custodian).values(row))
+
+    def new_incarnation(self) -> None:
+        """Change the epoch's incarnation (a restored backup): earlier confirmations of workers no longer count."""
+        self._connection.execute(update(t.epoch).values(incarnation=str(uuid.uuid4())))
+        self._incarnation_changed = True
+
+    def advance_epoch(self) -> Epoch | None:
+        """Called once, just before the commit: the epoch it commits, or None when no view has changed."""
+        if not self._incarnation_changed and all(before == after for before, after in self._views.values()):
+            return None
+        epoch = self.next_epoch()
+        self._connection.execute(update(t.epoch).values(counter=epoch.counter))
+        return epoch
+
+    def _note(self, entity: Entity, before: object) -> None:
+        key = (type(entity), entity.id)
+        first, _ = self._views.get(key, (before, None))
+        self._views[key] = (first, snapshot_view(entity))
+
+    def _bind_kid(self, entity: Entity) -> None:
+        if not isinstance(entity, KeyVersion | ExternalKey) or entity.kid is None:
+            return
+        kind = "version" if isinstance(entity, KeyVersion) else "external_key"
+        self._connection.execute(insert(t.kids).values(kid=entity.kid, owner_kind=kind, owner_id=entity.id))
 
 
 def _equal(column: Any, value: Id | None) -> list[Where]:

@@ -1,4 +1,4 @@
-"""The database's errors as the domain's: which conflict a violated constraint means, and what is merely away."""
+"""The drivers' errors as the domain's: which conflict a violated constraint is, and why the database is unavailable."""
 
 from __future__ import annotations
 
@@ -22,46 +22,49 @@ _CONFLICTS: tuple[tuple[tuple[str, ...], type[errors.Conflict]], ...] = (
     (("uq_clients_name", "clients.name"), errors.NameTaken),
 )
 
-# undefined_table, undefined_column (PostgreSQL, appendix A); what SQLite says of the same.
+# undefined_table, undefined_column (PostgreSQL, appendix A), and SQLite's messages of the same meaning.
 _OTHER_SCHEMA_STATES = frozenset({"42P01", "42703"})
-_OTHER_SCHEMA_WORDS = ("no such table", "no such column", "has no column named")
+_OTHER_SCHEMA_MESSAGES = ("no such table", "no such column", "has no column named")
 
-# What a server's refusal means, by SQLSTATE (PostgreSQL, appendix A) or, where none comes with it, by what was said:
-# nothing that names a user, a host or a database, for anybody who calls may read it.
+_STOPPING = "is starting or stopping"
+_CLOSED = "closed the connection"
+
+# What a server's refusal means, by SQLSTATE (PostgreSQL, appendix A) or, where the driver has none, by its message.
+# Any caller may read the cause, so it names no user, host or database.
 _CAUSES: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (("25006",), ("read-only",), "is read-only: is it a standby?"),
     (("53300",), ("too many clients", "connection slots"), "has no connection left for this program"),
     (("55P03", "57014"), (), "was held up by another transaction for too long"),
-    (("25P03",), ("idle-in-transaction",), "ended a transaction that rested for too long"),
+    (("25P03",), ("idle-in-transaction",), "ended a transaction that was idle for too long"),
     (("40001", "40P01"), (), "could not make two changes at once"),
-    (("57P01", "57P02", "57P03"), ("starting up", "shutting down"), "is starting or stopping"),
+    (("57P01", "57P02", "57P03"), ("starting up", "shutting down"), _STOPPING),
     (("28P01", "28000"), ("authentication failed", "no pg_hba.conf entry"), "refuses this user or its password"),
     (("3D000",), ("FATAL:  database",), "does not exist on that server"),
     ((), ("Connection refused", "No such file"), "is not there: nothing listens"),
-    ((), ("server closed", "connection is lost", "connection is closed", "reset by peer"), "closed the connection"),
+    ((), ("server closed", "connection is lost", "connection is closed", "reset by peer"), _CLOSED),
     ((), ("timeout",), "did not answer in time"),
     ((), ("resolve host", "could not translate"), "is on a host whose name is not known"),
 )
 
-HOW_TO_MAKE_ONE = "Run `kms-jwks db upgrade`, or `kms-jwks init` for a new installation."
+HOW_TO_CREATE = "Run `kms-jwks db upgrade`, or `kms-jwks init` for a new installation."
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """The database's errors as ours; whatever else is raised inside passes."""
+def translate_errors() -> Iterator[None]:
+    """Raise the drivers' and SQLAlchemy's errors as the domain's; every other error passes."""
     try:
         yield
     except IntegrityError as error:
-        said = str(error.orig)
+        message = str(error.orig)
         for marks, conflict in _CONFLICTS:
-            if any(said.endswith(mark) or f'"{mark}"' in said for mark in marks):
+            if any(message.endswith(mark) or f'"{mark}"' in message for mark in marks):
                 raise conflict from error
         raise errors.Conflict("The change contradicts what the registry holds.") from error
     except DBAPIError as error:
-        said = str(error.orig)
-        if getattr(error.orig, "sqlstate", None) in _OTHER_SCHEMA_STATES or said.startswith(_OTHER_SCHEMA_WORDS):
+        message = str(error.orig)
+        if getattr(error.orig, "sqlstate", None) in _OTHER_SCHEMA_STATES or message.startswith(_OTHER_SCHEMA_MESSAGES):
             raise errors.SchemaMismatch(
-                "The database does not hold the tables this program needs.", next_step=HOW_TO_MAKE_ONE
+                "The database does not hold the tables this program needs.", next_step=HOW_TO_CREATE
             ) from error
         raise errors.StoreUnavailable(f"The registry's database {_cause(error.orig)}.", retry_after=1) from error
     except sqlite3.Error as error:
@@ -74,7 +77,12 @@ def translated() -> Iterator[None]:
         raise errors.StoreUnavailable("The registry's database cannot be used.", retry_after=1) from error
 
 
+def is_session_end(error: DBAPIError) -> bool:
+    """Whether the server ended the session, which makes the connection useless. False where it only fell silent."""
+    return error.connection_invalidated and _cause(error.orig) in (_STOPPING, _CLOSED)
+
+
 def _cause(error: object) -> str:
-    state, said = getattr(error, "sqlstate", None), str(error)
-    found = (cause for states, words, cause in _CAUSES if state in states or any(word in said for word in words))
+    state, message = getattr(error, "sqlstate", None), str(error)
+    found = (cause for states, parts, cause in _CAUSES if state in states or any(part in message for part in parts))
     return next(found, "did not answer as it should")
