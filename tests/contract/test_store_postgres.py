@@ -283,10 +283,15 @@ def test_a_session_whose_end_has_not_arrived_is_replaced_unnoticed(
         for process in processes:
             os.kill(process, signal.SIGSTOP)
         connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
-    go_on = threading.Timer(0.3, lambda: [os.kill(process, signal.SIGCONT) for process in processes])
-    go_on.start()
+
+    def resume() -> None:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+    timer = threading.Timer(0.3, resume)
+    timer.start()
     use(store)
-    go_on.join()
+    timer.join()
     rest_of_all_connections(store)
     store.poll()
 
