@@ -218,7 +218,7 @@ class Pkcs11Backend(BackendSettings):
 
 
 class AwsKmsManagement(BaseModel):
-    """The custodian's own way into the account, with the rights to make, tag and destroy keys."""
+    """The custodian's own credentials, with the rights to make, tag and destroy keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -226,35 +226,61 @@ class AwsKmsManagement(BaseModel):
     role_arn: str | None = Field(default=None, pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")
 
 
-def _never_in_place(value: Any) -> Any:
-    """What a variable says is text, and pydantic reads no text for a `Literal[False]`."""
+def _parse_false(value: Any) -> Any:
+    """Environment variables are text, and pydantic converts no text to a `Literal[False]`."""
     return False if str(value).lower() in ("false", "0", "no", "off", "f", "n") else value
 
 
-class AwsKmsBackend(BackendSettings):
-    """AWS KMS in one account and region. Credentials come by boto3's own chain, never from here."""
+class AwsKmsOptions(BackendSettings):
+    """AWS KMS in one account and region.
+
+    boto3's own chain finds the credentials (environment, profile, web identity, container, instance), with `profile`
+    and `role_arn` where they are given. None are kept here.
+    """
 
     type: Literal["aws-kms"]
-    sign_in_place: Annotated[Literal[False], BeforeValidator(_never_in_place)] = Field(
-        default=False, description="KMS is never asked on the calling thread."
+    sign_in_place: Annotated[Literal[False], BeforeValidator(_parse_false)] = Field(
+        default=False, description="Always false: a call to KMS does not run on the calling thread."
     )
     region: str = Field(pattern=r"^[a-z]{2,5}(-[a-z]+)+-\d{1,2}$")
-    account: str | None = Field(default=None, pattern=r"^\d{12}$", description="Refuse credentials of another account.")
+    account: str | None = Field(
+        default=None, pattern=r"^\d{12}$", description="Twelve digits. Credentials of another account are refused."
+    )
     endpoint_url: str | None = Field(default=None, max_length=1024)
-    profile: str | None = Field(default=None, min_length=1, max_length=128)
-    role_arn: str | None = Field(default=None, pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$")
+    profile: str | None = Field(
+        default=None, min_length=1, max_length=128, description="A profile of AWS's shared configuration files."
+    )
+    role_arn: str | None = Field(
+        default=None,
+        pattern=r"^arn:aws[a-z-]*:iam::\d{12}:role/.+$",
+        description="A role to assume with the credentials that were found.",
+    )
     connect_timeout_ms: int = Field(default=1000, ge=100, le=10_000, description="Milliseconds.")
-    read_timeout_ms: int = Field(default=2000, ge=100, le=30_000, description="Milliseconds.")
-    key_policy_file: Path | None = Field(default=None, description="A key policy (JSON) for the keys it makes.")
+    read_timeout_ms: int = Field(
+        default=2000,
+        ge=100,
+        le=30_000,
+        description="Milliseconds that one attempt waits for an answer; less where the call's deadline comes sooner.",
+    )
+    key_policy_file: Path | None = Field(
+        default=None, description="A key policy (JSON) for new keys; without it they get KMS's default policy."
+    )
     management: AwsKmsManagement | None = None
 
     @model_validator(mode="after")
-    def _nobody_in_between(self) -> Self:
+    def _check_endpoint(self) -> Self:
         url = urlsplit(self.endpoint_url or "https://kms")
         if url.scheme != "https" and (url.scheme != "http" or url.hostname not in ("127.0.0.1", "::1", "localhost")):
-            # Whoever answers a request for a public key could answer with their own.
+            # Without TLS another machine on the network could answer a request for a public key with its own.
             raise ValueError("endpoint_url must begin with https://, or with http:// and be on this machine")
         return self
+
+    def for_custodian(self) -> Self:
+        """The same options with the credentials of `management`, if there are any."""
+        own = self.management
+        if own is None:
+            return self
+        return self.model_copy(update={"profile": own.profile or self.profile, "role_arn": own.role_arn})
 
 
 class ThirdPartyBackend(BackendSettings):
@@ -283,7 +309,7 @@ def _kind(value: Any) -> str:
 
 Backend = Annotated[
     Annotated[Pkcs11Backend, Tag("pkcs11")]
-    | Annotated[AwsKmsBackend, Tag("aws-kms")]
+    | Annotated[AwsKmsOptions, Tag("aws-kms")]
     | Annotated[ThirdPartyBackend, Tag("third-party")],
     Discriminator(_kind),
 ]

@@ -45,23 +45,9 @@ def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backe
 
 
 def _aws_kms(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
-    from kms_jwks.backends.aws_kms import AwsKmsBackend, AwsKmsOptions
+    from kms_jwks.backends.aws_kms import AwsKmsBackend
 
-    own = options.management if management else None
-    return AwsKmsBackend(
-        name,
-        AwsKmsOptions(
-            region=options.region,
-            account=options.account,
-            endpoint_url=options.endpoint_url,
-            profile=(own and own.profile) or options.profile,
-            role_arn=options.role_arn if own is None else own.role_arn,
-            connect_timeout=options.connect_timeout_ms / 1000,
-            read_timeout=options.read_timeout_ms / 1000,
-            connections=options.waiting,
-            key_policy_file=options.key_policy_file,
-        ),
-    )
+    return AwsKmsBackend(name, options.for_custodian() if management else options)
 
 
 @cache

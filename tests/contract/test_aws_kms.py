@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import pytest
 
 from kms_jwks import errors
-from kms_jwks.backends.aws_kms import AwsKmsBackend, AwsKmsOptions
+from kms_jwks.backends.aws_kms import AwsKmsBackend
 from kms_jwks.backends.base import GeneratedKey
+from kms_jwks.config import AwsKmsOptions
 from tests.contract.suite import BackendContract, Factory, VendorError
 from tests.fake_kms.server import REGION, FakeKms, Fault
 from tests.moto_server import moto
@@ -18,7 +19,7 @@ from tests.moto_server import moto
 
 def make_backend(url: str) -> AwsKmsBackend:
     """Picklable. Credentials are in the environment."""
-    return AwsKmsBackend("aws", AwsKmsOptions(region=REGION, endpoint_url=url, read_timeout=10.0))
+    return AwsKmsBackend("aws", AwsKmsOptions(type="aws-kms", region=REGION, endpoint_url=url, read_timeout_ms=10_000))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends import make_backend
-from kms_jwks.backends.aws_kms import AwsKmsBackend, AwsKmsOptions
+from kms_jwks.backends.aws_kms import AwsKmsBackend
 from kms_jwks.backends.aws_kms.connection import Connection
 from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
-from kms_jwks.config import AwsKmsBackend as Settings
+from kms_jwks.config import AwsKmsOptions
 from tests.fake_kms.operations import OPERATIONS, Place
 from tests.fake_kms.server import ACCOUNT, OTHER_ACCOUNT, REGION, FakeKms, Fault
 from tests.fake_kms.signing import Refused
@@ -48,7 +49,8 @@ def make(fake: FakeKms) -> Iterator[MakeBackend]:
     made = []
 
     def new(**options: Any) -> AwsKmsBackend:
-        made.append(AwsKmsBackend("aws", AwsKmsOptions(**{"region": REGION, "endpoint_url": fake.url, **options})))
+        settings = AwsKmsOptions(**{"type": "aws-kms", "region": REGION, "endpoint_url": fake.url, **options})
+        made.append(AwsKmsBackend("aws", settings))
         return made[-1]
 
     yield new
@@ -354,7 +356,7 @@ def test_the_documented_settings_are_settings() -> None:
     section = tomllib.loads(first)["backends"]["aws"]
     for more in rest:
         section |= tomllib.loads(more)
-    settings = Settings.model_validate(section)
+    settings = AwsKmsOptions.model_validate(section)
     assert settings.management is not None
     assert settings.management.role_arn != settings.role_arn
 
@@ -363,7 +365,7 @@ def test_no_credentials_and_then_some(fake: FakeKms, make: MakeBackend, monkeypa
     key = make().generate("kj-a-1", ES256)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setattr("kms_jwks.backends.aws_kms.connection._REOPEN_EVERY", 0.0)
+    monkeypatch.setattr("kms_jwks.backends.aws_kms.connection._RENEW_EVERY", 0.0)
     backend = make()
     error = refusal(lambda: sign(backend, key), errors.BackendUnavailable)
     assert "NoCredentials" in error.detail
@@ -375,7 +377,7 @@ def test_no_credentials_and_then_some(fake: FakeKms, make: MakeBackend, monkeypa
 def test_an_expired_token_is_replaced_without_a_restart(
     fake: FakeKms, make: MakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kms_jwks.backends.aws_kms.connection._REOPEN_EVERY", 0.0)
+    monkeypatch.setattr("kms_jwks.backends.aws_kms.connection._RENEW_EVERY", 0.0)
     use(monkeypatch, token="first")
     backend = make()
     key = backend.generate("kj-a-1", ES256)
@@ -410,7 +412,7 @@ def test_profiles_of_a_file_and_management_of_its_own(fake: FakeKms, tmp_path: P
     (tmp_path / "credentials").write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    settings = Settings.model_validate(
+    settings = AwsKmsOptions.model_validate(
         {
             "type": "aws-kms",
             "region": REGION,
@@ -432,7 +434,7 @@ def test_a_role_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     role = "arn:aws:iam::444455556666:role/kms-jwks"
     with moto() as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
-        backend = AwsKmsBackend("aws", AwsKmsOptions(region=REGION, endpoint_url=url, role_arn=role))
+        backend = AwsKmsBackend("aws", AwsKmsOptions(type="aws-kms", region=REGION, endpoint_url=url, role_arn=role))
         health = backend.ping()
         assert health.facts["credentials"] == "assume-role"
         assert health.facts["account"] == OTHER_ACCOUNT
@@ -479,7 +481,7 @@ def test_throttling_is_answered_and_not_made_worse(fake: FakeKms, make: MakeBack
 
 
 def test_a_call_that_hangs_ends_about_at_its_deadline(fake: FakeKms, make: MakeBackend) -> None:
-    backend = make(read_timeout=20.0)
+    backend = make(read_timeout_ms=20_000)
     key = backend.generate("kj-a-1", ES256)
     fake.fault("Sign", Fault(hang=True), times=2)
     begun = time.monotonic()
@@ -499,13 +501,19 @@ def test_the_environment_does_not_say_where_kms_is(monkeypatch: pytest.MonkeyPat
     use(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://elsewhere.example")
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", "http://elsewhere.example")
-    connection = Connection(AwsKmsOptions(region=REGION), lambda: None)
+    connection = Connection(AwsKmsOptions(type="aws-kms", region=REGION), lambda: None)
     assert connection._client(soon()).meta.endpoint_url == f"https://kms.{REGION}.amazonaws.com"
     connection.close()
 
 
 @pytest.mark.parametrize("url", ["no-url", "ftp://host", "http://"])
 def test_an_endpoint_url_that_is_none(make: MakeBackend, url: str) -> None:
+    with pytest.raises(ValidationError, match="endpoint_url"):
+        make(endpoint_url=url)
+
+
+@pytest.mark.parametrize("url", ["https://", "https:///path"])
+def test_an_endpoint_url_without_a_host(make: MakeBackend, url: str) -> None:
     with pytest.raises(errors.BackendError):
         make(endpoint_url=url).ping()
 

@@ -7,10 +7,10 @@ from botocore import exceptions as vendor
 
 from kms_jwks import errors
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.aws_kms import AwsKmsOptions
-from kms_jwks.backends.aws_kms.error_map import CODES, FAILURES, translated
-from kms_jwks.backends.aws_kms.keys import ROWS, Arn, alias_of, facts_of, key_id_of, prepared
+from kms_jwks.backends.aws_kms.error_map import CODES, EXCEPTIONS, translate
+from kms_jwks.backends.aws_kms.keys import ROWS, Arn, make_alias, parse_locator, parse_public_key, prepare_message
 from kms_jwks.backends.base import Digest, Message
+from kms_jwks.config import AwsKmsOptions
 
 
 def every_exception() -> list[type[Exception]]:
@@ -39,7 +39,7 @@ def test_every_exception_of_botocore_becomes_one_of_ours(cls: type[Exception]) -
     raised = cls.__new__(cls)
     if isinstance(raised, vendor.ClientError):
         raised = client_error("Whatever")
-    error = translated(raised, "Sign")
+    error = translate(raised, "Sign")
     assert error.detail and error.next_step
     assert not error.retryable or error.retry_after
 
@@ -47,7 +47,7 @@ def test_every_exception_of_botocore_becomes_one_of_ours(cls: type[Exception]) -
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("operation", ["Sign", "CreateKey", "AssumeRole"])
 def test_every_code_becomes_one_of_ours(code: str, operation: str) -> None:
-    error = translated(client_error(code, operation=operation), operation)
+    error = translate(client_error(code, operation=operation), operation)
     assert isinstance(error, errors.BackendError)
     assert code in error.detail
     assert "SECRET" not in error.detail + error.next_step, "the vendor's words may repeat a session token"
@@ -73,22 +73,22 @@ def test_every_code_becomes_one_of_ours(code: str, operation: str) -> None:
     ids=lambda value: value.__name__ if isinstance(value, type) else type(value).__name__,
 )
 def test_what_becomes_of_what(raised: Exception, becomes: type[errors.BackendError]) -> None:
-    assert type(translated(raised, "Sign")) is becomes
+    assert type(translate(raised, "Sign")) is becomes
 
 
 def test_the_rows_are_of_exceptions() -> None:
-    assert all(issubclass(cls, Exception) for cls in FAILURES)
+    assert all(issubclass(cls, Exception) for cls in EXCEPTIONS)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_parts_of_an_arn() -> None:
-    arn = Arn.of("arn:aws-cn:kms:cn-north-1:111122223333:alias/kj/x")
+    arn = Arn.parse("arn:aws-cn:kms:cn-north-1:111122223333:alias/kj/x")
     assert arn is not None
     assert (arn.region, arn.account, arn.is_alias, arn.name) == ("cn-north-1", "111122223333", True, "kj/x")
-    assert arn.key("id") == "arn:aws-cn:kms:cn-north-1:111122223333:key/id"
-    assert Arn.of(arn.key("id")) is not None
+    assert arn.with_key("id") == "arn:aws-cn:kms:cn-north-1:111122223333:key/id"
+    assert Arn.parse(arn.with_key("id")) is not None
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_parts_of_an_arn() -> None:
     ],
 )
 def test_what_is_no_arn_of_a_key(text: str) -> None:
-    assert Arn.of(text) is None
+    assert Arn.parse(text) is None
 
 
 def test_locators() -> None:
@@ -113,18 +113,18 @@ def test_locators() -> None:
         "arn:aws:kms:eu-central-1:111122223333:alias/x",
         "alias/x",
     ):
-        assert key_id_of(same) == same
-    assert key_id_of("issuer_1/main") == "alias/issuer_1/main"
+        assert parse_locator(same) == same
+    assert parse_locator("issuer_1/main") == "alias/issuer_1/main"
     for wrong in ("", "alias/", "a b", "ä", "arn:aws:s3:::b"):
         with pytest.raises(errors.BackendRefused):
-            key_id_of(wrong)
+            parse_locator(wrong)
 
 
 def test_labels() -> None:
-    assert alias_of("kj-a-1") == "alias/kj-a-1"
+    assert make_alias("kj-a-1") == "alias/kj-a-1"
     for wrong in ("", "a" * 41, "aws/x", "a:b", "a b", "ä", "a\n"):
         with pytest.raises(errors.BackendRefused):
-            alias_of(wrong)
+            make_alias(wrong)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -132,21 +132,42 @@ def test_labels() -> None:
 
 def test_a_public_half_that_is_none() -> None:
     with pytest.raises(errors.BackendRefused):
-        facts_of(b"no DER")
+        parse_public_key(b"no DER")
 
 
 def test_a_digest_of_what_has_none() -> None:
-    facts = facts_of(_ed25519_spki())
-    assert prepared(ALGORITHMS["EdDSA"], Message(b"x" * 4096), facts) == ("RAW", b"x" * 4096)
+    facts = parse_public_key(_ed25519_spki())
+    assert prepare_message(ALGORITHMS["EdDSA"], Message(b"x" * 4096), facts) == ("RAW", b"x" * 4096)
     for what in (Digest(bytes(32)), Message(b""), Message(bytes(4097))):
         with pytest.raises(errors.BackendRefused):
-            prepared(ALGORITHMS["EdDSA"], what, facts)
+            prepare_message(ALGORITHMS["EdDSA"], what, facts)
 
 
 def test_options_that_cannot_be() -> None:
-    for wrong in ({"connect_timeout": 0.0}, {"read_timeout": -1.0}, {"connections": 0}):
-        with pytest.raises(ValueError, match="must be"):
-            AwsKmsOptions(region="eu-central-1", **wrong)
+    for wrong in ({"connect_timeout_ms": 0}, {"read_timeout_ms": -1}, {"waiting": 0}):
+        with pytest.raises(ValueError, match="should be greater than or equal to"):
+            AwsKmsOptions(type="aws-kms", region="eu-central-1", **wrong)
+
+
+def test_the_custodian_has_credentials_of_its_own() -> None:
+    role, own = (f"arn:aws:iam::123456789012:role/{name}" for name in ("sign", "custodian"))
+    for management, profile, role_arn in (
+        (None, "issuer", role),
+        ({"role_arn": own}, "issuer", own),
+        ({"profile": "maker"}, "maker", None),
+    ):
+        options = AwsKmsOptions.model_validate(
+            {
+                "type": "aws-kms",
+                "region": "eu-central-1",
+                "profile": "issuer",
+                "role_arn": role,
+                "management": management,
+            }
+        )
+        custodians = options.for_custodian()
+        assert (custodians.profile, custodians.role_arn) == (profile, role_arn)
+        assert (options.profile, options.role_arn) == ("issuer", role)
 
 
 def _ed25519_spki() -> bytes:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from kms_jwks.config import (
-    AwsKmsBackend,
+    AwsKmsOptions,
     Pkcs11Backend,
     Settings,
     ThirdPartyBackend,
@@ -107,7 +107,7 @@ KMS = '[backends.aws]\ntype = "aws-kms"\nregion = "eu-central-1"\nendpoint_url =
 def test_kms_is_reached_safely(toml: Path, url: str) -> None:
     toml.write_text(KMS.format(url))
     backend = load_settings(toml).backends["aws"]
-    assert isinstance(backend, AwsKmsBackend)
+    assert isinstance(backend, AwsKmsOptions)
     assert backend.endpoint_url == url
 
 
@@ -286,7 +286,7 @@ def test_the_state_folder_is_private(tmp_path: Path) -> None:
 
 # --- the example ------------------------------------------------------------------------------------------------------
 
-MODELS: dict[str, type[BaseModel]] = {"softhsm": Pkcs11Backend, "aws": AwsKmsBackend}
+MODELS: dict[str, type[BaseModel]] = {"softhsm": Pkcs11Backend, "aws": AwsKmsOptions}
 
 SETTING = re.compile(r"#(\w+) = |#\[[\w.]+\]")
 """A commented setting has no space behind its '#', prose has one."""
@@ -340,7 +340,7 @@ def test_the_example_is_valid_once_one_source_of_the_pin_is_chosen(toml: Path) -
     softhsm, aws = settings.backends["softhsm"], settings.backends["aws"]
     assert isinstance(softhsm, Pkcs11Backend)
     assert softhsm.environment.keys() == {"SOFTHSM2_CONF"}
-    assert isinstance(aws, AwsKmsBackend)
+    assert isinstance(aws, AwsKmsOptions)
     assert aws.region == "eu-central-1"
 
 

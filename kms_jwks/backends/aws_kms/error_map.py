@@ -1,7 +1,7 @@
-"""What an answer of KMS, or the lack of one, means for us: one table, and the way from there to an error of ours.
+"""Which error of ours an error code of KMS, or an exception of botocore, becomes: one table, and its application.
 
-A message of ours holds the vendor's code and the operation, never the vendor's own words: those of a refused request
-signature repeat the request's headers, session token included.
+An error of ours has the code and the operation, never the message of KMS: the message of a refused request signature
+repeats the request's headers, session token included.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _CREDENTIALS: Final = (
     "Give the process credentials that boto3 finds (AWS_PROFILE, a role of the machine, a web identity token, or "
     "profile and role_arn in the backend's settings). New ones are picked up without a restart."
 )
-_STS: Final = "See that the source credentials may call sts:AssumeRole on role_arn, and that the role trusts them."
-_NETWORK: Final = "See that the KMS endpoint of the region can be reached: route, proxy, VPC endpoint, endpoint_url."
-_WAIT: Final = "Repeat the call after Retry-After; if it persists look at AWS's health dashboard."
+_STS: Final = "Check that the source credentials may call sts:AssumeRole on role_arn, and that the role trusts them."
+_NETWORK: Final = "Check that the KMS endpoint of the region can be reached: route, proxy, VPC endpoint, endpoint_url."
+_WAIT: Final = "Repeat the call after Retry-After. If it persists look at AWS's health dashboard."
 _STATE: Final = (
     "Enable the key in KMS (EnableKey), after CancelKeyDeletion where its deletion is pending; or revoke the version: "
     "its standby takes over."
@@ -30,59 +30,61 @@ _STATE: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
-    """One row. `next_step` may name `{operation}`; `again`: the same call makes another attempt; `reopen`: credentials
-    are looked for anew before the next one."""
+class ErrorRow:
+    """One row. `next_step` may contain `{operation}`.
+
+    `retry`: the same call makes another attempt. `renew_credentials`: the next attempt searches for new credentials.
+    """
 
     error: type[errors.BackendError]
     next_step: str
     retry_after: int | None = None
-    again: bool = False
-    reopen: bool = False
+    retry: bool = False
+    renew_credentials: bool = False
 
 
-_THROTTLED: Final = Meaning(
+_THROTTLED: Final = ErrorRow(
     errors.BackendThrottled,
     "Repeat the call after Retry-After. If it persists ask AWS for a higher request quota for KMS in this region.",
     retry_after=1,
 )
-_INTERNAL: Final = Meaning(errors.BackendUnavailable, _WAIT, retry_after=1, again=True)
-_UNREACHABLE: Final = Meaning(errors.BackendUnavailable, _NETWORK, retry_after=2, again=True)
-_SILENT: Final = Meaning(errors.BackendTimeout, _NETWORK)
-_DENIED: Final = Meaning(
+_INTERNAL: Final = ErrorRow(errors.BackendUnavailable, _WAIT, retry_after=1, retry=True)
+_UNREACHABLE: Final = ErrorRow(errors.BackendUnavailable, _NETWORK, retry_after=2, retry=True)
+_SILENT: Final = ErrorRow(errors.BackendTimeout, _NETWORK)
+_DENIED: Final = ErrorRow(
     errors.BackendRefused,
-    "Allow kms:{operation} for these credentials, in their IAM policy and in the key's policy; see that they are of "
+    "Allow kms:{operation} for these credentials, in their IAM policy and in the key's policy. Check that they are of "
     "the right account.",
 )
-_EXPIRED: Final = Meaning(errors.BackendUnavailable, _CREDENTIALS, retry_after=5, reopen=True)
-_WRONG_CREDENTIALS: Final = Meaning(
+_EXPIRED: Final = ErrorRow(errors.BackendUnavailable, _CREDENTIALS, retry_after=5, renew_credentials=True)
+_WRONG_CREDENTIALS: Final = ErrorRow(
     errors.BackendRefused,
-    "See that the credentials are right and not withdrawn. New ones are picked up without a restart.",
-    reopen=True,
+    "Check that the credentials are right and still valid. New ones are picked up without a restart.",
+    renew_credentials=True,
 )
-_SIGNATURE: Final = Meaning(
+_SIGNATURE: Final = ErrorRow(
     errors.BackendRefused,
-    "See that region and endpoint_url belong together, that this machine's clock is right, and that the secret key is.",
-    reopen=True,
+    "Check that region and endpoint_url belong together, and that this machine's clock and the secret key are right.",
+    renew_credentials=True,
 )
-_WRONG_STATE: Final = Meaning(errors.BackendRefused, _STATE)
-_OURS: Final = Meaning(errors.BackendRefused, "Look at the key in KMS: it is not one this operation is for.")
+_WRONG_STATE: Final = ErrorRow(errors.BackendRefused, _STATE)
+_OURS: Final = ErrorRow(errors.BackendRefused, "Look at the key in KMS: this operation is not for keys of its kind.")
 
-CODES: Final[Mapping[str, Meaning]] = MappingProxyType(
+CODES: Final[Mapping[str, ErrorRow]] = MappingProxyType(
     {
-        # too much
+        # throttling and quotas
         "ThrottlingException": _THROTTLED,
         "Throttling": _THROTTLED,
         "ThrottledException": _THROTTLED,
         "RequestThrottledException": _THROTTLED,
         "RequestLimitExceeded": _THROTTLED,
         "TooManyRequestsException": _THROTTLED,
-        "LimitExceededException": Meaning(
+        "LimitExceededException": ErrorRow(
             errors.BackendRefused,
             "A resource quota of KMS is used up (keys, aliases, tags or the size of a policy): remove some, or ask AWS "
             "for more.",
         ),
-        # KMS itself
+        # failures inside KMS
         "KMSInternalException": _INTERNAL,
         "InternalFailure": _INTERNAL,
         "InternalServiceError": _INTERNAL,
@@ -91,26 +93,26 @@ CODES: Final[Mapping[str, Meaning]] = MappingProxyType(
         "DependencyTimeoutException": _INTERNAL,
         "RequestTimeout": _INTERNAL,
         "RequestTimeoutException": _INTERNAL,
-        "KeyUnavailableException": Meaning(errors.BackendUnavailable, _WAIT, retry_after=2, again=True),
+        "KeyUnavailableException": ErrorRow(errors.BackendUnavailable, _WAIT, retry_after=2, retry=True),
         # the key
-        "NotFoundException": Meaning(errors.BackendKeyNotFound, errors.BackendKeyNotFound.next_step),
+        "NotFoundException": ErrorRow(errors.BackendKeyNotFound, errors.BackendKeyNotFound.next_step),
         "DisabledException": _WRONG_STATE,
         "KMSInvalidStateException": _WRONG_STATE,
         "InvalidKeyUsageException": _OURS,
-        "UnsupportedOperationException": Meaning(
+        "UnsupportedOperationException": ErrorRow(
             errors.UnsupportedAlgorithm, "The region or the key does not offer this; look at the key's KeySpec in KMS."
         ),
-        "AlreadyExistsException": Meaning(errors.KeyExists, ""),
-        "InvalidArnException": Meaning(errors.BackendRefused, "Name the key by a key id, a key ARN or an alias."),
-        "InvalidAliasNameException": Meaning(errors.BackendRefused, "An alias is letters, digits and /_- only."),
-        "TagException": Meaning(errors.BackendRefused, "A KMS key has at most 50 tags; remove some."),
-        "MalformedPolicyDocumentException": Meaning(errors.BackendRefused, "Correct the policy in key_policy_file."),
+        "AlreadyExistsException": ErrorRow(errors.KeyExists, ""),
+        "InvalidArnException": ErrorRow(errors.BackendRefused, "Name the key by a key id, a key ARN or an alias."),
+        "InvalidAliasNameException": ErrorRow(errors.BackendRefused, "An alias is letters, digits and /_- only."),
+        "TagException": ErrorRow(errors.BackendRefused, "A KMS key has at most 50 tags; remove some."),
+        "MalformedPolicyDocumentException": ErrorRow(errors.BackendRefused, "Correct the policy in key_policy_file."),
         "ValidationException": _OURS,
         "InvalidGrantTokenException": _OURS,
-        # the caller
+        # credentials and permissions
         "AccessDeniedException": _DENIED,
         "AccessDenied": _DENIED,
-        "OptInRequired": Meaning(errors.BackendRefused, "Enable the region for the account."),
+        "OptInRequired": ErrorRow(errors.BackendRefused, "Enable the region for the account."),
         "ExpiredTokenException": _EXPIRED,
         "ExpiredToken": _EXPIRED,
         "RequestExpired": _SIGNATURE,
@@ -123,18 +125,18 @@ CODES: Final[Mapping[str, Meaning]] = MappingProxyType(
         "SignatureDoesNotMatch": _SIGNATURE,
     }
 )
-"""By the error code of an answer; others by their HTTP status."""
+"""By the error code of an answer. Codes that are not listed go by their HTTP status."""
 
-FAILURES: Final[Mapping[type[Exception], Meaning]] = MappingProxyType(
+EXCEPTIONS: Final[Mapping[type[Exception], ErrorRow]] = MappingProxyType(
     {
         vendor.ReadTimeoutError: _SILENT,
         vendor.ConnectTimeoutError: _UNREACHABLE,
         vendor.EndpointConnectionError: _UNREACHABLE,
         vendor.ConnectionClosedError: _UNREACHABLE,
         vendor.ProxyConnectionError: _UNREACHABLE,
-        vendor.SSLError: Meaning(
+        vendor.SSLError: ErrorRow(
             errors.BackendUnavailable,
-            "The endpoint's certificate is not trusted: see endpoint_url, a proxy in between, and AWS_CA_BUNDLE.",
+            "The endpoint's certificate is not trusted: check endpoint_url, a proxy in between, and AWS_CA_BUNDLE.",
             retry_after=5,
         ),
         vendor.ConnectionError: _UNREACHABLE,
@@ -148,60 +150,62 @@ FAILURES: Final[Mapping[type[Exception], Meaning]] = MappingProxyType(
         vendor.SSOError: _EXPIRED,
         vendor.LoginError: _EXPIRED,
         OSError: _EXPIRED,  # a token file of a web identity, a credential process
-        vendor.RefreshWithMFAUnsupportedError: Meaning(
-            errors.BackendRefused, "A service cannot type MFA codes: use a profile without mfa_serial.", reopen=True
+        vendor.RefreshWithMFAUnsupportedError: ErrorRow(
+            errors.BackendRefused,
+            "A service cannot enter MFA codes: use a profile without mfa_serial.",
+            renew_credentials=True,
         ),
-        vendor.ProfileNotFound: Meaning(
+        vendor.ProfileNotFound: ErrorRow(
             errors.BackendRefused,
             "Add the profile to AWS's shared configuration files, or correct `profile` in the backend's settings.",
-            reopen=True,
+            renew_credentials=True,
         ),
-        vendor.ConfigNotFound: Meaning(errors.BackendRefused, "Correct AWS_CONFIG_FILE.", reopen=True),
-        vendor.ConfigParseError: Meaning(
-            errors.BackendRefused, "Correct AWS's shared configuration files.", reopen=True
+        vendor.ConfigNotFound: ErrorRow(errors.BackendRefused, "Correct AWS_CONFIG_FILE.", renew_credentials=True),
+        vendor.ConfigParseError: ErrorRow(
+            errors.BackendRefused, "Correct AWS's shared configuration files.", renew_credentials=True
         ),
-        vendor.InvalidConfigError: Meaning(
-            errors.BackendRefused, "Correct AWS's shared configuration files.", reopen=True
+        vendor.InvalidConfigError: ErrorRow(
+            errors.BackendRefused, "Correct AWS's shared configuration files.", renew_credentials=True
         ),
-        vendor.BaseEndpointResolverError: Meaning(errors.BackendRefused, "Correct `region`.", reopen=True),
-        vendor.InvalidRegionError: Meaning(errors.BackendRefused, "Correct `region`.", reopen=True),
+        vendor.BaseEndpointResolverError: ErrorRow(errors.BackendRefused, "Correct `region`.", renew_credentials=True),
+        vendor.InvalidRegionError: ErrorRow(errors.BackendRefused, "Correct `region`.", renew_credentials=True),
         vendor.ParamValidationError: _OURS,
-        ValueError: Meaning(errors.BackendRefused, "Correct region and endpoint_url.", reopen=True),
+        ValueError: ErrorRow(errors.BackendRefused, "Correct region and endpoint_url.", renew_credentials=True),
     }
 )
-"""By the class of what botocore raised instead of an answer, or the nearest ancestor of it."""
+"""By the class of the exception that botocore raised instead of an answer, or by its nearest ancestor."""
 
-_UNKNOWN: Final = Meaning(errors.BackendUnavailable, _WAIT, retry_after=2)
+_UNKNOWN: Final = ErrorRow(errors.BackendUnavailable, _WAIT, retry_after=2)
 
 
-def meaning_of(error: Exception) -> Meaning:
-    """The row of what botocore raised."""
+def find_row(error: Exception) -> ErrorRow:
+    """The row of an exception of botocore."""
     if isinstance(error, vendor.ClientError):
         row = CODES.get(code_of(error))
         if row is not None:
             return row
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", _SERVER_ERROR)
         return _INTERNAL if status >= _SERVER_ERROR else _OURS
-    return next((FAILURES[cls] for cls in type(error).__mro__ if cls in FAILURES), _UNKNOWN)
+    return next((EXCEPTIONS[cls] for cls in type(error).__mro__ if cls in EXCEPTIONS), _UNKNOWN)
 
 
 def code_of(error: Exception) -> str:
-    """The answer's error code, or the class of what was raised instead of an answer."""
+    """The answer's error code, or the name of the exception's class if there was no answer."""
     if isinstance(error, vendor.ClientError):
         return str(error.response.get("Error", {}).get("Code", "an error"))
     return type(error).__name__
 
 
-def translated(error: Exception, operation: str) -> errors.BackendError:
-    """Our error for what botocore raised when `operation` (Sign, CreateKey, …) was called."""
-    row, code = meaning_of(error), code_of(error)
+def translate(error: Exception, operation: str) -> errors.BackendError:
+    """The error of ours for an exception that botocore raised when `operation` (Sign, CreateKey, …) was called."""
+    row, code = find_row(error), code_of(error)
     step = row.next_step.format(operation=operation)
     if isinstance(error, vendor.ClientError):
         if error.operation_name.startswith("AssumeRole"):
             kind = row.error if row.error is not errors.BackendKeyNotFound else errors.BackendRefused
-            wanted = _STS if kind is errors.BackendRefused else step
+            next_step = _STS if kind is errors.BackendRefused else step
             return kind(
-                f"STS answered {code} to {error.operation_name}.", next_step=wanted, retry_after=row.retry_after
+                f"STS answered {code} to {error.operation_name}.", next_step=next_step, retry_after=row.retry_after
             )
         detail = f"KMS answered {code} to {operation}."
     elif row is _SILENT:
@@ -209,17 +213,17 @@ def translated(error: Exception, operation: str) -> errors.BackendError:
     elif row is _UNREACHABLE:
         detail = f"KMS cannot be reached for {operation} ({code})."
     else:
-        detail = f"{operation} could not be asked of KMS ({code})."
+        detail = f"The call of {operation} failed before it reached KMS ({code})."
     return row.error(detail, next_step=step, retry_after=row.retry_after)
 
 
 def is_about_state(error: errors.BackendRefused) -> bool:
-    """Whether KMS refused because of the state the key is in."""
+    """Whether KMS refused because of the key's state."""
     return code_of(_cause(error)) in ("DisabledException", "KMSInvalidStateException")
 
 
 def is_denial(error: errors.BackendRefused) -> bool:
-    """Whether KMS knows the caller and does not allow this."""
+    """Whether KMS authenticated the caller and denied the operation."""
     return code_of(_cause(error)) == "AccessDeniedException"
 
 

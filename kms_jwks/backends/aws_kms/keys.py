@@ -1,4 +1,4 @@
-"""Keys as KMS describes them: specs and algorithms, ARNs and references, public JWKs, evidence. Pure."""
+"""Keys in the terms of KMS: KeySpecs and signing algorithms, ARNs, aliases, references, public keys, evidence. Pure."""
 
 from __future__ import annotations
 
@@ -24,54 +24,54 @@ MESSAGE_BYTES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """What KMS calls one JOSE algorithm: SigningAlgorithm, and the KeySpec by modulus size (None: there is none)."""
+class AlgorithmRow:
+    """One JOSE algorithm in KMS: SigningAlgorithm, and the KeySpec by modulus size (None for keys that are not RSA)."""
 
     signing_algorithm: str
     specs: Mapping[int | None, str]
 
 
 _RSA: Final[Mapping[int | None, str]] = {2048: "RSA_2048", 3072: "RSA_3072", 4096: "RSA_4096"}
-ROWS: Final[Mapping[str, Row]] = MappingProxyType(
+ROWS: Final[Mapping[str, AlgorithmRow]] = MappingProxyType(
     {
-        "RS256": Row("RSASSA_PKCS1_V1_5_SHA_256", _RSA),
-        "RS384": Row("RSASSA_PKCS1_V1_5_SHA_384", _RSA),
-        "RS512": Row("RSASSA_PKCS1_V1_5_SHA_512", _RSA),
-        "PS256": Row("RSASSA_PSS_SHA_256", _RSA),
-        "PS384": Row("RSASSA_PSS_SHA_384", _RSA),
-        "PS512": Row("RSASSA_PSS_SHA_512", _RSA),
-        "ES256": Row("ECDSA_SHA_256", {None: "ECC_NIST_P256"}),
-        "ES384": Row("ECDSA_SHA_384", {None: "ECC_NIST_P384"}),
-        "ES512": Row("ECDSA_SHA_512", {None: "ECC_NIST_P521"}),
-        "ES256K": Row("ECDSA_SHA_256", {None: "ECC_SECG_P256K1"}),
-        # ED25519_PH_SHA_512 is another signature, which no JOSE verifier takes.
-        "EdDSA": Row("ED25519_SHA_512", {None: "ECC_NIST_EDWARDS25519"}),
-        "Ed25519": Row("ED25519_SHA_512", {None: "ECC_NIST_EDWARDS25519"}),
-        "ML-DSA-44": Row("ML_DSA_SHAKE_256", {None: "ML_DSA_44"}),
-        "ML-DSA-65": Row("ML_DSA_SHAKE_256", {None: "ML_DSA_65"}),
-        "ML-DSA-87": Row("ML_DSA_SHAKE_256", {None: "ML_DSA_87"}),
+        "RS256": AlgorithmRow("RSASSA_PKCS1_V1_5_SHA_256", _RSA),
+        "RS384": AlgorithmRow("RSASSA_PKCS1_V1_5_SHA_384", _RSA),
+        "RS512": AlgorithmRow("RSASSA_PKCS1_V1_5_SHA_512", _RSA),
+        "PS256": AlgorithmRow("RSASSA_PSS_SHA_256", _RSA),
+        "PS384": AlgorithmRow("RSASSA_PSS_SHA_384", _RSA),
+        "PS512": AlgorithmRow("RSASSA_PSS_SHA_512", _RSA),
+        "ES256": AlgorithmRow("ECDSA_SHA_256", {None: "ECC_NIST_P256"}),
+        "ES384": AlgorithmRow("ECDSA_SHA_384", {None: "ECC_NIST_P384"}),
+        "ES512": AlgorithmRow("ECDSA_SHA_512", {None: "ECC_NIST_P521"}),
+        "ES256K": AlgorithmRow("ECDSA_SHA_256", {None: "ECC_SECG_P256K1"}),
+        # ED25519_PH_SHA_512 is Ed25519ph, another signature scheme, which JOSE does not have.
+        "EdDSA": AlgorithmRow("ED25519_SHA_512", {None: "ECC_NIST_EDWARDS25519"}),
+        "Ed25519": AlgorithmRow("ED25519_SHA_512", {None: "ECC_NIST_EDWARDS25519"}),
+        "ML-DSA-44": AlgorithmRow("ML_DSA_SHAKE_256", {None: "ML_DSA_44"}),
+        "ML-DSA-65": AlgorithmRow("ML_DSA_SHAKE_256", {None: "ML_DSA_65"}),
+        "ML-DSA-87": AlgorithmRow("ML_DSA_SHAKE_256", {None: "ML_DSA_87"}),
     }
 )
-"""By `alg`. Every region need not offer all of them yet: KMS says so when a key is made."""
+"""By `alg`. A region may lack some of them; KMS then refuses to make the key."""
 
 SPECS: Final = frozenset(spec for row in ROWS.values() for spec in row.specs.values())
-"""The KeySpecs with which a JOSE signature can be made."""
+"""The KeySpecs whose keys make JOSE signatures."""
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What never changes about a key pair in KMS."""
+class PublicKeyFacts:
+    """What never changes about a key pair in KMS: its public key and what follows from it."""
 
     jwk: PublicJwk
     public: jose.PublicKey
 
     @property
     def rsa_bits(self) -> int | None:
-        """The size of the modulus; None for other keys."""
+        """Bits of the modulus; None for keys that are not RSA."""
         return self.public.key_size if self.jwk["kty"] == "RSA" else None  # type: ignore[union-attr]
 
     def fits(self, alg: Algorithm) -> bool:
-        """Whether signatures of `alg` are made with such a key."""
+        """Whether such a key signs with `alg`."""
         if self.jwk["kty"] != alg.kty or self.jwk.get("crv") != alg.crv:
             return False
         if alg.is_rsa:
@@ -79,32 +79,32 @@ class Facts:
         return alg.family is not Family.ML_DSA or self.jwk["alg"] == alg.name
 
     @property
-    def kind(self) -> str:
+    def description(self) -> str:
         """The kind of key, in words."""
         if self.rsa_bits:
             return f"a {self.rsa_bits}-bit RSA key"
         return f"a key of {self.jwk.get('crv') or self.jwk.get('alg')}"
 
 
-def facts_of(spki: bytes) -> Facts:
-    """From the DER that GetPublicKey answers. Raises UnsupportedAlgorithm, BackendRefused."""
+def parse_public_key(spki: bytes) -> PublicKeyFacts:
+    """The key in GetPublicKey's DER (SubjectPublicKeyInfo, RFC 5280). Raises UnsupportedAlgorithm, BackendRefused."""
     try:
         jwk = jose.public_jwk(load_der_public_key(spki))
-        return Facts(jwk, jose.public_key(jwk))
+        return PublicKeyFacts(jwk, jose.public_key(jwk))
     except (UnknownKey, InvalidJwk) as error:
-        raise UnsupportedAlgorithm("The key is of a kind with which no JOSE signature is made.") from error
+        raise UnsupportedAlgorithm("The key is of a kind that no JOSE algorithm uses.") from error
     except ValueError as error:
-        raise BackendRefused("KMS answered a public key that is no SubjectPublicKeyInfo.") from error
+        raise BackendRefused("KMS answered a public key that is not a SubjectPublicKeyInfo.") from error
 
 
-def prepared(alg: Algorithm, what: Message | Digest, facts: Facts) -> tuple[str, bytes]:
-    """MessageType and Message of a Sign call. Raises BackendRefused for what KMS cannot sign, before it is asked."""
+def prepare_message(alg: Algorithm, what: Message | Digest, facts: PublicKeyFacts) -> tuple[str, bytes]:
+    """MessageType and Message of a Sign call. Raises BackendRefused for a message that KMS cannot sign."""
     if isinstance(what, Digest):
         if alg.hash is None:
             raise BackendRefused(f"{alg.name} signs the message itself, not a digest.")
-        wanted = len(Message(b"").digest(alg))
-        if len(what.value) != wanted:
-            raise BackendRefused(f"A digest for {alg.name} has {wanted} bytes, this one {len(what.value)}.")
+        length = len(Message(b"").digest(alg))
+        if len(what.value) != length:
+            raise BackendRefused(f"A digest for {alg.name} has {length} bytes, this one {len(what.value)}.")
         return "DIGEST", what.value
     if 0 < len(what.data) <= MESSAGE_BYTES:
         return "RAW", what.data
@@ -120,12 +120,12 @@ def prepared(alg: Algorithm, what: Message | Digest, facts: Facts) -> tuple[str,
     )
 
 
-def in_jose_form(alg: Algorithm, signature: bytes, facts: Facts) -> bytes:
-    """KMS's signature as JOSE wants it. Raises BackendRefused where it cannot be one of `alg`."""
+def to_jose_signature(alg: Algorithm, signature: bytes, facts: PublicKeyFacts) -> bytes:
+    """KMS's signature in JOSE form: r‖s for ECDSA (RFC 7518 §3.4). Raises BackendRefused if it is not one of `alg`."""
     try:
         raw = jose.der_to_raw(alg, signature) if alg.family is Family.ECDSA else signature
     except ValueError as error:
-        raise BackendRefused(f"KMS made an ECDSA signature that is none of {alg.name}.") from error
+        raise BackendRefused(f"KMS made an ECDSA signature that is not one of {alg.name}.") from error
     if len(raw) != alg.signature_length(facts.rsa_bits):
         raise BackendRefused(f"KMS made a signature of {len(raw)} bytes, which {alg.name} never has.")
     return raw
@@ -152,45 +152,46 @@ class Arn:
     text: str
 
     @classmethod
-    def of(cls, text: str) -> Arn | None:
-        """Its parts; None where it is no ARN of KMS."""
+    def parse(cls, text: str) -> Arn | None:
+        """The parts of `text`; None if it is not the ARN of a key or an alias of KMS."""
         found = _ARN.fullmatch(text)
         if found is None:
             return None
         return cls(found["region"], found["account"], found["kind"] == "alias", found["name"], text)
 
-    def key(self, key_id: str) -> str:
+    def with_key(self, key_id: str) -> str:
         """The ARN of a key of the same account and region."""
         return f"{self.text.partition(':alias/')[0].partition(':key/')[0]}:key/{key_id}"
 
 
-def alias_of(label: str) -> str:
-    """The alias that makes a label unique. Raises BackendRefused where it cannot be one."""
+def make_alias(label: str) -> str:
+    """The alias of a label, which KMS keeps unique. Raises BackendRefused for a label that cannot be an alias."""
     if not 0 < len(label) <= _LABEL_BYTES or not _ALIAS.fullmatch(label) or label.startswith("aws/"):
         raise BackendRefused(f"A key's label in KMS is 1 to {_LABEL_BYTES} letters, digits and /_- (an alias).")
     return f"alias/{label}"
 
 
-def key_id_of(locator: str) -> str:
-    """What KMS takes as KeyId for a locator: a key id, an ARN, alias/NAME, or the bare name of an alias.
+def parse_locator(locator: str) -> str:
+    """The KeyId parameter for a locator: a key id, an ARN, alias/NAME, or the name of an alias without the prefix.
 
     Raises BackendRefused.
     """
-    if Arn.of(locator) is not None or _KEY_ID.fullmatch(locator):
+    if Arn.parse(locator) is not None or _KEY_ID.fullmatch(locator):
         return locator
     name = locator.removeprefix("alias/")
     if not _ALIAS.fullmatch(name):
         raise BackendRefused(
-            f"The locator {locator!r} names no key of KMS.", next_step="Give a key id, a key ARN, an alias or its ARN."
+            f"The locator {locator!r} is not one of a KMS key.",
+            next_step="Give a key id, a key ARN, an alias or its ARN.",
         )
     return f"alias/{name}"
 
 
-def reference(metadata: Mapping[str, Any], account: str) -> KeyRef:
-    """The reference of a key. `account` is the one whose credentials reach it; its own one is in its ARN."""
-    arn = Arn.of(metadata["Arn"])
+def make_reference(metadata: Mapping[str, Any], account: str) -> KeyRef:
+    """The reference of a key. `account` is the one whose credentials use it; the account that owns it is in the ARN."""
+    arn = Arn.parse(metadata["Arn"])
     if arn is None:
-        raise BackendRefused("KMS answered an ARN that is none of a key.")
+        raise BackendRefused("KMS answered an ARN that is not one of a key.")
     return KeyRef.of(arn=arn.text, key_id=arn.name, account=account, region=arn.region)
 
 
@@ -199,10 +200,11 @@ def reference(metadata: Mapping[str, Any], account: str) -> KeyRef:
 _SHOWN: Final = ("Origin", "KeyUsage", "KeySpec", "KeyState", "KeyManager", "MultiRegion", "Arn", "AWSAccountId")
 
 
-def evidence_of(metadata: Mapping[str, Any]) -> Evidence:
-    """From DescribeKey's KeyMetadata. Material of Origin EXTERNAL was imported: whoever made it may hold a copy.
+def read_evidence(metadata: Mapping[str, Any]) -> Evidence:
+    """The evidence in DescribeKey's KeyMetadata.
 
-    EXTERNAL_KEY_STORE keeps it in a manager outside AWS, of which KMS can say nothing.
+    Key material of Origin EXTERNAL was imported, so a copy may exist outside KMS. Material of an EXTERNAL_KEY_STORE is
+    in a key manager outside AWS, about which KMS has no information.
     """
     origin = metadata.get("Origin")
     inside = origin in ("AWS_KMS", "AWS_CLOUDHSM")
@@ -218,6 +220,6 @@ def evidence_of(metadata: Mapping[str, Any]) -> Evidence:
     )
 
 
-def every_algorithm() -> frozenset[str]:
-    """The `alg` names that KMS has."""
+def supported_algorithms() -> frozenset[str]:
+    """The `alg` names that KMS offers."""
     return frozenset(ROWS) & frozenset(ALGORITHMS)
