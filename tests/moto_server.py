@@ -1,4 +1,4 @@
-"""moto's server as a process of its own on a free loopback port. It keeps nothing once it ends."""
+"""moto's server in a process of its own on a free loopback port. Its keys are gone when it ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ START_SECONDS = 60.0
 
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
-    """Its URL, for `endpoint_url`."""
+    """Run the server for the block; its URL is for `endpoint_url`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

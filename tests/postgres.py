@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own: real, on a free loopback port, with its data in a temporary folder.
+"""A real PostgreSQL server for tests, on a free loopback port, with its data in a temporary folder.
 
 It writes without fsync: a killed server keeps what it committed, only a machine that crashes would lose it.
 """
@@ -38,7 +38,7 @@ _SETTINGS = {
 
 
 def program(name: str) -> str:
-    """Where a program of PostgreSQL's is: Debian keeps them out of PATH."""
+    """The path of a program of PostgreSQL. Debian does not put them in PATH."""
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: -float(folder.parent.name))
     found = shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
     assert found is not None, "apt-get install postgresql"
@@ -46,7 +46,7 @@ def program(name: str) -> str:
 
 
 def owner() -> pwd.struct_passwd | None:
-    """As whom the server runs: it refuses to be root. None: as who runs the tests."""
+    """The user that runs the server, which refuses to run as root; None for the user that runs the tests."""
     if os.getuid() != 0:
         return None
     for name in ("postgres", "nobody"):
@@ -84,18 +84,18 @@ class Postgres:
     # --- databases
 
     def url(self, database: str = "postgres", *, port: int | None = None) -> str:
-        """The URL of a database, or of what stands before it on another port."""
+        """The URL of a database, on the server's port or on that of a proxy before it."""
         return f"postgresql://{_USER}:{self._password}@127.0.0.1:{port or self.port}/{database}"
 
     def create(self) -> str:
-        """The name of a new database, empty."""
+        """Create an empty database and return its name."""
         name = f"registry_{uuid.uuid4().hex[:12]}"
         with self.connect() as connection:
             connection.execute(f'CREATE DATABASE "{name}"')
         return name
 
     def copy(self, template: str) -> str:
-        """The name of a new database that holds what another one holds; nobody may be connected to that one."""
+        """Create a copy of a database, to which no session may be connected, and return its name."""
         name = f"registry_{uuid.uuid4().hex[:12]}"
         with self.connect() as connection:
             connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
@@ -103,7 +103,7 @@ class Postgres:
 
     @contextlib.contextmanager
     def connect(self, database: str = "postgres") -> Iterator[psycopg.Connection]:
-        """A connection to look and to meddle, each statement committed at once."""
+        """A connection in autocommit mode, to inspect and change the database."""
         with psycopg.connect(self.url(database), autocommit=True, connect_timeout=10) as connection:
             yield connection
 
@@ -154,13 +154,13 @@ class Postgres:
             self._end(signal.SIGQUIT)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    # --- inside
+    # --- helpers
 
     def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None
         assert process is not None
         if number is signal.SIGKILL:
-            # Frozen first: a server that lives on for a moment would say goodbye for its killed children.
+            # Frozen first: a server that still runs would close its killed children's sessions properly.
             process.send_signal(signal.SIGSTOP)
             for child in _children(process.pid):
                 with contextlib.suppress(ProcessLookupError):
@@ -194,7 +194,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _end_with(parent: int) -> Callable[[], None]:
-    """What a child calls before its program begins, so that a killed test run leaves no server behind."""
+    """A function for the child to call before exec, so that the server ends with a test run that is killed."""
     prctl = ctypes.CDLL(None).prctl
 
     def prepare() -> None:
@@ -213,7 +213,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running() -> Iterator[Postgres]:
-    """A server until the end of the block."""
+    """Run a server for the block."""
     server = Postgres()
     try:
         server.start()

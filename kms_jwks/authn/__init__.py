@@ -1,6 +1,6 @@
-"""Who is calling: credentials as they come in a request, before the registry is asked about them.
+"""Credentials of callers, as a request carries them and before they are looked up in the registry.
 
-Today a caller shows an API token. Client certificates and OIDC tokens join as further kinds of `Credential`.
+The only kind is the API token. Client certificates and OIDC tokens are to become further kinds of `Credential`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,6 @@ from typing import TypeAlias
 from kms_jwks.authn.tokens import NewToken, TokenCredential, credential_from_header, matches, new_token, parse
 
 Credential: TypeAlias = TokenCredential
-"""What a request carried."""
+"""A credential that a request carried."""
 
 __all__ = ["Credential", "NewToken", "TokenCredential", "credential_from_header", "matches", "new_token", "parse"]

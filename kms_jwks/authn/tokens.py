@@ -1,7 +1,7 @@
-"""API tokens: ``kj_``, 256 random bits in 43 base62 characters, then a CRC-32 of all that in 6.
+"""API tokens: ``kj_``, 256 random bits in 43 base62 characters, and a CRC-32 of both in 6 base62 characters.
 
-The prefix and the checksum let scanners find a leaked token and let a mistyped one fail before anybody looks it up.
-The registry knows a token by its SHA-256 alone: 256 random bits need no slow hash. No error repeats a token.
+The prefix and the checksum let scanners recognise a leaked token, and let a mistyped token fail before it is looked up.
+The registry holds only a token's SHA-256: 256 random bits need no slow hash. No error repeats a token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BEARER: Final = re.compile(r"bearer +([^ ]+) *", re.IGNORECASE | re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """A token just made: the text to show once, and the SHA-256 (lower-case hex) to keep."""
+    """A new token: the text to show once, and the SHA-256 (lower-case hex) to store."""
 
     token: str = field(repr=False)
     sha256: str
@@ -37,7 +37,7 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenCredential:
-    """An API token as a request carried it, well-formed and not yet looked up. `sha256` is lower-case hex."""
+    """A well-formed API token that is not looked up yet. `sha256` is lower-case hex."""
 
     sha256: str
 
@@ -50,7 +50,7 @@ def new_token() -> NewToken:
 
 
 def parse(text: str) -> str:
-    """The SHA-256 (lower-case hex) of a well-formed token. Raises CredentialsMalformed and says what is wrong."""
+    """The SHA-256 (lower-case hex) of a well-formed token. Raises CredentialsMalformed with the cause."""
     if not _TOKEN.fullmatch(text):
         raise CredentialsMalformed(_form_problem(text))
     if text[-_CHECKSUM_LENGTH:] != _checksum(text[:-_CHECKSUM_LENGTH]):
@@ -61,8 +61,8 @@ def parse(text: str) -> str:
 def credential_from_header(authorization: str | None) -> TokenCredential:
     """The credential of an Authorization header (RFC 6750 §2.1), the scheme in any case.
 
-    Raises CredentialsMissing when there is none, CredentialsMalformed for another scheme, no or several tokens,
-    several headers (which arrive joined by a comma), and whatever `parse` refuses.
+    Raises CredentialsMissing if there is none, and CredentialsMalformed for another scheme, no or several tokens,
+    several headers (which arrive joined by a comma), and a token that `parse` refuses.
     """
     if authorization is None or not authorization.strip(" \t"):
         raise CredentialsMissing
@@ -75,7 +75,7 @@ def credential_from_header(authorization: str | None) -> TokenCredential:
 
 
 def matches(a: str, b: str) -> bool:
-    """Whether two digests are equal, in a time that does not tell where they differ."""
+    """Whether two digests are equal, compared in constant time."""
     return hmac.compare_digest(a.encode(), b.encode())
 
 

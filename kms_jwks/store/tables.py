@@ -185,7 +185,7 @@ versions = Table(
     Index("ix_versions_state", "state"),
     Index("ix_versions_key_set_id", "key_set_id"),
 )
-# At most one version of a key signs, whatever the code above believes.
+# The database itself refuses a second active version of a key.
 ONE_ACTIVE = Index(
     "uq_versions_active",
     versions.c.key_id,

@@ -1,4 +1,4 @@
-"""What every registry store must do about its schema. To adopt it, give `url`: a database that is there, and empty."""
+"""The contract of every registry store about its schema. An adopter gives `url`: an existing, empty database."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SchemaContract:
         yield made
         made.dispose()
 
-    def test_an_empty_database_is_no_outage(self, store: Store) -> None:
+    def test_an_empty_database_is_a_schema_mismatch_and_not_unavailable(self, store: Store) -> None:
         """Waiting does not help, so it is not StoreUnavailable."""
 
         def read() -> None:
@@ -89,7 +89,7 @@ class SchemaContract:
         with connected(url) as connection:
             assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
-    def test_a_state_that_nobody_knows_is_not_stored(self, store: Store) -> None:
+    def test_an_unknown_state_is_not_stored(self, store: Store) -> None:
         store.upgrade()
         with pytest.raises(errors.Conflict), store.write() as tx:
             tx.add(replace(key_set(), access=_Unknown.ODD))  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ class SchemaContract:
     def test_an_older_schema_is_refused_and_brought_up_to_date(
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The next migration may rebuild a table that others refer to, and no row may go with it."""
+        """The next migration may rebuild a table that others refer to, and must not lose a row."""
         store.upgrade()
         head = schema.needed_revision()
         with store.write() as tx:
@@ -118,11 +118,10 @@ class SchemaContract:
         with pytest.raises(errors.Conflict), store.write() as tx:
             tx.add(Grant(Id("grant-2"), Id("nobody"), "signer", T0))
 
-    def test_every_schema_there_ever_was_is_brought_up_to_date(
+    def test_every_earlier_schema_is_brought_up_to_date(
         self, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """From the first one on, one revision after the other, and what was written under the first is read under
-        the last."""
+        """Revision after revision; entities that were written under the first are read under the last."""
         revisions = sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("0*.py"))
         assert revisions[-1] == schema.needed_revision()
         upgrade, things = command.upgrade, (key_set(), key(), version(1, VersionState.ACTIVE), _WORKER, _INTENT)
@@ -154,7 +153,7 @@ class SchemaContract:
         with connected(url) as connection:
             assert "note" not in {column["name"] for column in inspect(connection).get_columns("clients")}
 
-    def test_one_of_many_first_starts_makes_the_registry(self, store: Store) -> None:
+    def test_simultaneous_first_starts_create_one_registry(self, store: Store) -> None:
         context = multiprocessing.get_context("fork")
         processes = [context.Process(target=store.upgrade) for _ in range(4)]
         for process in processes:
@@ -177,7 +176,7 @@ class _Unknown(StrEnum):
 
 @contextmanager
 def connected(url: str) -> Iterator[Connection]:
-    """A connection of the test's own; what it does is committed."""
+    """A connection of the test's own, committed at the end of the block."""
     engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     try:
         with engine.begin() as connection:

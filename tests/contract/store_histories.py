@@ -1,4 +1,4 @@
-"""Random histories of a registry, and what must hold after each transaction of one: the epoch's rule.
+"""Random histories of a registry, and the rule of the epoch that must hold after each transaction.
 
 The counter grows by one when what a snapshot holds has changed, and else stays. What a snapshot holds is spelled out
 here a second time, from the definition and not from the store's table.
@@ -40,7 +40,7 @@ MOMENTS = st.one_of(st.none(), st.integers(1, 3).map(lambda n: Instant(T0 + n)))
 
 @dataclass(frozen=True)
 class Step:
-    """Add a thing of a kind, or change one of those there are: which is up to `pick`."""
+    """Add an entity of a kind, or change an existing one, which `pick` selects."""
 
     kind: str
     pick: int
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Transaction:
-    """Steps that are committed together, or not at all."""
+    """Steps that are committed together or not at all."""
 
     steps: tuple[Step, ...]
     broken_off: bool
@@ -105,7 +105,7 @@ histories = st.lists(
 
 
 class History:
-    """Plays transactions on a store, and keeps beside it what the store must hold."""
+    """Runs transactions on a store, and keeps a model of what the store must hold."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -116,7 +116,7 @@ class History:
                 self._add(tx, self._things, kind, 0)
 
     def play(self, transaction: Transaction) -> None:
-        """Run one transaction and hold its outcome against the rule."""
+        """Run one transaction and check its outcome against the rule."""
         before, counted = self._read()
         things = {kind: list(found) for kind, found in self._things.items()}
         tx = None
@@ -148,7 +148,7 @@ class History:
             return tx.contents(), sum(_stored(tx, thing) is not None for thing in self._mine())
 
     def _compare(self, contents: RegistryContents) -> None:
-        """Every thing is stored as it should be; in the contents stand those that a snapshot holds, and no others."""
+        """Every entity is stored as the model has it; the contents have those that a snapshot holds, and no others."""
         inside = {thing.id for things in _lists(contents) for thing in things}
         with self._store.read() as tx:
             for thing in self._mine():
@@ -193,7 +193,7 @@ class History:
                 of = some("key")
                 number = 1 + sum(v.key_id == of.id for v in things["version"])
                 state = list(S)[pick % len(S)]
-                # Every third asks for a kid that is bound already.
+                # Every third uses a kid that is bound already.
                 kid = things["version"][0].kid if pick % 3 == 1 and things["version"] else f"kid-{fresh}"
                 return version(number, state, id=fresh, key_id=of.id, key_set_id=of.key_set_id, kid=kid)
             case "external":
@@ -212,7 +212,7 @@ class History:
 
 
 def held(contents: RegistryContents) -> dict[Id, object]:
-    """What a snapshot made of these contents holds, by id."""
+    """What a snapshot of these contents holds, by id."""
     return {thing.id: _held(thing) for things in _lists(contents) for thing in things}
 
 

@@ -1,4 +1,4 @@
-"""What every registry store must do. To adopt it, give `url`: a database of its own, empty or just upgraded."""
+"""The contract of every registry store. An adopter gives `url`: a database of its own, empty or just upgraded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NOW = T0
 
 
 def fill(tx: WriteTx) -> None:
-    """One of everything, under the builders' ids."""
+    """Add one entity of each kind, with the builders' ids."""
     tx.add(key_set())
     tx.add(key())
     tx.add(
@@ -80,9 +80,9 @@ class StoreContract:
             fill(tx)
         return store
 
-    # --- values go in and come out
+    # --- values
 
-    def test_everything_comes_back_as_it_went_in(self, filled: Store) -> None:
+    def test_every_entity_is_read_as_it_was_written(self, filled: Store) -> None:
         with filled.read() as tx:
             assert tx.key_set("main") == tx.key_set_by_id(Id("set-1")) == key_set()
             assert tx.key(Id("set-1"), "default") == tx.key_by_id(Id("key-1")) == key()
@@ -100,7 +100,7 @@ class StoreContract:
             assert tx.kid_owner("kid-1") == ("version", "version-1")
             assert tx.kid_owner("old") == ("external_key", "external-1")
 
-    def test_what_is_not_there_is_none(self, store: Store) -> None:
+    def test_finders_return_none_for_what_is_not_in_the_registry(self, store: Store) -> None:
         nobody = Id("nobody")
         with store.read() as tx:
             found: list[Any] = [tx.key_set("x"), tx.key_set_by_id(nobody), tx.key(nobody, "x"), tx.key_by_id(nobody)]
@@ -138,7 +138,7 @@ class StoreContract:
             assert row is not None
             assert row.confirmed == tx.epoch()
 
-    def test_lists_leave_out_what_is_gone_unless_asked(self, filled: Store) -> None:
+    def test_lists_leave_out_deleted_entities_unless_asked(self, filled: Store) -> None:
         with filled.write() as tx:
             tx.save(replace(external(), removed_at=NOW))
             for found in (tx.grant(Id("grant-1")), tx.client("issuer")):
@@ -158,7 +158,7 @@ class StoreContract:
             assert reading.kid_owner("old") == ("external_key", "external-1")
             assert reading.contents().tokens == tuple(reading.tokens(Id("client-1")))
 
-    def test_lists_know_whose_they_are(self, filled: Store) -> None:
+    def test_lists_are_filtered_by_owner(self, filled: Store) -> None:
         other = Id("other")
         with filled.read() as tx:
             assert len(tx.keys(Id("set-1"))) == len(tx.tokens(Id("client-1"))) == 1
@@ -216,7 +216,7 @@ class StoreContract:
         with filled.read() as reading:
             assert reading.version_by_kid("kid-1") == reading.version(Id("version-1"))
 
-    def test_what_was_never_added_cannot_be_saved(self, store: Store) -> None:
+    def test_an_entity_that_was_not_added_cannot_be_saved(self, store: Store) -> None:
         with pytest.raises(errors.InternalError), store.write() as tx:
             tx.save(key_set())
 
@@ -232,7 +232,7 @@ class StoreContract:
             (Token(Id("token-2"), Id("client-1"), "ab" * 32, NOW, NOW), errors.Conflict),
         ],
     )
-    def test_who_catches_a_refusal_can_go_on_and_nothing_of_it_is_written(
+    def test_a_transaction_continues_after_a_caught_refusal_which_writes_nothing(
         self, filled: Store, refused: Any, error: type[errors.Error]
     ) -> None:
         with filled.read() as reading:
@@ -298,7 +298,7 @@ class StoreContract:
             lambda tx: tx.set_custodian_lease(CustodianLease(1, "h", "n", NOW, NOW)),
         ],
     )
-    def test_nothing_else_moves_it(self, filled: Store, change: Any) -> None:
+    def test_other_changes_do_not_move_the_epoch(self, filled: Store, change: Any) -> None:
         before, _ = filled.poll()
         with filled.write() as tx:
             change(tx)
@@ -319,7 +319,7 @@ class StoreContract:
             lambda tx: tx.new_incarnation(),
         ],
     )
-    def test_these_move_it_and_the_contents(self, filled: Store, change: Any) -> None:
+    def test_changes_of_what_a_snapshot_holds_move_the_epoch(self, filled: Store, change: Any) -> None:
         with filled.read() as reading:
             before = reading.contents()
         with filled.write() as tx:
@@ -329,7 +329,7 @@ class StoreContract:
         assert after.epoch != before.epoch
         assert tx.committed_epoch == after.epoch
 
-    def test_what_is_as_it_was_at_the_end_has_not_changed(self, filled: Store) -> None:
+    def test_a_change_that_is_reverted_does_not_move_the_epoch(self, filled: Store) -> None:
         with filled.write() as tx:
             client = tx.client("issuer")
             assert client is not None
@@ -354,7 +354,7 @@ class StoreContract:
         assert tx.committed_epoch is None
 
     def test_any_history_obeys_the_rule(self, store: Store) -> None:
-        # Not shrunk: against a real database that takes minutes, and a history is short enough to be read.
+        # Not shrunk: that takes minutes on a real database, and a history is short enough to read.
         @settings(
             max_examples=20,
             deadline=None,
@@ -370,7 +370,7 @@ class StoreContract:
 
         play()
 
-    def test_contents_are_what_has_a_view(self, filled: Store) -> None:
+    def test_the_contents_are_what_a_snapshot_holds(self, filled: Store) -> None:
         with filled.write() as tx:
             for number, state in enumerate((S.CREATING, S.PUBLISHED, S.RETIRING, S.RETIRED, S.DESTROYED), 2):
                 tx.add(version(number, state))
@@ -383,7 +383,7 @@ class StoreContract:
         assert [v.number for v in contents.versions] == [1, 3, 4, 8, 9]
         assert [v.id for v in contents.versions] == [v.id for v in everything if snapshot_view(v) is not None]
 
-    # --- several at once
+    # --- concurrency
 
     def test_writers_wait_for_each_other(self, store: Store) -> None:
         def write(number: int) -> None:
@@ -445,7 +445,7 @@ class StoreContract:
 
     # --- the custodian's lease
 
-    def test_a_term_never_goes_back(self, store: Store) -> None:
+    def test_a_term_never_decreases(self, store: Store) -> None:
         lease = CustodianLease(5, "holder", "node", NOW, Instant(NOW + SECOND))
         with store.write() as tx:
             tx.set_custodian_lease(lease)

@@ -1,4 +1,4 @@
-"""The contract suite against AWS KMS: a fake that honours all its rules, and moto for what moto does rightly."""
+"""AWS KMS adopts the backends' contract: on a fake with all rules of KMS, and on moto for what moto does rightly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def moto_url() -> Iterator[str]:
 # --- the errors that KMS documents ------------------------------------------------------------------------------------
 
 _MANY = 40
-"""More often than any call tries again."""
+"""More than the attempts of any call."""
 
 
 def _code(
@@ -113,7 +113,7 @@ VENDOR_ERRORS = {
     f"{code}-{call}": _code(code, becomes, call=call, operation=operation, status=status)
     for call, operation in _CALLS.items()
     for code, (becomes, status) in _ANYWHERE.items()
-    # Who is told that they may not list has been heard, and known: KMS is well.
+    # KMS has authenticated the caller before it denies ListAliases, so KMS works.
     if (call, code) != ("ping", "AccessDeniedException")
 } | {
     f"{code}-{operation}-{call}": _code(code, becomes, call=call, operation=operation, status=status)

@@ -1,4 +1,4 @@
-"""PostgreSQL adopts the store's contract, and keeps what only a server can break: restarts, silence, other writers."""
+"""PostgreSQL adopts the store's contracts; tests of what only a server does: restart, fall silent, have other clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUICK = ConnectionSettings(timeout=1.0)
 
 @pytest.fixture(scope="module")
 def template(postgres: Postgres) -> str:
-    """A registry without contents: running every migration for every test takes longer than the tests."""
+    """An empty registry to copy: running every migration for every test takes longer than the tests."""
     name = postgres.create()
     store = Store(postgres.url(name))
     store.upgrade()
@@ -102,13 +102,13 @@ def names(store: Store) -> set[str]:
         return {client.name for client in tx.clients()}
 
 
-# --- who writes beside whom
+# --- concurrent writers
 
 
-def test_what_a_writer_reads_is_what_the_writer_before_it_wrote(store: Store) -> None:
-    """A read-modify-write of two nodes at once: no update is lost, whatever isolation the database has by default."""
+def test_a_writer_reads_what_the_previous_writer_wrote(store: Store) -> None:
+    """Read-modify-write of two nodes at once loses no update, whatever the database's default isolation is."""
     with store.write() as tx:
-        tx.set_custodian_lease(CustodianLease(0, "nobody", "node", T0, T0))
+        tx.set_custodian_lease(CustodianLease(0, "holder", "node", T0, T0))
 
     def raise_term(_: int) -> None:
         with store.write() as tx:
@@ -130,7 +130,7 @@ def test_another_default_isolation_changes_nothing(
 ) -> None:
     with postgres.connect() as connection:
         connection.execute(f"ALTER DATABASE \"{database}\" SET default_transaction_isolation = '{default}'")
-    test_what_a_writer_reads_is_what_the_writer_before_it_wrote(store)
+    test_a_writer_reads_what_the_previous_writer_wrote(store)
 
 
 def test_a_reader_writes_nothing(store: Store) -> None:
@@ -154,8 +154,8 @@ def test_a_writer_that_waits_too_long_may_try_again(postgres: Postgres, database
     store.dispose()
 
 
-def test_writers_that_wait_leave_connections_to_those_who_read(postgres: Postgres, database: str) -> None:
-    """A worker that cannot poll loses its lease, and its node holds up the others' changes too."""
+def test_waiting_writers_leave_connections_to_readers(postgres: Postgres, database: str) -> None:
+    """A worker that cannot poll loses its lease and delays changes of all nodes."""
     store = Store(postgres.url(database), connection_settings=ConnectionSettings(pool_size=3, timeout=20.0))
     with postgres.connect(database) as other, ThreadPoolExecutor(12) as pool:
         with other.transaction():
@@ -171,26 +171,26 @@ def test_writers_that_wait_leave_connections_to_those_who_read(postgres: Postgre
     store.dispose()
 
 
-def test_who_rests_in_the_midst_of_a_change_does_not_hold_up_the_others(postgres: Postgres, database: str) -> None:
-    """A process that was stopped, or whose packets vanish, holds the lock that every writer of every node waits for."""
-    resting, other = (
+def test_an_idle_transaction_is_ended_and_does_not_block_other_writers(postgres: Postgres, database: str) -> None:
+    """A process that is stopped, or whose packets are lost, holds the lock that the writers of all nodes wait for."""
+    idle, other = (
         Store(postgres.url(database), connection_settings=ConnectionSettings(timeout=t)) for t in (1.0, 10.0)
     )
 
-    def rest() -> None:
-        with resting.write() as tx:
+    def write_and_idle() -> None:
+        with idle.write() as tx:
             tx.add(Client(new_id(), "of-the-stopped", T0))
             add(other, "of-the-other")
 
     with pytest.raises(errors.StoreUnavailable):
-        rest()
-    assert names(resting) == {"of-the-other"}
-    for store in (resting, other):
+        write_and_idle()
+    assert names(idle) == {"of-the-other"}
+    for store in (idle, other):
         store.dispose()
 
 
-def test_deciding_times_are_the_server_s(postgres: Postgres, database: str) -> None:
-    """A node whose clock is half a minute off, either way, sees and writes the same time as the others."""
+def test_times_are_the_server_s(postgres: Postgres, database: str) -> None:
+    """A node whose clock is half a minute off reads and writes the same time as the others."""
     seen = []
     for wrong in (-30, 30):
 
@@ -218,9 +218,7 @@ def test_the_moment_of_a_transaction_is_read_once(store: Store) -> None:
 # --- durability
 
 
-def test_what_was_answered_is_durable_even_where_the_server_was_told_otherwise(
-    postgres: Postgres, database: str
-) -> None:
+def test_commits_are_durable_even_if_the_server_is_configured_otherwise(postgres: Postgres, database: str) -> None:
     for setting, expected in (("off", "on"), ("remote_apply", "remote_apply")):
         with postgres.connect() as connection:
             connection.execute(f'ALTER DATABASE "{database}" SET synchronous_commit = {setting}')
@@ -246,7 +244,7 @@ def test_a_commit_that_fails_has_no_epoch(store: Store, postgres: Postgres, data
     assert names(store) == set()
 
 
-# --- a server that goes and comes back
+# --- loss and recovery of the server
 
 
 def kill_sessions(postgres: Postgres, database: str) -> None:
@@ -254,28 +252,30 @@ def kill_sessions(postgres: Postgres, database: str) -> None:
         connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
 
 
-def rest_of_all_connections(store: Store) -> None:
-    """Several connections in the pool."""
+def fill_pool(store: Store) -> None:
+    """Leave three idle connections in the pool."""
     with store.read(), store.read(), store.read():
         pass
 
 
-def test_sessions_that_the_server_ends_are_replaced_unnoticed(store: Store, postgres: Postgres, database: str) -> None:
-    rest_of_all_connections(store)
+def test_sessions_that_the_server_ended_are_replaced_without_an_error(
+    store: Store, postgres: Postgres, database: str
+) -> None:
+    fill_pool(store)
     kill_sessions(postgres, database)
     add(store, "after")
-    rest_of_all_connections(store)
+    fill_pool(store)
     assert store.poll()[0].counter == 2
 
 
 @pytest.mark.parametrize(
     "use", [Store.poll, names, lambda store: add(store, "after")], ids=["poll", "a read", "a change"]
 )
-def test_a_session_whose_end_has_not_arrived_is_replaced_unnoticed(
+def test_a_session_whose_end_has_not_arrived_is_replaced_without_an_error(
     store: Store, postgres: Postgres, database: str, use: Callable[[Store], object]
 ) -> None:
     """pg_terminate_backend returns before the session ends, and a connection may be taken in between."""
-    rest_of_all_connections(store)
+    fill_pool(store)
     with postgres.connect() as connection:
         found = connection.execute("SELECT pid FROM pg_stat_activity WHERE datname = %s", [database]).fetchall()
         processes = [process for (process,) in found]
@@ -292,7 +292,7 @@ def test_a_session_whose_end_has_not_arrived_is_replaced_unnoticed(
     timer.start()
     use(store)
     timer.join()
-    rest_of_all_connections(store)
+    fill_pool(store)
     store.poll()
 
 
@@ -329,7 +329,7 @@ def test_a_server_that_is_restarted_or_killed_is_used_again(own: Postgres) -> No
     store = Store(own.url(name), connection_settings=QUICK)
     store.upgrade()
     for number, end in enumerate((own.stop, own.kill)):
-        rest_of_all_connections(store)
+        fill_pool(store)
         add(store, f"before-{number}")
         end()
         for use in (store.poll, lambda: names(store), lambda: add(store, "never")):
@@ -344,11 +344,11 @@ def test_a_server_that_is_restarted_or_killed_is_used_again(own: Postgres) -> No
     store.dispose()
 
 
-def test_packets_that_vanish_are_an_error_within_seconds_and_no_hang(
+def test_lost_packets_are_an_error_within_seconds_and_not_a_hang(
     postgres: Postgres, database: str, proxy: Proxy
 ) -> None:
     store = Store(postgres.url(database, port=proxy.port), connection_settings=QUICK)
-    rest_of_all_connections(store)
+    fill_pool(store)
     proxy.freeze()
     for use in (store.poll, lambda: names(store), lambda: add(store, "never")):
         began = time.monotonic()
@@ -361,24 +361,24 @@ def test_packets_that_vanish_are_an_error_within_seconds_and_no_hang(
     store.dispose()
 
 
-def test_a_connection_that_died_while_it_rested_is_not_handed_out(
+def test_a_connection_that_was_lost_while_idle_is_not_used(
     postgres: Postgres, database: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its peer vanished without a goodbye, and is back under the same address: the first call works all the same."""
+    """Its peer vanished without closing it and is back under the same address: the first call succeeds."""
     monkeypatch.setattr("kms_jwks.store.postgresql._PING_AFTER", 0.0)
     monkeypatch.setattr("kms_jwks.store.postgresql._PING_TIMEOUT", 0.2)
     store = Store(postgres.url(database, port=proxy.port), connection_settings=QUICK)
-    rest_of_all_connections(store)
+    fill_pool(store)
     proxy.freeze()
     proxy.thaw(old_ones=False)
     add(store, "after")
     store.dispose()
 
 
-def test_while_the_server_is_away_one_tries_and_the_others_are_told_at_once(
+def test_while_the_server_is_unreachable_one_call_tries_and_the_others_fail_at_once(
     postgres: Postgres, database: str, proxy: Proxy
 ) -> None:
-    """Threads that all wait for a connection could not serve the JWKS meanwhile."""
+    """Threads that wait for a connection cannot serve the JWKS meanwhile."""
     store = Store(postgres.url(database, port=proxy.port), connection_settings=ConnectionSettings(timeout=2.0))
     store.poll()
     proxy.freeze()
@@ -401,7 +401,7 @@ def test_while_the_server_is_away_one_tries_and_the_others_are_told_at_once(
 
 
 def test_a_poll_is_one_exchange(postgres: Postgres, database: str, proxy: Proxy) -> None:
-    """Four times a second for every worker: it asks neither whether the connection lives nor for a transaction."""
+    """Every worker polls four times a second, without a test of the connection and without a transaction."""
     store = Store(postgres.url(database, port=proxy.port))
     for _ in range(10):
         store.poll()
@@ -412,7 +412,7 @@ def test_a_poll_is_one_exchange(postgres: Postgres, database: str, proxy: Proxy)
     store.dispose()
 
 
-# --- what an operator gets to see
+# --- messages and settings
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_a_poll_is_one_exchange(postgres: Postgres, database: str, proxy: Proxy)
         ),
     ],
 )
-def test_why_there_is_no_connection_is_said_without_a_name(
+def test_the_cause_of_a_failed_connection_names_no_user_host_or_database(
     postgres: Postgres, database: str, change: Any, said: str
 ) -> None:
     store = Store(change(postgres.url(database)))
@@ -453,7 +453,7 @@ def test_sessions_carry_the_program_s_name_and_bounds_and_the_url_wins(postgres:
         store.dispose()
 
 
-def test_a_process_keeps_to_its_connections(postgres: Postgres, database: str) -> None:
+def test_a_process_opens_no_more_connections_than_its_pool(postgres: Postgres, database: str) -> None:
     store = Store(postgres.url(database), connection_settings=ConnectionSettings(pool_size=3))
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(lambda _: names(store), range(60)))
@@ -475,7 +475,7 @@ def test_another_kind_of_url_is_refused_and_not_repeated(url: str) -> None:
 
 
 def test_a_child_works_on_connections_of_its_own(store: Store, postgres: Postgres) -> None:
-    """Also while another thread of the parent is in the midst of a transaction."""
+    """Also while another thread of the parent has an open transaction."""
     held, go = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -1,4 +1,4 @@
-"""SQLite adopts the store's contract, and keeps what only a file can break."""
+"""SQLite adopts the store's contracts; tests of what only a file can do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.builders import T0
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A registry without contents: running every migration for every test takes longer than the tests."""
+    """An empty registry to copy: running every migration for every test takes longer than the tests."""
     made = tmp_path_factory.mktemp("template") / "registry.sqlite3"
     store = Store(f"sqlite:///{made}")
     store.upgrade()
@@ -77,7 +77,7 @@ def test_it_is_durable(file: Path) -> None:
     store.dispose()
 
 
-def test_a_file_that_is_not_there_is_not_made_unasked(file: Path) -> None:
+def test_a_missing_file_is_created_only_by_an_upgrade(file: Path) -> None:
     store = Store(f"sqlite:///{file}")
     for use in (store.poll, store.check_schema):
         with pytest.raises(errors.StoreUnavailable) as refusal:
@@ -105,8 +105,8 @@ def test_a_file_that_comes_back_is_used_again(file: Path) -> None:
     store.dispose()
 
 
-def test_another_file_under_the_name_is_noticed(file: Path) -> None:
-    """Who polled the file of before for ever would sign on with a key that the restored one says is revoked."""
+def test_a_replaced_file_is_noticed(file: Path) -> None:
+    """A worker that went on polling the old file would sign with a key that is revoked in the restored one."""
     store, other = Store(f"sqlite:///{file}"), Store(f"sqlite:///{file}.other")
     for each in (store, other):
         each.upgrade()
@@ -120,7 +120,7 @@ def test_another_file_under_the_name_is_noticed(file: Path) -> None:
     store.dispose()
 
 
-def test_a_file_that_is_no_database(file: Path) -> None:
+def test_a_file_that_is_not_a_database(file: Path) -> None:
     file.write_bytes(b"this is not a database, but it is long enough to be read as one" * 10)
     store = Store(f"sqlite:///{file}")
     with pytest.raises(errors.StoreUnavailable):
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_database(file: Path) -> None:
 
 
 def test_the_migrations_make_the_checks_of_the_code(file: Path) -> None:
-    """Alembic compares no CHECK constraints and no partial indexes, so the statements are held against each other."""
+    """Alembic compares no CHECK constraints and no partial indexes, so the SQL statements are compared."""
 
     def statements(path: Path) -> dict[str, list[str]]:
         with closing(sqlite3.connect(path)) as connection:
@@ -141,8 +141,8 @@ def test_the_migrations_make_the_checks_of_the_code(file: Path) -> None:
         }
 
     def _plain(sql: str) -> str:
-        # A CHECK stands behind its column or behind all of them, and a rebuilt table's name in quotation marks: the
-        # same to the database.
+        # A CHECK comes after its column or after all columns, and the name of a rebuilt table is quoted: the database
+        # makes no difference.
         return sql.replace(" CONSTRAINT ck_", ",\n\tCONSTRAINT ck_").replace(", ,", ",").replace('"', "")
 
     store = Store(f"sqlite:///{file}")
@@ -177,13 +177,13 @@ def test_a_schema_is_checked_and_used_without_alembic(file: Path) -> None:
     assert (done.stdout.strip(), done.stderr) == ("1", "")
 
 
-def test_there_is_no_way_down() -> None:
+def test_no_migration_can_be_undone() -> None:
     for script in MIGRATIONS.rglob("*.*"):
         if script.suffix in {".py", ".mako"}:
             assert "def downgrade" not in script.read_text()
 
 
-# --- waiting, failing, forking
+# --- waiting, failures, forks
 
 
 def test_a_writer_that_waits_too_long_may_try_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +229,8 @@ def test_a_commit_that_fails_has_no_epoch(file: Path) -> None:
     store.dispose()
 
 
-def test_what_a_child_commits_is_kept_when_the_parent_closes(file: Path) -> None:
-    """SQLite forgets in a child that it holds no locks: with an inherited connection this commit was lost, silently."""
+def test_commits_of_a_child_survive_when_the_parent_closes(file: Path) -> None:
+    """A child holds none of its parent's locks: on an inherited connection this commit was lost silently."""
     store = Store(f"sqlite:///{file}")
     store.upgrade()
     store.poll()
@@ -252,7 +252,7 @@ def test_what_a_child_commits_is_kept_when_the_parent_closes(file: Path) -> None
     store.dispose()
 
 
-def test_a_child_of_a_process_in_the_midst_of_a_transaction_is_refused(file: Path) -> None:
+def test_a_child_forked_during_a_transaction_is_refused(file: Path) -> None:
     store = Store(f"sqlite:///{file}")
     store.upgrade()
     with store.read() as tx:

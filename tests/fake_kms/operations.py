@@ -1,4 +1,4 @@
-"""What the fake KMS holds and its operations: keys, aliases, tags and states by account and region. Knows no HTTP."""
+"""The state and the operations of the fake KMS: keys, aliases, tags and key states by account and region. No HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Parameters = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Whose credentials ask, and of which region's endpoint."""
+    """The account of a caller's credentials, and the region of the endpoint."""
 
     account: str
     region: str
@@ -29,7 +29,7 @@ class Place:
 
 @dataclass
 class Key:
-    """`unseen`: how many more calls do not find it; `late`: how many more signatures it gives though disabled."""
+    """`unseen`: how many more calls do not find the key; `late`: how many more signatures it makes though disabled."""
 
     place: Place
     spec: str
@@ -76,7 +76,7 @@ class Key:
 
 
 class Operations:
-    """Called under a lock by the server, one at a time. `now` moves with `offset`, in seconds."""
+    """The server calls it under a lock, one operation at a time. `offset` in seconds shifts `now`."""
 
     def __init__(self) -> None:
         self.keys: dict[str, Key] = {}
@@ -103,10 +103,10 @@ class Operations:
                 del self.keys[arn]
                 self.aliases = {name: target for name, target in self.aliases.items() if target != arn}
 
-    # --- finding
+    # --- lookup
 
     def find(self, place: Place, key_id: str, *, aliases: bool = True) -> Key:
-        """By key id, key ARN, and where KMS allows it alias and its ARN. Raises Refused as KMS does."""
+        """Find a key by key id, key ARN, and where KMS allows it by alias or alias ARN. Raises Refused as KMS does."""
         arn = key_id
         if not key_id.startswith("arn:"):
             arn = place.arn(key_id if key_id.startswith("alias/") else f"key/{key_id}")
@@ -140,7 +140,7 @@ class Operations:
         return key
 
     def changeable(self, place: Place, key_id: str) -> Key:
-        """For what works in the own account alone, and not on keys that wait for their deletion."""
+        """For operations that KMS allows only in the key's own account, and not while its deletion is pending."""
         key = self.find(place, key_id, aliases=False)
         if key.place.account != place.account:
             raise Refused("AccessDeniedException")
@@ -269,7 +269,7 @@ def _page(member: str, items: list[dict[str, str]], given: Parameters) -> dict[s
 
 @dataclass(frozen=True)
 class Row:
-    """An operation: its function, and its parameters with their types; what is in `needs` must be there."""
+    """An operation: its function, and its parameters with their types; those in `needs` are required."""
 
     run: Callable[[Operations, Place, Parameters], dict[str, Any]]
     parameters: Mapping[str, type]

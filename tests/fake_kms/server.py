@@ -31,8 +31,7 @@ _HANG_SECONDS = 30.0
 
 @dataclass
 class Fault:
-    """What the next calls of an operation meet: an error answer, a wait before the answer, a cut connection, or bytes
-    that are no answer of KMS."""
+    """A fault of an operation's next calls: an error, a delayed answer, a cut connection, or wrong bytes."""
 
     error: Refused | None = None
     delay: float = 0.0
@@ -42,7 +41,7 @@ class Fault:
 
 
 class FakeKms:
-    """One endpoint for all accounts and regions; `url` is what `endpoint_url` wants. Use as a context manager.
+    """One endpoint for all accounts and regions; `url` is for `endpoint_url`. Use as a context manager.
 
     Access keys are AKIA and the account's twelve digits; their secrets are `secret-of-` and the access key.
     """
@@ -73,11 +72,11 @@ class FakeKms:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    # --- what tests do behind the backend's back
+    # --- what tests do directly, not through the backend
 
     @staticmethod
     def environment(account: str = ACCOUNT, *, token: str | None = None, secret: str | None = None) -> dict[str, str]:
-        """Variables with credentials of an account, and nothing of this machine's own."""
+        """Environment variables with credentials of an account, which exclude the machine's own."""
         key = f"AKIA{account}"
         return {
             "AWS_ACCESS_KEY_ID": key,
@@ -97,7 +96,7 @@ class FakeKms:
             self._faults.setdefault(operation, deque()).extend([fault] * times)
 
     def heal(self) -> None:
-        """Take back every fault, and let go what hangs."""
+        """Remove every fault, and end calls that hang."""
         with self._lock:
             self._faults.clear()
             self.denied.clear()
@@ -106,7 +105,7 @@ class FakeKms:
         released.set()
 
     def make(self, spec: str = "ECC_NIST_P256", *, place: Place | None = None, **fields: Any) -> Key:
-        """A key that somebody else made."""
+        """A key that was not made by the backend."""
         with self._lock:
             key = Key(place or Place(ACCOUNT, REGION), spec, SPECS[spec][0](), created=self.held.now(), **fields)
             self.held.keys[key.arn] = key
@@ -120,13 +119,13 @@ class FakeKms:
         return arn
 
     def advance(self, days: float) -> None:
-        """Let days pass."""
+        """Move the fake's clock forward by days."""
         with self._lock:
             self.held.offset += days * 86_400
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Counter[str]]:
-        """How often each operation was called in the meantime."""
+        """How often each operation is called in the block."""
         with self._lock:
             before = self.calls.copy()
         found: Counter[str] = Counter()
@@ -137,8 +136,8 @@ class FakeKms:
     # --- answering
 
     def answer(self, request: _Handler, body: bytes) -> tuple[int, bytes] | None:
-        """Status and body; None where the connection is cut."""
-        if "X-Amz-Target" not in request.headers:  # another protocol: STS, which refuses everybody
+        """Status and body; None if the connection is cut."""
+        if "X-Amz-Target" not in request.headers:  # another protocol: STS, which refuses every caller
             return 403, b"<ErrorResponse><Error><Type>Sender</Type><Code>AccessDenied</Code></Error></ErrorResponse>"
         try:
             target, _, operation = request.headers["X-Amz-Target"].partition(".")
@@ -169,7 +168,7 @@ class FakeKms:
             return error.status, json.dumps({"__type": error.code, "message": error.text}).encode()
 
     def _caller(self, request: _Handler, body: bytes) -> Place:
-        """Who signed the request, which is checked. Raises Refused as AWS does."""
+        """Verify the request's signature and return its caller. Raises Refused as AWS does."""
         found = _AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
         if found is None:
             raise Refused("MissingAuthenticationTokenException", "Missing Authentication Token")
@@ -194,7 +193,7 @@ class _Server(ThreadingHTTPServer):
     fake: FakeKms
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no news."""
+        """A client that closed its connection is not an error."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -218,9 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def date_time_string(self, timestamp: float | None = None) -> str:
-        """The Date header goes by the fake's clock."""
+        """The Date header has the fake's time."""
         assert isinstance(self.server, _Server)
         return super().date_time_string(int(self.server.fake.held.now() if timestamp is None else timestamp))
 
     def log_message(self, *_: object) -> None:
-        """Nothing: requests hold credentials."""
+        """Log nothing: requests contain credentials."""

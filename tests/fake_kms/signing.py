@@ -1,4 +1,4 @@
-"""The private keys of the fake KMS: what each KeySpec is, and what Sign makes with it. Really signs (cryptography)."""
+"""The private keys of the fake KMS: how each KeySpec is made and signs. The signatures are real (cryptography)."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Refused(Exception):
 
 
 def spki(key: Private) -> bytes:
-    """What GetPublicKey answers."""
+    """The public key in GetPublicKey's answer."""
     return key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def sign(key: Private, algorithm: str, message: bytes, kind: str) -> bytes:
-    """As KMS signs: DER for ECDSA, PSS salt as long as the hash; DIGEST and EXTERNAL_MU are not hashed again."""
+    """Sign as KMS does: DER for ECDSA, PSS salt as long as the hash; DIGEST and EXTERNAL_MU are not hashed again."""
     if not 1 <= len(message) <= MESSAGE_BYTES:
         raise Refused("ValidationException", "Member must have length between 1 and 4096")
     if isinstance(key, ed25519.Ed25519PrivateKey):

@@ -114,10 +114,10 @@ def test_a_policy_that_cannot_be_read_makes_nothing(fake: FakeKms, make: MakeBac
 
 
 @pytest.mark.parametrize("operation", ["DescribeKey", "GetPublicKey", "CreateAlias", "Sign"])
-def test_a_key_that_fails_on_the_way_does_not_stay(fake: FakeKms, make: MakeBackend, operation: str) -> None:
+def test_a_new_key_that_fails_is_scheduled_for_deletion(fake: FakeKms, make: MakeBackend, operation: str) -> None:
     backend = make()
     if operation == "DescribeKey":
-        fake.fail("DescribeKey", "NotFoundException")  # the look for the alias
+        fake.fail("DescribeKey", "NotFoundException")  # the lookup of the alias
     fake.fail(operation, "AccessDeniedException", times=3)
     refusal(lambda: backend.generate("kj-a-1", ES256))
     assert [key.state for key in fake.held.keys.values()] == ["PendingDeletion"]
@@ -125,7 +125,7 @@ def test_a_key_that_fails_on_the_way_does_not_stay(fake: FakeKms, make: MakeBack
     assert backend.list_keys("kj-") == []
 
 
-def test_where_even_the_removal_fails_the_error_names_the_key(fake: FakeKms, make: MakeBackend) -> None:
+def test_if_the_removal_fails_too_the_error_names_the_key(fake: FakeKms, make: MakeBackend) -> None:
     backend = make()
     fake.fail("Sign", "AccessDeniedException")
     fake.fail("ScheduleKeyDeletion", "AccessDeniedException")
@@ -136,7 +136,7 @@ def test_where_even_the_removal_fails_the_error_names_the_key(fake: FakeKms, mak
 
 
 def test_a_key_without_its_alias_is_found_by_its_tag(fake: FakeKms, make: MakeBackend) -> None:
-    """As a crash between CreateKey and CreateAlias leaves it."""
+    """A crash between CreateKey and CreateAlias leaves such a key."""
     backend = make()
     left = fake.make(tags={"kms-jwks:label": "kj-a-1"})
     fake.make(tags={"kms-jwks:label": "kj-b-1"})
@@ -153,11 +153,11 @@ def test_lists_of_more_than_a_page(fake: FakeKms, make: MakeBackend) -> None:
     assert len(make().list_keys("kj-a-")) == 130
 
 
-def test_two_that_want_one_label_at_once(fake: FakeKms, make: MakeBackend) -> None:
-    """The second alias is refused by KMS itself, and the second key does not stay."""
+def test_two_keys_made_at_once_with_one_label(fake: FakeKms, make: MakeBackend) -> None:
+    """KMS refuses the second alias, and the second key's deletion is scheduled."""
     backend = make()
     first = backend.generate("kj-a-1", ES256)
-    fake.fail("DescribeKey", "NotFoundException")  # the look before sees nothing yet
+    fake.fail("DescribeKey", "NotFoundException")  # the lookup before does not find the alias yet
     with pytest.raises(errors.KeyExists):
         backend.generate("kj-a-1", ES256)
     states = {arn: key.state for arn, key in fake.held.keys.items()}
@@ -165,13 +165,13 @@ def test_two_that_want_one_label_at_once(fake: FakeKms, make: MakeBackend) -> No
     assert list(states.values()) == ["PendingDeletion"]
 
 
-def test_a_key_that_shows_late_is_waited_for(fake: FakeKms, make: MakeBackend) -> None:
+def test_a_key_that_becomes_visible_late_is_waited_for(fake: FakeKms, make: MakeBackend) -> None:
     fake.held.new_keys_unseen = 4
     backend = make()
     sign(backend, backend.generate("kj-a-1", ES256))
 
 
-def test_what_was_asked_twice_could_be_made_twice(fake: FakeKms, make: MakeBackend) -> None:
+def test_create_key_is_called_once(fake: FakeKms, make: MakeBackend) -> None:
     backend = make()
     fake.fail("CreateKey", "KMSInternalException", status=500)
     with fake.counted() as calls:
@@ -215,14 +215,14 @@ def test_a_key_of_another_account_is_adopted_when_its_policy_allows(fake: FakeKm
     assert "kms:DescribeKey" in refusal(lambda: backend.adopt(private.arn)).next_step
 
 
-def test_an_alias_to_nowhere(fake: FakeKms, make: MakeBackend) -> None:
+def test_an_alias_that_does_not_exist(fake: FakeKms, make: MakeBackend) -> None:
     error = refusal(lambda: make().adopt("alias/nothing"), errors.BackendKeyNotFound)
     assert "alias/nothing" in error.detail
     assert REGION in error.detail
 
 
 @pytest.mark.parametrize("locator", ["", "alias/", "a b", "arn:aws:s3:::bucket", "pkcs11:token=x", "kj\n"])
-def test_a_locator_that_is_none(make: MakeBackend, fake: FakeKms, locator: str) -> None:
+def test_malformed_locators(make: MakeBackend, fake: FakeKms, locator: str) -> None:
     refusal(lambda: make().adopt(locator))
     assert not fake.calls
 
@@ -287,7 +287,7 @@ def test_a_reference_of_another_account_than_the_setting(fake: FakeKms, make: Ma
 
 
 def test_an_account_that_shows_only_when_the_key_is_made(fake: FakeKms, make: MakeBackend) -> None:
-    """Credentials that may not list do not say whose they are; the new key does, and does not stay."""
+    """Without kms:ListAliases the account is known only from the new key, whose deletion is then scheduled."""
     fake.denied.add((ACCOUNT, "ListAliases"))
     assert OTHER_ACCOUNT in refusal(lambda: make(account=OTHER_ACCOUNT).generate("kj-a-1", ES256)).detail
     assert [key.state for key in fake.held.keys.values()] == ["PendingDeletion"]
@@ -325,7 +325,7 @@ def documented(number: int) -> set[str]:
 
 
 def test_the_documented_policies_suffice_and_hold_nothing_more(fake: FakeKms, make: MakeBackend) -> None:
-    """As far as which operation is asked goes; conditions and resources are IAM's to evaluate."""
+    """Only the operations are checked; IAM alone evaluates conditions and resources."""
 
     def only(allowed: set[str]) -> None:
         fake.denied = {(ACCOUNT, operation) for operation in OPERATIONS if operation not in allowed}
@@ -361,7 +361,9 @@ def test_the_documented_settings_are_settings() -> None:
     assert settings.management.role_arn != settings.role_arn
 
 
-def test_no_credentials_and_then_some(fake: FakeKms, make: MakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_found_once_they_exist(
+    fake: FakeKms, make: MakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key = make().generate("kj-a-1", ES256)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -397,7 +399,7 @@ def test_a_wrong_secret(fake: FakeKms, make: MakeBackend, monkeypatch: pytest.Mo
 
 
 def test_an_unknown_profile(make: MakeBackend) -> None:
-    backend = make(profile="nobody")
+    backend = make(profile="unknown")
     for call in (backend.ping, lambda: backend.generate("kj-a-1", ES256)):
         assert "profile" in refusal(call).next_step
 
@@ -445,9 +447,9 @@ def test_a_role_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_role_that_cannot_be_assumed(fake: FakeKms, make: MakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake's STS refuses everybody."""
+    """The fake's STS refuses every caller."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", fake.url)
-    backend = make(role_arn="arn:aws:iam::111122223333:role/nobody")
+    backend = make(role_arn="arn:aws:iam::111122223333:role/unknown")
     error = refusal(backend.ping)
     assert "AssumeRole" in error.detail
     assert "sts:AssumeRole" in error.next_step
@@ -456,7 +458,7 @@ def test_a_role_that_cannot_be_assumed(fake: FakeKms, make: MakeBackend, monkeyp
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_one_failure_of_kms_is_not_noticed(fake: FakeKms, make: MakeBackend) -> None:
+def test_one_failure_of_kms_is_retried(fake: FakeKms, make: MakeBackend) -> None:
     backend = make()
     key = backend.generate("kj-a-1", ES256)
     for fault in (
@@ -470,7 +472,7 @@ def test_one_failure_of_kms_is_not_noticed(fake: FakeKms, make: MakeBackend) -> 
         assert calls["Sign"] == 2
 
 
-def test_throttling_is_answered_and_not_made_worse(fake: FakeKms, make: MakeBackend) -> None:
+def test_throttling_is_not_retried(fake: FakeKms, make: MakeBackend) -> None:
     backend = make()
     key = backend.generate("kj-a-1", ES256)
     fake.fail("Sign", "ThrottlingException", times=3)
@@ -507,7 +509,7 @@ def test_the_environment_does_not_say_where_kms_is(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("url", ["no-url", "ftp://host", "http://"])
-def test_an_endpoint_url_that_is_none(make: MakeBackend, url: str) -> None:
+def test_malformed_endpoint_urls(make: MakeBackend, url: str) -> None:
     with pytest.raises(ValidationError, match="endpoint_url"):
         make(endpoint_url=url)
 
@@ -519,7 +521,7 @@ def test_an_endpoint_url_without_a_host(make: MakeBackend, url: str) -> None:
 
 
 def test_disabling_a_key_is_no_revocation(fake: FakeKms, make: MakeBackend) -> None:
-    """KMS itself may go on for a while; the service's own revocation does not lean on it."""
+    """KMS may sign with a disabled key for a while; the service's own revocation does not depend on DisableKey."""
     backend = make()
     key = backend.generate("kj-a-1", ES256)
     fake.held.disabled_late = 2
@@ -545,14 +547,14 @@ def test_a_cancelled_deletion_leaves_the_key_enabled(fake: FakeKms, make: MakeBa
     assert "disabled" in error.next_step and "kms:EnableKey" in error.next_step
     assert held.state == "Disabled"
     backend.cancel_destroy(key.ref)
-    assert held.state == "Enabled", "what stopped half-way is finished when it is said again"
+    assert held.state == "Enabled", "a repeated call completes a cancellation that stopped half-way"
     held.state = "PendingReplicaDeletion"
     with pytest.raises(errors.BackendUnavailable) as waits:
         backend.destroy(key.ref)
     assert waits.value.retry_after == 7 * 86_400, "KMS does not say when its replicas are gone"
     with fake.counted() as calls:
         assert backend.schedule_destroy(key.ref, 30)
-    assert calls.keys() == {"DescribeKey"}, "nothing is cancelled to be scheduled anew"
+    assert calls.keys() == {"DescribeKey"}, "the deletion is not cancelled and scheduled again"
 
 
 @pytest.mark.parametrize(("asked", "days"), [(1, 7), (7, 7), (12, 12), (30, 30), (90, 30)])

@@ -1,6 +1,6 @@
-"""The whole service on AWS KMS (the fake): keys made, rotated and revoked over HTTP, and all that KMS can refuse.
+"""The whole service on AWS KMS (the fake): keys made, rotated and revoked over HTTP, and each refusal of KMS.
 
-Whatever KMS says, callers get a clear problem, no version changes its state, the JWKS is served, and doctor says why.
+Whatever KMS answers: callers get a clear problem, no version changes its state, the JWKS is served, doctor has the cause.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ QUICK = {"allow_unsafe_publish_lead": True, "publish_lead": 0}
 
 @dataclass(frozen=True)
 class Node:
-    """A folder whose service has its keys in the fake KMS."""
+    """The folder of a service whose keys are in the fake KMS."""
 
     folder: Path
     port: int
@@ -64,7 +64,7 @@ class Node:
         _run([sys.executable, "-m", "kms_jwks", "init", *config, *tokens], self.folder)
 
     def findings(self) -> list[dict[str, str]]:
-        """What doctor finds wrong, but for its custodian and the tests' own quick policies."""
+        """The problems that doctor finds, without those of the custodian and of the tests' quick policies."""
         aside = ("custodian", "policy")
         done = subprocess.run(
             [sys.executable, "-m", "kms_jwks", "doctor", "--json", "--config", "kms-jwks.toml"],
@@ -111,7 +111,7 @@ def states(server: Server) -> list[tuple[str, str]]:
 
 
 def held(fake: FakeKms, key_set: str, state: str = "Enabled") -> list[Key]:
-    """The keys in KMS that say that they are a key set's."""
+    """The keys in KMS whose tags name a key set."""
     return [k for k in fake.held.keys.values() if k.tags.get("kms-jwks:key-set") == key_set and k.state == state]
 
 
@@ -160,14 +160,14 @@ def test_a_key_lives_in_kms(server: Server, fake: FakeKms, alg: str) -> None:
 
 
 def test_ml_dsa_keys_sign(server: Server, fake: FakeKms) -> None:
-    """In a set of their own; how they are published is told elsewhere."""
+    """In a key set of their own; other tests cover their publication."""
     name = fresh("pq")
     server.must("POST", "/v1/key-sets", {"name": name, "keys": [{"name": "main", "alg": "ML-DSA-44"}]})
     wait_until(lambda: len(held(fake, name)) == 2)
     assert {key.spec for key in held(fake, name)} == {"ML_DSA_44"}
 
 
-def test_it_is_well(node: Node, server: Server) -> None:
+def test_a_healthy_backend(node: Node, server: Server) -> None:
     assert node.findings() == []
     backends = server.must("GET", "/readyz/sign", token=None)
     assert ACCOUNT in json.dumps(backends)
@@ -178,7 +178,7 @@ def test_it_is_well(node: Node, server: Server) -> None:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What is done to KMS, what a caller gets, and what doctor says of it (nothing where it is over by then)."""
+    """A fault of KMS, the answer to a caller, and what doctor reports (empty if the fault has ended by then)."""
 
     begin: Callable[[FakeKms, Key], object]
     status: int
@@ -222,7 +222,7 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES.keys())
-def test_trouble_is_told_and_passes(node: Node, server: Server, fake: FakeKms, trouble: Trouble) -> None:
+def test_trouble_is_reported_and_ends(node: Node, server: Server, fake: FakeKms, trouble: Trouble) -> None:
     before, key = states(server), active(server, fake)
     held_before = (key.state, key.usage)
     assert sign(server).status == 200
@@ -279,7 +279,7 @@ def test_nothing_secret_is_in_the_log(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def original(fake: FakeKms, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a service that has made its keys and was stopped."""
+    """The folder of a stopped service that has made its keys."""
     node = Node(tmp_path_factory.mktemp("original"), free_port(), fake)
     node.configure()
     node.initialise()
@@ -292,7 +292,7 @@ def original(fake: FakeKms, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(original: Path, fake: FakeKms, tmp_path: Path) -> Node:
-    """A copy to start wrongly."""
+    """A copy, to be started with wrong settings."""
     shutil.copytree(original, tmp_path / "node")
     node = Node(tmp_path / "node", free_port(), fake)
     node.configure()
@@ -301,7 +301,7 @@ def stopped(original: Path, fake: FakeKms, tmp_path: Path) -> Node:
 
 @pytest.mark.parametrize("wrong", ["account", "region", "endpoint"])
 def test_a_service_on_the_wrong_kms(stopped: Node, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    """It starts, publishes, refuses to sign with the reason, and signs once that is mended."""
+    """It starts, publishes, refuses to sign with the cause, and signs once the cause is removed."""
     if wrong == "account":
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", f"AKIA{OTHER_ACCOUNT}")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"secret-of-AKIA{OTHER_ACCOUNT}")

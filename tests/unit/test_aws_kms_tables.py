@@ -1,4 +1,4 @@
-"""The tables of the AWS KMS backend: every algorithm, every exception of botocore, every name of a key."""
+"""The tables of the AWS KMS backend: every algorithm, every exception of botocore, the forms of a key's name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_code_becomes_one_of_ours(code: str, operation: str) -> None:
     error = translate(client_error(code, operation=operation), operation)
     assert isinstance(error, errors.BackendError)
     assert code in error.detail
-    assert "SECRET" not in error.detail + error.next_step, "the vendor's words may repeat a session token"
+    assert "SECRET" not in error.detail + error.next_step, "the message of KMS may repeat a session token"
     assert "{" not in error.next_step
     assert error.next_step or isinstance(error, errors.KeyExists)
     assert not error.retryable or error.retry_after
@@ -65,14 +65,14 @@ def test_every_code_becomes_one_of_ours(code: str, operation: str) -> None:
         (vendor.ProfileNotFound(profile="x"), errors.BackendRefused),
         (vendor.SSLError(endpoint_url="x", error="y"), errors.BackendUnavailable),
         (FileNotFoundError("token"), errors.BackendUnavailable),
-        (RuntimeError("nobody knows"), errors.BackendUnavailable),
+        (RuntimeError("unknown"), errors.BackendUnavailable),
         (client_error("NewAndOurs"), errors.BackendRefused),
         (client_error("NewAndTheirs", 503), errors.BackendUnavailable),
         (client_error("NotFoundException", operation="AssumeRole"), errors.BackendRefused),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else type(value).__name__,
 )
-def test_what_becomes_of_what(raised: Exception, becomes: type[errors.BackendError]) -> None:
+def test_errors_by_kind(raised: Exception, becomes: type[errors.BackendError]) -> None:
     assert type(translate(raised, "Sign")) is becomes
 
 
@@ -102,7 +102,7 @@ def test_the_parts_of_an_arn() -> None:
         "xarn:aws:kms:eu-central-1:111122223333:key/x",
     ],
 )
-def test_what_is_no_arn_of_a_key(text: str) -> None:
+def test_text_that_is_not_the_arn_of_a_key(text: str) -> None:
     assert Arn.parse(text) is None
 
 
@@ -130,12 +130,12 @@ def test_labels() -> None:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_public_half_that_is_none() -> None:
+def test_a_malformed_public_key() -> None:
     with pytest.raises(errors.BackendRefused):
         parse_public_key(b"no DER")
 
 
-def test_a_digest_of_what_has_none() -> None:
+def test_eddsa_signs_messages_of_limited_length_and_no_digests() -> None:
     facts = parse_public_key(_ed25519_spki())
     assert prepare_message(ALGORITHMS["EdDSA"], Message(b"x" * 4096), facts) == ("RAW", b"x" * 4096)
     for what in (Digest(bytes(32)), Message(b""), Message(bytes(4097))):
@@ -143,7 +143,7 @@ def test_a_digest_of_what_has_none() -> None:
             prepare_message(ALGORITHMS["EdDSA"], what, facts)
 
 
-def test_options_that_cannot_be() -> None:
+def test_options_out_of_range() -> None:
     for wrong in ({"connect_timeout_ms": 0}, {"read_timeout_ms": -1}, {"waiting": 0}):
         with pytest.raises(ValueError, match="should be greater than or equal to"):
             AwsKmsOptions(type="aws-kms", region="eu-central-1", **wrong)

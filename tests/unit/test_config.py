@@ -112,7 +112,7 @@ def test_kms_is_reached_safely(toml: Path, url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://kms.example", "http://127.0.0.1.example", "ftp://localhost", "kms.example"])
-def test_nobody_may_answer_in_place_of_kms(toml: Path, url: str) -> None:
+def test_an_endpoint_without_tls_must_be_on_this_machine(toml: Path, url: str) -> None:
     toml.write_text(KMS.format(url))
     with pytest.raises(ConfigurationError, match="endpoint_url must begin with https"):
         load_settings(toml)
@@ -344,7 +344,7 @@ def test_the_example_is_valid_once_one_source_of_the_pin_is_chosen(toml: Path) -
     assert aws.region == "eu-central-1"
 
 
-def test_kms_is_never_asked_in_place(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kms_never_signs_in_place(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml.write_text('[backends.aws]\ntype = "aws-kms"\nregion = "eusc-de-east-1"\n')
     monkeypatch.setenv("KMS_JWKS_BACKENDS__AWS__SIGN_IN_PLACE", "false")
     assert load_settings(toml).backends["aws"].sign_in_place is False

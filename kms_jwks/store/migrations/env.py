@@ -1,4 +1,4 @@
-"""How Alembic reaches the database: over the connection it is handed, in batch mode where SQLite needs it."""
+"""Run Alembic's migrations on a given connection, in batch mode where SQLite needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotation by schedule, adopted keys, destruction by the module's own calendar, and what workers and custodian say."""
+"""Scheduled rotation, adopted keys, destruction on the module's own schedule, reports of workers and custodian."""
 
 from __future__ import annotations
 
