@@ -1,4 +1,4 @@
-"""PostgreSQL adopts the store's contracts; tests of what only a server does: restart, fall silent, have other clients."""
+"""PostgreSQL adopts the store's contracts; tests of what only a server does: restart, fall silent, serve others."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The whole service on AWS KMS (the fake): keys made, rotated and revoked over HTTP, and each refusal of KMS.
 
-Whatever KMS answers: callers get a clear problem, no version changes its state, the JWKS is served, doctor has the cause.
+Whatever KMS answers: callers get a clear problem, no version changes its state, the JWKS is served, doctor reports it.
 """
 
 from __future__ import annotations
