@@ -74,8 +74,8 @@ def custodian(settings: Settings) -> Custodian:
         lease=settings.signing_lease,
         kick=lambda: None,
     )
-    office = LeaderLease(store, node=settings.node_name, given_up=_end_at_once)
-    return Custodian(store, make_backends(settings, management=True), confirmation, office)
+    leader_lease = LeaderLease(store, node=settings.node_name, on_stuck_step=_end_at_once)
+    return Custodian(store, make_backends(settings, management=True), confirmation, leader_lease)
 
 
 def _end_at_once() -> None:

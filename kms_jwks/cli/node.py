@@ -272,7 +272,7 @@ def restored(config: Path | None, sure: bool) -> None:
     with _registry(settings) as store:
         store.check_schema()
         with store.write() as tx:
-            disabled = transitions.begin_anew(tx)
+            disabled = transitions.start_new_incarnation(tx)
             names = [f"{tx.key_set_by_id(k.key_set_id).name}/{k.name}" for k in disabled]  # type: ignore[union-attr]
         click.echo(f"{len(names)} key(s) are disabled: {', '.join(names) or 'none'}.")
         note("Compare each with what you know of revocations since the backup, then: kms-jwks key enable SET KEY")

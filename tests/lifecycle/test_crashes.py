@@ -153,7 +153,7 @@ def usurp(node: Node, point: str) -> None:
     node.plant.pass_(11)
     other = next(n for n in node.plant.nodes if n is not node)
     before, node.plant.acting = node.plant.acting, other
-    assert other.custodian._leader_lease.hold(other.custodian._intents.abandon)
+    assert other.custodian._leader_lease.acquire_or_renew(other.custodian._intents.abandon_started)
     node.plant.acting = before
 
 
@@ -173,7 +173,7 @@ def test_without_fencing_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
             yield tx
 
     places = writes(play(0, usurp).seen)
-    monkeypatch.setattr(LeaderLease, "mutation", unfenced)
+    monkeypatch.setattr(LeaderLease, "fenced_write", unfenced)
     found = 0
     for at in places[3::6]:
         try:

@@ -306,7 +306,7 @@ class Histories(RuleBasedStateMachine):
         store = self.node(0).store()
         store.away = lambda: False
         with self.oracle.restored(), store.write() as tx:
-            transitions.begin_anew(tx)
+            transitions.start_new_incarnation(tx)
         known = {v.ref["id"] for v in self.plant.versions() if v.ref is not None}
         self.destroyed_since |= known - self.plant.backend.keys.keys()
         for node in self.plant.nodes:
@@ -393,7 +393,7 @@ def test_every_promise_holds_in_every_history(figure: Callable[[str], None]) -> 
 
 @pytest.mark.parametrize(
     "mutation",
-    ["no publish lead", "withdrawn without the skew", "a revocation that does not wait", "a standby that is forgotten"],
+    ["no publish lead", "retired without the skew", "a revocation that does not wait", "a standby that is forgotten"],
 )
 def test_a_planner_with_a_mistake_is_caught(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it(mutation, monkeypatch)
@@ -415,14 +415,14 @@ def test_a_planner_with_a_mistake_is_caught(mutation: str, monkeypatch: pytest.M
 def break_it(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def everywhere(name: str, wrong: Any) -> None:
-        for place in ("growth", "rotation", "decay", "plan"):
+        for place in ("steps", "rotation", "plan"):
             module = importlib.import_module(f"kms_jwks.timeline.{place}")
             monkeypatch.setattr(module, name, wrong, raising=False)
         monkeypatch.setattr(timeline, name, wrong, raising=False)
 
     if mutation == "no publish lead":
         everywhere("usable_at", lambda version, policy: version.visible_since)
-    elif mutation == "withdrawn without the skew":
+    elif mutation == "retired without the skew":
         right = timeline.retirable_at
 
         def hasty(version: KeyVersion) -> Any:
@@ -431,7 +431,7 @@ def break_it(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         everywhere("retirable_at", hasty)
     elif mutation == "a revocation that does not wait":
-        monkeypatch.setattr("tests.simulation.plant.SimConfirmation.revoked", lambda *_: [])
+        monkeypatch.setattr("tests.simulation.plant.SimConfirmation.wait_until_confirmed", lambda *_: [])
     else:
         monkeypatch.setattr(transitions, "ensure_standby", lambda *_: None)
         everywhere("creation", lambda *_: [])
