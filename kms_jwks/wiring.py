@@ -79,7 +79,7 @@ def custodian(settings: Settings) -> Custodian:
 
 
 def _end_at_once() -> None:
-    """A custodian hangs in a module: nothing but its end gets it out, and whoever started it starts another."""
+    """End this process: a call hangs in a module, and only exiting frees it. The supervisor starts a new custodian."""
     logging.shutdown()
     os._exit(1)
 

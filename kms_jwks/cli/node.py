@@ -216,7 +216,7 @@ def _print_check(check: Check) -> None:
 def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool) -> None:
     from kms_jwks import doctor as examination
 
-    found = examination.orphans(store, backends)
+    found = examination.find_orphans(store, backends)
     if not found:
         note("There are no orphans.")
         return
@@ -224,7 +224,7 @@ def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool
         note(f"orphan in {orphan.backend}: {orphan.label}")
     confirm(f"Destroy {len(found)} key pair(s)? They cannot be brought back.", sure=sure)
     for orphan in found:
-        note(f"{examination.remove(orphan, store, backends)}: {orphan.label}")
+        note(f"{examination.remove_orphan(orphan, store, backends)}: {orphan.label}")
 
 
 # --- db ---------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from kms_jwks import errors, timeline, wire
 from kms_jwks.custodian import transitions
 from kms_jwks.custodian.loop import plan_of
-from kms_jwks.doctor import orphans
+from kms_jwks.doctor import find_orphans
 from kms_jwks.model import DAY, SECOND, KeyVersion, VersionState
 from kms_jwks.service.signing_job import SigningOperation
 from kms_jwks.times import to_datetime
@@ -360,7 +360,7 @@ class Histories(RuleBasedStateMachine):
         plant.settle(12)
         self.oracle.standby_everywhere()
         store = plant.nodes[0].store()
-        listed = {orphan.ref for orphan in orphans(store, plant.backends().by_name)}
+        listed = {orphan.ref for orphan in find_orphans(store, plant.backends().by_name)}
         held = [v for v in plant.versions() if v.ref is not None and v.state is not S.DESTROYED]
         refs = [str(v.ref["id"]) for v in held if v.ref is not None]
         hold(len(refs) == len(set(refs)), "two versions share a pair")

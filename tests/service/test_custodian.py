@@ -13,7 +13,7 @@ from kms_jwks import errors, wire
 from kms_jwks.custodian import leader_lease
 from kms_jwks.custodian.leader_lease import Fenced
 from kms_jwks.custodian.loop import Custodian
-from kms_jwks.doctor.orphans import orphans
+from kms_jwks.doctor import find_orphans
 from kms_jwks.model import DAY, SECOND, IntentState, VersionState
 from tests.service.world import World
 
@@ -237,7 +237,7 @@ def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
     # Whether the first pair was written could not be known then, so it was not destroyed: it is surplus, and listed.
     left = surplus(quiet)
     assert len(left) == 1
-    assert left == {orphan.label for orphan in orphans(quiet.registry, {"memory": quiet.backend})}
+    assert left == {orphan.label for orphan in find_orphans(quiet.registry, {"memory": quiet.backend})}
 
 
 def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
