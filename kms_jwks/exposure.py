@@ -1,8 +1,8 @@
-"""Who goes on trusting a revoked key, and for how long: one row per kind of verifier, by how it caches a JWKS. Pure.
+"""Which verifiers keep trusting a revoked key, and for how long: one row per kind of verifier. Pure.
 
-A revocation reaches verifiers when they fetch the JWKS again. Each row says how long a product uses what it has
-fetched and what it does at a `kid` it does not know; `report` turns the rows into instants. A token that a thief signs
-lives as long as the thief likes, so the life of our tokens bounds nothing here.
+A revocation reaches a verifier when it fetches the JWKS again. Each row says how long a product uses what it has
+fetched and what it does with a `kid` it does not know; `report` turns the rows into instants. The holder of a stolen
+key can sign tokens of any lifetime, so `max_token_ttl` limits nothing here.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ class Keeps(StrEnum):
     """What decides how long a verifier uses a key that it has fetched."""
 
     SECONDS = "seconds"
-    """A time of its own, whatever the JWKS' Cache-Control says."""
+    """A fixed time, independent of the JWKS' Cache-Control."""
     MAX_AGE = "max-age"
-    """The JWKS' Cache-Control, with `seconds` as the least."""
+    """The JWKS' Cache-Control, but at least `seconds`."""
     FOR_EVER = "for-ever"
-    """Until something makes it fetch again, or it is restarted."""
+    """Until an unknown kid makes it fetch again, or it is restarted."""
     UNKNOWN = "unknown"
     """Not documented."""
 
 
 class UnknownKid(StrEnum):
-    """What a verifier does at a token whose kid it does not know."""
+    """What a verifier does with a token whose kid it does not know."""
 
     FETCHES = "fetches"
+    """It fetches the JWKS."""
     WAITS = "waits"
-    """Rejects it until its copy has expired."""
+    """It rejects the token until its copy has expired."""
     APPLICATION = "application"
-    """Fetches where the application asks it to, else waits."""
+    """It fetches if the application requests it, otherwise it waits."""
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """One kind of verifier. `seconds` belongs to `keeps`; `pause` is the least time between two forced fetches."""
+    """One kind of verifier. `seconds` belongs to `keeps`; `pause` is the shortest time between two forced fetches."""
 
     name: str
     source: str
-    """Where the figures were read: product and version."""
+    """The product and version that the figures come from."""
     keeps: Keeps
     seconds: int
     unknown_kid: UnknownKid
@@ -76,7 +77,7 @@ VERIFIERS: tuple[Verifier, ...] = (
     Verifier("AWS API Gateway, HTTP APIs", "AWS API Gateway developer guide", _S, 7200, UnknownKid.UNKNOWN),
     Verifier("AWS Application Load Balancer", "AWS Elastic Load Balancing", _U, 0, UnknownKid.UNKNOWN),
 )
-"""The one table: as these products come, without settings that somebody changed."""
+"""The table of verifiers, with the products' default settings."""
 
 
 class Ends(StrEnum):
@@ -85,21 +86,21 @@ class Ends(StrEnum):
     EXPIRY = "expiry"
     """Its copy of the JWKS expires, at `trusts_until` at the latest."""
     SUCCESSOR = "successor"
-    """The first token with the successor's kid, which it cannot know yet, makes it fetch."""
+    """It cannot know the successor's kid yet, so the first token with that kid makes it fetch."""
     SECOND_ROTATION = "second-rotation"
-    """It may hold the successor's kid already, so only the kid after that makes it fetch. A restart does too."""
+    """It may hold the successor's kid already, so only the next kid, or a restart, makes it fetch."""
     UNKNOWN = "unknown"
 
 
 class Learns(StrEnum):
-    """How a verifier comes to the successor's public key."""
+    """How a verifier obtains the public key of the successor: the version that took over from the revoked one."""
 
     KNOWS = "knows"
     """Every copy that has not expired holds it."""
     FETCHES = "fetches"
-    """At the first token with that kid, or it holds it already; where caches and pauses delay it, by `learns_by`."""
+    """At the first token with that kid, unless it holds it; caches and pauses can delay that to `learns_by`."""
     WAITS = "waits"
-    """When its copy expires, at `learns_by` at the latest; until then it rejects the successor's tokens."""
+    """It gets it when its copy expires, by `learns_by`; until then it rejects the successor's tokens."""
     UNKNOWN = "unknown"
     NOTHING = "nothing"
     """There is no successor yet."""
@@ -110,13 +111,13 @@ class Case:
     """One revocation. Durations in seconds."""
 
     withdrawn_at: Instant
-    """By then every worker that has confirmed it publishes a JWKS without the key."""
+    """By then every worker that has confirmed the revocation publishes a JWKS without the key."""
     cache_lifetime: int
     stale_if_error: int
     has_successor: bool
     successor_visible_since: Instant | None
     second_rotation_at: Instant | None = None
-    """Not before this instant a kid signs that no copy from before the revocation holds."""
+    """The earliest instant at which a kid can sign that no copy from before the revocation holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +126,11 @@ class Exposed:
 
     verifier: Verifier
     keeps: int | None
-    """Seconds for which it uses a copy; None where nothing bounds them."""
+    """Seconds for which it uses a copy; None if there is no limit."""
     trusts_until: Instant | None
-    """It may accept the revoked kid until then; None where nothing bounds it."""
+    """It may accept the revoked kid until then; None if there is no limit."""
     trusts_until_behind_cache: Instant | None
-    """The same where it fetches through a shared cache."""
+    """The same for a verifier that fetches through a shared cache."""
     ends: Ends
     learns: Learns
     learns_by: Instant | None
@@ -142,12 +143,12 @@ def report(case: Case) -> list[Exposed]:
 
 
 def trusted_until(rows: Sequence[Exposed]) -> Instant | None:
-    """The last instant at which any verifier with a bound may accept the key, shared caches included."""
+    """The last instant at which a verifier with a time limit may accept the key, including shared caches."""
     return max((row.trusts_until_behind_cache for row in rows if row.trusts_until_behind_cache), default=None)
 
 
 def unbounded(rows: Sequence[Exposed]) -> list[str]:
-    """The verifiers whose trust no time bounds."""
+    """The verifiers whose trust has no time limit."""
     return [row.verifier.name for row in rows if row.trusts_until is None]
 
 
@@ -178,7 +179,7 @@ def _ends(verifier: Verifier, case: Case) -> Ends:
         return Ends.UNKNOWN
     if verifier.keeps is not Keeps.FOR_EVER:
         return Ends.EXPIRY
-    # Nobody can have fetched a successor that was not published: it makes them all fetch again.
+    # A verifier cannot hold a successor that was not published before: its kid makes every verifier fetch again.
     return Ends.SECOND_ROTATION if case.successor_visible_since is not None else Ends.SUCCESSOR
 
 
@@ -186,7 +187,7 @@ def _learns(verifier: Verifier, keeps: int | None, case: Case) -> tuple[Learns, 
     if not case.has_successor:
         return Learns.NOTHING, None
     seen = case.successor_visible_since
-    # A shared cache may hand out for its lifetime what it fetched just before the successor was published.
+    # A shared cache may serve, for its lifetime, a document fetched just before the successor was published.
     stale = _after(case.withdrawn_at if seen is None else seen, case.cache_lifetime)
     if keeps is not None and seen is not None and _after(stale, keeps) <= case.withdrawn_at:
         return Learns.KNOWS, None

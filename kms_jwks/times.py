@@ -1,12 +1,23 @@
-"""Instants of the registry as the API's datetimes and back."""
+"""Instants: microseconds since the epoch, shifted, printed, and converted to and from datetimes and NumericDates."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from kms_jwks.model import Instant
+from kms_jwks.model import SECOND, Instant
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // timedelta(microseconds=1)
+
+
+def later(instant: Instant, seconds: int) -> Instant:
+    """`instant` moved by whole seconds."""
+    return Instant(instant + seconds * SECOND)
+
+
+def format_instant(instant: Instant) -> str:
+    """An instant as text, to the second: ``2027-01-15T08:00:00Z``. Instants after the year 9999 show its end."""
+    return (_EPOCH + timedelta(microseconds=min(instant, _LAST))).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def to_datetime(instant: Instant) -> datetime:
@@ -15,7 +26,7 @@ def to_datetime(instant: Instant) -> datetime:
 
 
 def optional(instant: Instant | None) -> datetime | None:
-    """The same, where there may be none."""
+    """`to_datetime`, or None for None."""
     return None if instant is None else to_datetime(instant)
 
 
@@ -25,7 +36,7 @@ def from_numeric_date(seconds: int) -> datetime:
 
 
 def to_instant(moment: datetime) -> Instant:
-    """An aware datetime as microseconds since the epoch. Raises ValueError for one without a zone."""
+    """An aware datetime as microseconds since the epoch. Raises ValueError for one without a time zone."""
     if moment.tzinfo is None:
         raise ValueError("an instant needs a time zone")
     return Instant((moment - _EPOCH) // timedelta(microseconds=1))

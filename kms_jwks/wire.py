@@ -598,7 +598,7 @@ class Custodian(Answer):
     """Who makes, rotates and destroys keys: one of the installation acts, others stand by."""
 
     acting: bool
-    """Whether somebody holds the office now, and is not halted."""
+    """Whether a custodian holds the leader lease and is not halted."""
     holder: str | None
     node: str | None
     term: int

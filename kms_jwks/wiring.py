@@ -74,12 +74,12 @@ def custodian(settings: Settings) -> Custodian:
         lease=settings.signing_lease,
         kick=lambda: None,
     )
-    office = LeaderLease(store, node=settings.node_name, given_up=_end_at_once)
-    return Custodian(store, make_backends(settings, management=True), confirmation, office)
+    leader_lease = LeaderLease(store, node=settings.node_name, on_stuck_step=_end_at_once)
+    return Custodian(store, make_backends(settings, management=True), confirmation, leader_lease)
 
 
 def _end_at_once() -> None:
-    """A custodian hangs in a module: nothing but its end gets it out, and whoever started it starts another."""
+    """End this process: a call hangs in a module, and only exiting frees it. The supervisor starts a new custodian."""
     logging.shutdown()
     os._exit(1)
 

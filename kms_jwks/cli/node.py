@@ -216,7 +216,7 @@ def _print_check(check: Check) -> None:
 def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool) -> None:
     from kms_jwks import doctor as examination
 
-    found = examination.orphans(store, backends)
+    found = examination.find_orphans(store, backends)
     if not found:
         note("There are no orphans.")
         return
@@ -224,7 +224,7 @@ def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool
         note(f"orphan in {orphan.backend}: {orphan.label}")
     confirm(f"Destroy {len(found)} key pair(s)? They cannot be brought back.", sure=sure)
     for orphan in found:
-        note(f"{examination.remove(orphan, store, backends)}: {orphan.label}")
+        note(f"{examination.remove_orphan(orphan, store, backends)}: {orphan.label}")
 
 
 # --- db ---------------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def restored(config: Path | None, sure: bool) -> None:
     with _registry(settings) as store:
         store.check_schema()
         with store.write() as tx:
-            disabled = transitions.begin_anew(tx)
+            disabled = transitions.start_new_incarnation(tx)
             names = [f"{tx.key_set_by_id(k.key_set_id).name}/{k.name}" for k in disabled]  # type: ignore[union-attr]
         click.echo(f"{len(names)} key(s) are disabled: {', '.join(names) or 'none'}.")
         note("Compare each with what you know of revocations since the backup, then: kms-jwks key enable SET KEY")

@@ -1,7 +1,7 @@
-"""What the custodian does in modules: one intent at a time, written before the attempt, ended under the same term.
+"""What the custodian does in modules: one intent at a time, recorded before the attempt and ended under the same term.
 
-The mutation happens outside any transaction. What a crash leaves is abandoned by the successor, never resumed: a pair
-in the module that nothing refers to is then surplus, and `doctor` lists it.
+The module call happens outside any transaction. The next term abandons an attempt that a crash interrupted and never
+resumes it; a key pair that no version refers to is then surplus, and `doctor` lists it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from kms_jwks.store import ReadTx, Store, WriteTx
 log = structlog.get_logger(__name__)
 
 MAX_BACKOFF = 60
-LONGEST_WAIT = (timeline.TELL_DAYS[1] + 1) * DAY
-"""Seconds for which a module may put a destruction off; of other attempts `MAX_BACKOFF`."""
+"""Seconds between two attempts at most."""
+MAX_DESTRUCTION_DELAY = (timeline.TELL_DAYS[1] + 1) * DAY
+"""Seconds for which a module may postpone a destruction."""
 
 OPEN = frozenset({IntentState.PENDING, IntentState.STARTED})
 
 
 class IntentRunner:
-    """The intents of an installation, worked off by who holds the office."""
+    """Executes the intents of an installation, while its custodian holds the leader lease."""
 
-    def __init__(self, store: Store, backends: Backends, office: LeaderLease) -> None:
+    def __init__(self, store: Store, backends: Backends, leader_lease: LeaderLease) -> None:
         self._store = store
         self._backends = backends
-        self._leader_lease = office
+        self._leader_lease = leader_lease
 
-    def abandon(self, tx: WriteTx) -> None:
-        """Close what a predecessor had begun; what is still wanted gets a fresh attempt."""
+    def abandon_started(self, tx: WriteTx) -> None:
+        """Abandon the attempts that an earlier term started; where one is still wanted, add a new attempt."""
         self._backends.bind(tx.versions())
         for intent in tx.intents(states={IntentState.STARTED}):
             tx.save(
@@ -51,61 +52,61 @@ class IntentRunner:
                 )
             )
             version = tx.version(intent.version_id)
-            if version is not None and _may_go_on(intent, version):
+            if version is not None and _may_retry(intent, version):
                 transitions.add_intent(tx, intent.kind, version, tx.now(), attempt=intent.attempt + 1)
             log.warning("intent_abandoned", intent=intent.id, kind=intent.kind.value, label=intent.label)
 
     def run_due(self) -> None:
-        """Make the attempts that are due. Raises Fenced, StoreUnavailable; a module's failures are written down."""
+        """Make the attempts that are due. A module's errors are recorded. Raises Fenced, StoreUnavailable."""
         with self._store.read() as tx:
             now = tx.now()
-            left_over = tx.intents(states={IntentState.STARTED})
-            waiting = [i for i in tx.intents(states={IntentState.PENDING}) if i.not_before <= now and _wanted(tx, i)]
-        if left_over:
-            # One thread works them off, so none can be under way here: its end could not be written.
-            with self._leader_lease.mutation() as tx:
-                self.abandon(tx)
-        for intent in waiting:
-            if not self.begin(intent):
+            unfinished = tx.intents(states={IntentState.STARTED})
+            due = [i for i in tx.intents(states={IntentState.PENDING}) if i.not_before <= now and _allowed(tx, i)]
+        if unfinished:
+            # Attempts run in this thread only, so none is under way now: the end of these could not be recorded.
+            with self._leader_lease.fenced_write() as tx:
+                self.abandon_started(tx)
+        for intent in due:
+            if not self.start(intent):
                 continue
             self._attempt(intent)
-            if not self._leader_lease.hold(self.abandon):
+            if not self._leader_lease.acquire_or_renew(self.abandon_started):
                 return
 
-    def begin(self, intent: Intent) -> bool:
-        """Mark an attempt as begun; False, and no attempt, where its reason is gone."""
-        with self._leader_lease.mutation() as tx:
+    def start(self, intent: Intent) -> bool:
+        """Mark an attempt as started; False, and no attempt is made, if its reason is gone."""
+        with self._leader_lease.fenced_write() as tx:
             current = tx.intent(intent.id)
             if current is None or current.state is not IntentState.PENDING:
                 return False
             version = tx.version(intent.version_id)
-            if version is None or not _STILL_WANTED[intent.kind](version, tx.now()):
+            if version is None or not _WANTED[intent.kind](version, tx.now()):
                 tx.save(replace(current, state=IntentState.ABANDONED, finished_at=tx.now(), error="no longer wanted"))
                 return False
             tx.save(replace(current, state=IntentState.STARTED, term=self._leader_lease.term))
             return True
 
     def _attempt(self, intent: Intent) -> None:
-        does = {IntentKind.GENERATE: self._generate, IntentKind.DESTROY: self._destroy, IntentKind.TELL: self._tell}
+        steps = {IntentKind.GENERATE: self._generate, IntentKind.DESTROY: self._destroy, IntentKind.TELL: self._tell}
         try:
-            # A module may take longer than the office lasts.
-            with self._leader_lease.kept():
-                does[intent.kind](intent)
+            # A module may take longer than the lease lasts.
+            with self._leader_lease.renew_during_step():
+                steps[intent.kind](intent)
         except errors.Error as error:
             try:
-                self._postpone(intent, error)
+                self._record_failure(intent, error)
             finally:
                 if isinstance(error, errors.BackendTimeout) and (stuck := stuck_in(self._backends.get(intent.backend))):
-                    self._leader_lease.give_up(stuck)
+                    self._leader_lease.abandon_stuck_step(stuck)
         except Fenced:
             raise
         except Exception as error:
-            log.exception("module_step_broke", intent=intent.id)
-            self._postpone(
+            log.exception("module_step_raised", intent=intent.id)
+            self._record_failure(
                 intent, errors.BackendRefused(f"The backend failed in a way it must not ({type(error).__name__}).")
             )
 
-    # --- a pair is made
+    # --- generation
 
     def _generate(self, intent: Intent) -> None:
         with self._store.read() as tx:
@@ -120,19 +121,19 @@ class IntentRunner:
                 raise errors.BackendRefused("The module made a key that is not sign-only and non-extractable.")
             self._record(intent, made, evidence)
         except errors.StoreUnavailable:
-            # It may have been written, and only the answer was lost: then this pair is a version's. Surplus at worst.
+            # The record may be committed and only the answer lost: keep the pair. At worst it is surplus.
             raise
         except Exception:
-            # Nobody will ever use this pair: the next attempt makes another.
+            # This pair will never be used: the next attempt makes another.
             with contextlib.suppress(errors.Error):
                 backend.destroy(made.ref)
             raise
 
     def _record(self, intent: Intent, made: GeneratedKey, evidence: Evidence) -> None:
-        with self._leader_lease.mutation() as tx:
+        with self._leader_lease.fenced_write() as tx:
             current, version = _current(tx, intent)
             if current.state is not IntentState.STARTED or version.state is not VersionState.CREATING:
-                log.warning("pair_is_surplus", label=intent.label)
+                log.warning("key_pair_surplus", label=intent.label)
                 return
             tx.save(
                 replace(
@@ -145,17 +146,17 @@ class IntentRunner:
             )
             tx.save(replace(current, state=IntentState.DONE, finished_at=tx.now()))
             _publish(tx, version)
-        log.info("key_pair_made", version=version.id, alg=version.alg, label=intent.label)
+        log.info("key_pair_generated", version=version.id, alg=version.alg, label=intent.label)
 
-    # --- a pair goes
+    # --- destruction
 
     def _destroy(self, intent: Intent) -> None:
         version = self._version(intent)
         assert version.ref is not None
         backend, ref = self._backends.get(intent.backend), KeyRef.of(**version.ref)
         backend.destroy(ref)
-        answers = _absent(backend, ref)
-        with self._leader_lease.mutation() as tx:
+        answers = _check_absence(backend, ref)
+        with self._leader_lease.fenced_write() as tx:
             current, version = _current(tx, intent)
             if current.state is not IntentState.STARTED or version.state is VersionState.DESTROYED:
                 return
@@ -166,49 +167,50 @@ class IntentRunner:
         log.info("key_pair_destroyed", version=intent.version_id)
 
     def _tell(self, intent: Intent) -> None:
-        told = self._say(intent)
+        told = self._tell_date(intent)
         try:
-            with self._leader_lease.mutation() as tx:
+            with self._leader_lease.fenced_write() as tx:
                 current, version = _current(tx, intent)
                 if current.state is IntentState.STARTED:
-                    # What was told, even if another date was set meanwhile: then the plan tells that one.
+                    # Record what the module was told, even if the date has changed: the plan then tells the new one.
                     tx.save(replace(version, destroy_told=told))
                     tx.save(replace(current, state=IntentState.DONE, finished_at=tx.now()))
         except Fenced:
-            # The successor may have told the module before this word arrived there: the last word must be the truth.
-            self._say(intent)
+            # The next custodian may have told the module before this call reached it, so tell the current date again:
+            # the module's last word must be the registry's.
+            self._tell_date(intent)
             raise
-        log.info("module_told", version=intent.version_id, destroy_at=told)
+        log.info("destruction_date_told", version=intent.version_id, destroy_at=told)
 
-    def _say(self, intent: Intent) -> Instant | None:
-        """Tell the module the destruction date that the registry holds now. Returns it."""
+    def _tell_date(self, intent: Intent) -> Instant | None:
+        """Tell the module the destruction date that the registry holds now, and return it."""
         with self._store.read() as tx:
             version, now = tx.version(intent.version_id), tx.now()
         assert version is not None and version.ref is not None
         backend, ref = self._backends.get(intent.backend), KeyRef.of(**version.ref)
-        gone = timeline.destructible_at(version)
-        if gone is None:
+        destroy_at = timeline.destructible_at(version)
+        if destroy_at is None:
             backend.cancel_destroy(ref)
         else:
-            backend.schedule_destroy(ref, timeline.days_until(gone, now))
+            backend.schedule_destroy(ref, timeline.days_until(destroy_at, now))
         return version.destroy_at
 
-    # --- an attempt fails
+    # --- failure
 
-    def _postpone(self, intent: Intent, error: errors.Error) -> None:
-        """A failed attempt: another one later under a new label, or none where the module will never do it."""
-        hopeless = isinstance(error, errors.UnsupportedAlgorithm)
-        with self._leader_lease.mutation() as tx:
+    def _record_failure(self, intent: Intent, error: errors.Error) -> None:
+        """Record a failed attempt, and add a later one under a new label unless the module can never do it."""
+        permanent = isinstance(error, errors.UnsupportedAlgorithm)
+        with self._leader_lease.fenced_write() as tx:
             current, version = _current(tx, intent)
             if current.state is not IntentState.STARTED:
                 return
             now = tx.now()
             tx.save(replace(current, state=IntentState.FAILED, finished_at=now, error=error.detail))
-            if hopeless and version.state is VersionState.CREATING:
+            if permanent and version.state is VersionState.CREATING:
                 tx.save(replace(version, state=VersionState.DESTROYED, destroyed_at=now))
                 _publish(tx, version)
-            elif _may_go_on(intent, version):
-                not_before = timeline.later(now, _patience(intent, error))
+            elif _may_retry(intent, version):
+                not_before = timeline.later(now, _retry_delay(intent, error))
                 transitions.add_intent(tx, intent.kind, version, not_before, attempt=intent.attempt + 1)
         log.warning("module_step_failed", kind=intent.kind.value, code=error.code, error=error.detail)
 
@@ -220,21 +222,21 @@ class IntentRunner:
 
 
 def _purpose(tx: ReadTx, version: KeyVersion) -> dict[str, str]:
-    """What a key pair is for, by names, for modules that keep tags."""
+    """The key set, key and version of a key pair, by name, for modules that store tags."""
     key_set, key = tx.key_set_by_id(version.key_set_id), tx.key_by_id(version.key_id)
     assert key_set is not None and key is not None
     return {"key-set": key_set.name, "key": key.name, "version": str(version.number)}
 
 
-def _patience(intent: Intent, error: errors.Error) -> int:
-    """Seconds until the next attempt: the module's own word, within bounds, or twice as long each time."""
+def _retry_delay(intent: Intent, error: errors.Error) -> int:
+    """Seconds until the next attempt: the module's retry_after within limits, or twice as long each time."""
     backoff = min(1 << min(intent.attempt, 6), MAX_BACKOFF)
-    longest = LONGEST_WAIT if intent.kind is IntentKind.DESTROY else MAX_BACKOFF
+    longest = MAX_DESTRUCTION_DELAY if intent.kind is IntentKind.DESTROY else MAX_BACKOFF
     return max(backoff, min(error.retry_after or 0, longest))
 
 
-def _absent(backend: Backend, ref: KeyRef) -> dict[str, object]:
-    """What the module says when it is asked for a key that was destroyed. Raises unless both halves are gone."""
+def _check_absence(backend: Backend, ref: KeyRef) -> dict[str, object]:
+    """The module's answers to queries for a key that was destroyed. Raises BackendError unless both halves are gone."""
     answers: dict[str, object] = {}
     questions: dict[str, Callable[[KeyRef], object]] = {
         "public_key": backend.public_key,
@@ -247,7 +249,7 @@ def _absent(backend: Backend, ref: KeyRef) -> dict[str, object]:
             answers[name] = answer.code
         else:
             raise errors.BackendUnavailable("The module still holds the key after its destruction.")
-    # A module that is away must not pass for one that has no such key.
+    # A module that does not answer must not count as one that does not hold the key.
     return {**answers, "module": backend.ping().description}
 
 
@@ -263,17 +265,17 @@ def _publish(tx: WriteTx, version: KeyVersion) -> None:
     transitions.publish_ready(tx, key_set)
 
 
-# --- is it still wanted? ----------------------------------------------------------------------------------------------
+# --- whether an attempt is still wanted -------------------------------------------------------------------------------
 
 
-def _pair_wanted(version: KeyVersion, _: Instant) -> bool:
+def _generation_wanted(version: KeyVersion, _: Instant) -> bool:
     return version.state is VersionState.CREATING
 
 
 def _destruction_wanted(version: KeyVersion, now: Instant) -> bool:
-    """It may have been put off or taken back while the module was away."""
-    gone = timeline.destructible_at(version)
-    return version.state in (VersionState.RETIRED, VersionState.REVOKED) and gone is not None and gone <= now
+    """The destruction may have been postponed or cancelled while the module was away."""
+    at = timeline.destructible_at(version)
+    return version.state in (VersionState.RETIRED, VersionState.REVOKED) and at is not None and at <= now
 
 
 def _telling_wanted(version: KeyVersion, _: Instant) -> bool:
@@ -281,22 +283,22 @@ def _telling_wanted(version: KeyVersion, _: Instant) -> bool:
     return leaving and version.ref is not None and version.destroy_told != version.destroy_at
 
 
-_STILL_WANTED: dict[IntentKind, Callable[[KeyVersion, Instant], bool]] = {
-    IntentKind.GENERATE: _pair_wanted,
+_WANTED: dict[IntentKind, Callable[[KeyVersion, Instant], bool]] = {
+    IntentKind.GENERATE: _generation_wanted,
     IntentKind.DESTROY: _destruction_wanted,
     IntentKind.TELL: _telling_wanted,
 }
 
 
-def _may_go_on(intent: Intent, version: KeyVersion) -> bool:
-    """Whether another attempt has a point."""
+def _may_retry(intent: Intent, version: KeyVersion) -> bool:
+    """Whether another attempt can make sense."""
     if intent.kind is IntentKind.GENERATE:
         return version.state is VersionState.CREATING
     return version.state is not VersionState.DESTROYED
 
 
-def _wanted(tx: ReadTx, intent: Intent) -> bool:
-    """A disabled key is only withdrawn from and destroyed in: its pairs wait until it is enabled."""
+def _allowed(tx: ReadTx, intent: Intent) -> bool:
+    """Whether an intent may be executed now: key pairs of a disabled key are generated once it is enabled."""
     if intent.kind is not IntentKind.GENERATE:
         return True
     version = tx.version(intent.version_id)

@@ -1,4 +1,4 @@
-"""The custodian's office: who acts, fenced by a term, and only while database time can be trusted."""
+"""The leader lease: which custodian acts, fenced by a term, and only while database time can be trusted."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from kms_jwks.worker.clocks import boot_clock
 log = structlog.get_logger(__name__)
 
 LEASE = 10
-"""Seconds a custodian acts without renewing."""
+"""Seconds for which a custodian may act without renewing its lease."""
 LONGEST_STEP = 300.0
-"""Seconds for which a module step keeps the office; a step that hangs longer loses it."""
+"""Seconds for which the lease is renewed during a module step; a step that hangs longer loses it."""
 LONG_STEP = 30.0
-"""Seconds after which a step that is still in the module is logged, and again after each such while."""
+"""Seconds after which a step that is still in the module is logged, again after each further interval."""
 CLOCK_DRIFT = 60
-"""Seconds that database time may depart from the boot clock between two looks."""
+"""Seconds that database time may depart from the boot clock between two checks."""
 
 
 class Fenced(Exception):
-    """Another custodian has taken over; what was being done is left to it."""
+    """Another custodian holds the lease; it takes over the step that was under way."""
 
 
 class LeaderLease:
-    """One candidate for the one office of an installation. `lease` in seconds, or parts of one.
+    """One custodian's share in the one leader lease of an installation. `lease` in seconds, also fractions of one.
 
-    `given_up` is called when nothing but the end of the process gets a step out of its module: from another thread
-    when it has kept the office for as long as it may, or by `give_up`.
+    `on_stuck_step` is called when only the end of the process can free a step that hangs in its module: by
+    `abandon_stuck_step`, or from another thread when the step has hung for as long as the lease may be renewed.
     """
 
     def __init__(
@@ -45,53 +45,55 @@ class LeaderLease:
         node: str,
         lease: float = LEASE,
         boot: Callable[[], int] = boot_clock,
-        given_up: Callable[[], None] = lambda: None,
+        on_stuck_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.term = 0
-        """The term in office, 0 out of it."""
+        """The term of the lease while this custodian holds it, otherwise 0."""
+        self.boot = boot
+        """The boot clock, in microseconds."""
         self._store = store
         self._node = node
         self._lease = lease
-        self._given_up = given_up
-        self._boot = boot
+        self._on_stuck_step = on_stuck_step
         self._holder = new_id()
         self._last_clocks: tuple[int, Instant] | None = None
         self._halted: str | None = None
 
-    def hold(self, take_over: Callable[[WriteTx], None]) -> bool:
-        """Take or keep the office; False while another holds it or the clocks disagree.
+    def acquire_or_renew(self, on_new_term: Callable[[WriteTx], None]) -> bool:
+        """Acquire the lease or keep it; False while another custodian holds it or the clocks disagree.
 
-        `take_over` runs in the transaction that begins a new term.
+        `on_new_term` runs in the transaction that begins a new term. Raises StoreUnavailable.
         """
         with self._store.read() as tx:
-            lease, left = tx.custodian_lease(), 0
+            lease = tx.custodian_lease()
             if lease is not None:
-                left = lease.expires_at - tx.now()
-                mine = self.term != 0 and (lease.term, lease.holder) == (self.term, self._holder)
+                left, mine = lease.expires_at - tx.now(), self._is_mine(lease)
                 if not mine and left > 0:
-                    self.term = 0
+                    self.note_loss(lease.node)
                     return False
                 sound = lease.halted is None and self._clock_trouble(tx.now()) is None
                 if mine and sound and left > self._lease * SECOND / 2:
                     return True
-        return self._write(take_over)
+        return self._write(on_new_term)
 
-    def resign(self) -> None:
-        """Let another custodian act at once. Never raises."""
+    def release(self) -> None:
+        """End the lease, so that another custodian can act at once. Never raises."""
         if not self.term:
             return
         try:
-            with self.mutation() as tx:
+            with self.fenced_write() as tx:
                 lease = tx.custodian_lease()
                 if lease is not None:
                     tx.set_custodian_lease(replace(lease, expires_at=tx.now()))
         except (errors.Error, Fenced) as error:
-            log.warning("custodian_did_not_resign", error=str(error))
+            log.warning("leader_lease_not_released", term=self.term, detail=str(error))
+        else:
+            log.info("leader_lease_released", term=self.term)
         self.term = 0
 
     @contextmanager
-    def mutation(self) -> Iterator[WriteTx]:
-        """A write transaction that commits only while this term is in office. Raises Fenced."""
+    def fenced_write(self) -> Iterator[WriteTx]:
+        """A write transaction that commits only while this custodian's term holds the lease. Raises Fenced."""
         with self._store.write() as tx:
             lease = tx.custodian_lease()
             if lease is None or (lease.term, lease.holder) != (self.term, self._holder):
@@ -99,26 +101,26 @@ class LeaderLease:
             yield tx
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep the office while a module works, for 5 minutes at most, from a thread of its own.
+    def renew_during_step(self) -> Iterator[None]:
+        """Renew the lease from a thread while a module works, for 5 minutes at most.
 
-        A module that takes long is in the log, and one that hangs is more than that: nothing else would show it.
+        A step that takes long is logged, and so is one that hangs: nothing else would show it.
         """
         done = threading.Event()
 
         def renew() -> None:
-            started, said = time.monotonic(), 0
+            started, logged = time.monotonic(), 0
             while not done.wait(self._lease / 3):
                 seconds = time.monotonic() - started
                 if seconds >= LONGEST_STEP:
-                    log.error("module_step_given_up", seconds=round(seconds), term=self.term)
-                    self._given_up()
+                    log.error("module_step_abandoned", seconds=round(seconds), term=self.term)
+                    self._on_stuck_step()
                     return
-                if seconds // LONG_STEP > said:
-                    said = int(seconds // LONG_STEP)
+                if seconds // LONG_STEP > logged:
+                    logged = int(seconds // LONG_STEP)
                     log.warning("module_step_takes_long", seconds=round(seconds), term=self.term)
                 try:
-                    with self.mutation() as tx:
+                    with self.fenced_write() as tx:
                         lease, now = tx.custodian_lease(), tx.now()
                         if lease is not None:
                             tx.set_custodian_lease(replace(lease, renewed_at=now, expires_at=self._expiry(now)))
@@ -127,7 +129,7 @@ class LeaderLease:
                 except errors.Error:
                     continue
 
-        thread = threading.Thread(target=renew, name="custodian-office", daemon=True)
+        thread = threading.Thread(target=renew, name="leader-lease-renewal", daemon=True)
         thread.start()
         try:
             yield
@@ -135,19 +137,31 @@ class LeaderLease:
             done.set()
             thread.join()
 
-    def give_up(self, stuck: int) -> None:
-        """A step was answered without its module, which still holds `stuck` calls and what they have locked."""
-        log.error("module_step_given_up", stuck=stuck, term=self.term)
-        self.resign()
-        self._given_up()
+    def abandon_stuck_step(self, stuck: int) -> None:
+        """Release the lease after a step that timed out in its module.
 
-    def _write(self, take_over: Callable[[WriteTx], None]) -> bool:
+        The module still holds `stuck` calls and whatever they have locked; `on_stuck_step` is called.
+        """
+        log.error("module_step_abandoned", stuck=stuck, term=self.term)
+        self.release()
+        self._on_stuck_step()
+
+    def note_loss(self, holder_node: str | None = None) -> None:
+        """Note that another custodian holds the lease, on node `holder_node` if known."""
+        if self.term:
+            log.warning("leader_lease_lost", term=self.term, holder_node=holder_node)
+            self.term = 0
+
+    def _is_mine(self, lease: CustodianLease) -> bool:
+        return self.term != 0 and (lease.term, lease.holder) == (self.term, self._holder)
+
+    def _write(self, on_new_term: Callable[[WriteTx], None]) -> bool:
         with self._store.write() as tx:
             now, lease = tx.now(), tx.custodian_lease()
             halted = self._clock_trouble(now)
-            mine = lease is not None and self.term != 0 and (lease.term, lease.holder) == (self.term, self._holder)
+            mine = lease is not None and self._is_mine(lease)
             if lease is not None and not mine and lease.expires_at > now:
-                self.term = 0
+                self.note_loss(lease.node)
                 return False
             term = (lease.term if lease is not None else 0) + (0 if mine else 1)
             since = lease.since if lease is not None and mine else now
@@ -155,12 +169,15 @@ class LeaderLease:
                 CustodianLease(term, self._holder, self._node, now, self._expiry(now), since=since, halted=halted)
             )
             if not mine:
-                take_over(tx)
-        if term != self.term:
-            log.info("custodian_acts", term=term)
+                on_new_term(tx)
+        if not mine:
+            self.note_loss()
+            log.info("leader_lease_acquired", term=term)
         self.term = term
         if halted is not None and self._halted is None:
             log.error("custodian_halted", reason=halted)
+        elif halted is None and self._halted is not None:
+            log.info("custodian_resumed", term=term)
         self._halted = halted
         return halted is None
 
@@ -168,8 +185,8 @@ class LeaderLease:
         return Instant(now + int(self._lease * SECOND))
 
     def _clock_trouble(self, now: Instant) -> str | None:
-        """Why database time cannot be trusted, or None. It stays in doubt until it agrees with the boot clock again."""
-        boot = self._boot()
+        """Why database time cannot be trusted, or None. The doubt ends when it agrees with the boot clock again."""
+        boot = self.boot()
         if self._last_clocks is not None:
             passed, passed_there = boot - self._last_clocks[0], now - self._last_clocks[1]
             if passed_there < 0:

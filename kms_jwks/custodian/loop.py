@@ -1,7 +1,7 @@
-"""The custodian: the one process of an installation that makes and destroys keys in modules and keeps the calendar.
+"""The custodian: the one process of an installation that makes and destroys keys in modules and takes planned steps.
 
-One acts, fenced by its term; others stand by. What it does in modules is `attempts`'s business; here is its round, and
-the steps of `timeline.plan` that change the registry alone.
+One custodian acts, fenced by its term; those of other nodes stand by. This module has its round and the steps of
+`timeline.plan` that change the registry only; `intents` has what it does in modules.
 """
 
 from __future__ import annotations
@@ -18,16 +18,7 @@ from kms_jwks.backends.calling import Backends
 from kms_jwks.custodian import transitions
 from kms_jwks.custodian.intents import OPEN, IntentRunner
 from kms_jwks.custodian.leader_lease import Fenced, LeaderLease
-from kms_jwks.model import (
-    IN_JWKS,
-    Epoch,
-    Id,
-    Instant,
-    IntentKind,
-    Key,
-    KeySet,
-    KeyVersion,
-)
+from kms_jwks.model import IN_JWKS, SECOND, Epoch, Id, Instant, IntentKind, Key, KeySet, KeyVersion
 from kms_jwks.store import ReadTx, Store, WriteTx
 from kms_jwks.timeline import Step, StepKind
 from kms_jwks.worker.confirmation import Confirmation
@@ -36,93 +27,112 @@ log = structlog.get_logger(__name__)
 
 PACE = 0.15
 """Seconds between two ticks."""
-LOOK_EVERY = 1.0
-"""Seconds between two looks at the calendar while the epoch stays the same."""
-REAP_EVERY = 0.5
+PLAN_INTERVAL = 1.0
+"""Seconds between two plans while the epoch stays the same."""
+DEAD_WORKERS_INTERVAL = 0.5
+"""Seconds between two checks for dead workers."""
 
 _MODULE_STEPS = {StepKind.TELL: IntentKind.TELL, StepKind.DESTROY: IntentKind.DESTROY}
-"""Steps that are a module's work: an intent, which `IntentRunner` takes from there."""
+"""Steps that need a module: each becomes an intent, which `IntentRunner` executes."""
 
 
 class Custodian:
-    """Call `tick` again and again, or `run`. Everything it decides comes from the registry and `timeline.plan`."""
+    """Call `tick` repeatedly, or `run`. All its decisions follow from the registry and `timeline.plan`."""
 
     def __init__(
         self,
         store: Store,
         backends: Backends,
         confirmation: Confirmation,
-        office: LeaderLease,
+        leader_lease: LeaderLease,
         *,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._confirmation = confirmation
-        self._leader_lease = office
-        self._intents = IntentRunner(store, backends, office)
+        self._leader_lease = leader_lease
+        self._intents = IntentRunner(store, backends, leader_lease)
         self._monotonic = monotonic
-        self._planned_under: Epoch | None = None
-        self._next_look = self._next_reap = monotonic()
+        self._boot = leader_lease.boot
+        self._database_lost_at: int | None = None
+        self._logged_code = ""
+        self._planned_epoch: Epoch | None = None
+        self._next_plan = self._next_dead_workers = monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Tick until `stop`; a tick that fails is logged and the next one tries again."""
-        trouble = ""
         while not stop.is_set():
+            began = self._boot()
             try:
                 self.tick()
-                trouble = ""
             except Fenced:
-                log.info("custodian_fenced", term=self._leader_lease.term)
-                self._leader_lease.term = 0
+                self._leader_lease.note_loss()
             except errors.Error as error:
-                if error.code != trouble:
-                    log.warning("custodian_held_up", error=error.detail, code=error.code)
-                trouble = error.code
+                self._log_failure(error, began)
             except Exception:
                 log.exception("custodian_tick_failed")
+            else:
+                self._log_recovery()
             stop.wait(PACE)
-        self._leader_lease.resign()
+        self._leader_lease.release()
+
+    def _log_failure(self, error: errors.Error, since: int) -> None:
+        """Log a tick's error once until a tick succeeds. `since`: when the tick began (boot clock)."""
+        if isinstance(error, errors.StoreUnavailable):
+            if self._database_lost_at is None:
+                self._database_lost_at = since
+                log.warning("database_lost", process="custodian", code=error.code, detail=error.detail)
+        elif error.code != self._logged_code:
+            self._logged_code = error.code
+            log.warning("custodian_tick_refused", code=error.code, detail=error.detail)
+
+    def _log_recovery(self) -> None:
+        self._logged_code = ""
+        if self._database_lost_at is not None:
+            seconds = round((self._boot() - self._database_lost_at) / SECOND, 3)
+            log.info("database_recovered", process="custodian", seconds=seconds)
+            self._database_lost_at = None
 
     def tick(self) -> None:
-        """One round: stay in office, finish what was begun, then do what is due."""
-        if not self._leader_lease.hold(self._intents.abandon):
+        """One round: acquire or renew the lease, finish intents, then take the steps that are due."""
+        if not self._leader_lease.acquire_or_renew(self._intents.abandon_started):
             return
-        if self._monotonic() >= self._next_reap:
-            self._next_reap = self._monotonic() + REAP_EVERY
-            self._confirmation.reap()
+        if self._monotonic() >= self._next_dead_workers:
+            self._next_dead_workers = self._monotonic() + DEAD_WORKERS_INTERVAL
+            self._confirmation.deregister_dead_workers()
         self._intents.run_due()
-        self._note_visibility()
+        self._record_visibility()
         self._take_due_steps()
 
     # --- visibility
 
-    def _note_visibility(self) -> None:
+    def _record_visibility(self) -> None:
         """A published version is visible once every registered worker has confirmed an epoch that holds it (I1)."""
         with self._store.read() as tx:
             if not _newly_visible(tx):
                 return
-        with self._leader_lease.mutation() as tx:
+        with self._leader_lease.fenced_write() as tx:
             for version in _newly_visible(tx):
                 tx.save(replace(version, visible_since=tx.now()))
 
-    # --- the calendar
+    # --- planned steps
 
     def _take_due_steps(self) -> None:
         with self._store.read() as tx:
             epoch = tx.epoch()
-            if epoch == self._planned_under and self._monotonic() < self._next_look:
+            if epoch == self._planned_epoch and self._monotonic() < self._next_plan:
                 return
-            due = _due_everywhere(tx)
+            due = _due_steps(tx)
         for key_set, step in due:
             try:
-                with self._leader_lease.mutation() as tx:
+                with self._leader_lease.fenced_write() as tx:
                     current = tx.key_set_by_id(key_set.id)
-                    # The reason is looked at again under the lock: somebody may have acted meanwhile.
+                    # Check the reason again in the transaction: the registry may have changed since the plan.
                     if current is not None and _still_due(tx, current, step):
                         self._take(tx, current, step)
             except errors.Conflict as error:
-                log.warning("step_refused", step=step.kind.value, error=error.detail)
-        self._planned_under, self._next_look = epoch, self._monotonic() + LOOK_EVERY
+                log.warning("custodian_step_refused", step=step.kind.value, subject=step.subject, detail=error.detail)
+        self._planned_epoch, self._next_plan = epoch, self._monotonic() + PLAN_INTERVAL
 
     def _take(self, tx: WriteTx, key_set: KeySet, step: Step) -> None:
         log.info("custodian_step", step=step.kind.value, subject=step.subject, reason=step.reason)
@@ -141,9 +151,9 @@ class Custodian:
                 breach = step.reason if step.breach is not None else None
                 lease = self._confirmation.lease(tx)
                 transitions.activate(tx, key_set, key, version, lease=lease, breach=breach)
-            case StepKind.WITHDRAW:
+            case StepKind.RETIRE:
                 version, key = _version(tx, step.subject)
-                transitions.withdraw(tx, key, version)
+                transitions.retire(tx, key, version)
             case StepKind.TELL | StepKind.DESTROY:
                 version, _ = _version(tx, step.subject)
                 transitions.add_intent(tx, _MODULE_STEPS[step.kind], version, tx.now())
@@ -156,11 +166,11 @@ def _version(tx: ReadTx, version_id: Id) -> tuple[KeyVersion, Key]:
     return version, key
 
 
-def _due_everywhere(tx: ReadTx) -> list[tuple[KeySet, Step]]:
-    """What is due in every key set, from one read of each table."""
+def _due_steps(tx: ReadTx) -> list[tuple[KeySet, Step]]:
+    """The steps that are due in every key set, from one read of each table."""
     now = tx.now()
     keys, versions, externals = tx.keys(), tx.versions(), tx.external_keys()
-    under_way = _under_way(tx)
+    open_intents = _open_intents(tx)
     found = []
     for key_set in tx.key_sets():
         steps = timeline.plan(
@@ -170,17 +180,17 @@ def _due_everywhere(tx: ReadTx) -> list[tuple[KeySet, Step]]:
             now,
             [e for e in externals if e.key_set_id == key_set.id],
         )
-        found += [(key_set, step) for step in steps if step.is_due(now) and not _begun(step, under_way)]
+        found += [(key_set, step) for step in steps if step.is_due(now) and not _has_intent(step, open_intents)]
     return found
 
 
-def _under_way(tx: ReadTx) -> set[tuple[IntentKind, Id]]:
+def _open_intents(tx: ReadTx) -> set[tuple[IntentKind, Id]]:
     return {(intent.kind, intent.version_id) for intent in tx.intents(states=OPEN)}
 
 
-def _begun(step: Step, under_way: set[tuple[IntentKind, Id]]) -> bool:
+def _has_intent(step: Step, open_intents: set[tuple[IntentKind, Id]]) -> bool:
     kind = _MODULE_STEPS.get(step.kind)
-    return kind is not None and (kind, step.subject) in under_way
+    return kind is not None and (kind, step.subject) in open_intents
 
 
 def plan_of(tx: ReadTx, key_set: KeySet, now: Instant) -> list[Step]:
@@ -192,7 +202,7 @@ def plan_of(tx: ReadTx, key_set: KeySet, now: Instant) -> list[Step]:
 def _still_due(tx: ReadTx, key_set: KeySet, step: Step) -> bool:
     now = tx.now()
     same = [s for s in plan_of(tx, key_set, now) if (s.kind, s.subject) == (step.kind, step.subject)]
-    return any(s.is_due(now) for s in same) and not _begun(step, _under_way(tx))
+    return any(s.is_due(now) for s in same) and not _has_intent(step, _open_intents(tx))
 
 
 def _newly_visible(tx: ReadTx) -> list[KeyVersion]:

@@ -1,7 +1,7 @@
-"""The examination of a node: what is wrong with its files, registry, clocks, modules and keys, and how to mend it.
+"""The examination of a node: what is wrong with its files, registry, clocks, modules and keys, and how to fix it.
 
-It reads and changes nothing; only `remove` does, one orphan at a time, on request. What a check cannot look at because
-something before it failed is left out, never reported as well.
+The checks only read. `remove_orphan` alone changes something: it destroys one orphan, on request. A check that depends
+on something that has already failed is left out.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from kms_jwks.config import Settings
 from kms_jwks.doctor import registry as registry_checks
 from kms_jwks.doctor.checks import Check, State, failed, worst
 from kms_jwks.doctor.files import files, registry_file
-from kms_jwks.doctor.modules import module
-from kms_jwks.doctor.orphans import Orphan, orphans, remove
+from kms_jwks.doctor.modules import Orphan, find_orphans, module, remove_orphan
 from kms_jwks.doctor.registry import Registry
 from kms_jwks.store import Store
 
-__all__ = ["Check", "Orphan", "State", "examine", "orphans", "registry_file", "remove", "worst"]
+__all__ = ["Check", "Orphan", "State", "examine", "find_orphans", "registry_file", "remove_orphan", "worst"]
 
 
 def examine(
@@ -30,14 +29,14 @@ def examine(
     *,
     wall: Callable[[], int] = lambda: time.time_ns() // 1000,
 ) -> Iterator[Check]:
-    """Every check, as it is made. `wall` is this node's clock in microseconds."""
+    """Run every check and yield each result. `wall` is this node's clock in microseconds."""
     yield from files(settings)
     registry = None
     try:
         store.check_schema()
         registry = Registry.of(store)
     except errors.Error as error:
-        yield failed("registry", error, "Check database_url, and who may read the registry.")
+        yield failed("registry", error, "Check database_url, and that this user may read the registry.")
     if registry is not None:
         yield Check(
             "registry", State.OK, f"{store.url}: epoch {registry.epoch.counter} of {registry.epoch.incarnation}"

@@ -1,4 +1,4 @@
-"""What a check says: a name, a state, what was found, and how to mend it."""
+"""The result of a check: a name, a state, what was found, and how to fix it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kms_jwks import errors
 
 
 class State(StrEnum):
-    """How a check went."""
+    """The state of a check's subject."""
 
     OK = "ok"
     WARNING = "warning"
@@ -19,7 +19,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. `next_step` is empty where nothing is to be done."""
+    """One finding. `next_step` is empty if there is nothing to do."""
 
     name: str
     state: State
@@ -34,7 +34,7 @@ def worst(checks: Iterable[Check]) -> State:
 
 
 def failed(name: str, error: errors.Error, step: str) -> Check:
-    """A check that ended in an error; `step` where the error has only its class's general advice."""
+    """A check that ended in an error. `step` is the advice if the error has only the general advice of its class."""
     own = (
         error.next_step if error.next_step != type(error).next_step or isinstance(error, errors.SchemaMismatch) else ""
     )

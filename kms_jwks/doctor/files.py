@@ -1,4 +1,4 @@
-"""Checks of files and folders: that they are there, and that nobody else gets at them."""
+"""Checks of files and folders: whether they exist, and whether other users can access them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def registry_file(settings: Settings) -> Path | None:
 
 
 def files(settings: Settings) -> Iterator[Check]:
-    """State directory, registry, TLS key, and for each backend its PIN file and its module."""
+    """Check the state directory, the registry, the TLS key, and for each backend its PIN file and its module."""
     yield from _folder("state directory", settings.state_dir)
     file = registry_file(settings)
     if file is not None:
@@ -56,7 +56,7 @@ def _folder(name: str, path: Path) -> Iterator[Check]:
 
 
 def _private(name: str, path: Path) -> Check:
-    """Whether others than the owner get at a file or folder."""
+    """Whether users other than the owner can access a file or folder."""
     try:
         facts = path.stat()
     except FileNotFoundError:

@@ -1,21 +1,29 @@
-"""Checks of a module and the keys in it: that it answers, offers what is needed, and holds what the registry says."""
+"""Checks of a module and the keys in it, and its orphans: key pairs of this installation that no key version refers to.
+
+A module must answer, offer the algorithms that are needed, and hold what the registry says. Orphans are removed on
+request.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 
 from kms_jwks import errors
 from kms_jwks.backends.base import Backend, KeyRef
 from kms_jwks.doctor.checks import Check, State, failed, some
-from kms_jwks.doctor.orphans import orphans
 from kms_jwks.doctor.registry import Registry
-from kms_jwks.model import KeyVersion, VersionState
+from kms_jwks.model import IntentKind, IntentState, KeyVersion, VersionState
 from kms_jwks.store import Store
+
+WAITING_DAYS = 7
+"""Days for which a module that has a waiting period keeps an orphan before it destroys it."""
 
 
 def module(name: str, backend: Backend, store: Store, registry: Registry | None) -> Iterator[Check]:
-    """One backend and its keys; without a registry only that it answers."""
-    step = f"See that the module and its token are there and fit [backends.{name}] in the settings."
+    """The checks of one backend and its keys; without a registry only whether it answers."""
+    step = f"Check that the module and its token are present and match [backends.{name}] in the settings."
     try:
         health = backend.ping()
         offered = backend.capabilities()
@@ -66,19 +74,19 @@ def _keys(name: str, backend: Backend, registry: Registry) -> Iterator[Check]:
 
 
 def _accepted(name: str, registry: Registry) -> Iterator[Check]:
-    """What was accepted of adopted keys."""
+    """The weaknesses that were accepted when a key was adopted."""
     for version in registry.versions:
         if version.backend == name and version.weaknesses:
             yield Check(
                 f"key {registry.name_of(version)}",
                 State.WARNING,
                 f"adopted although {', '.join(version.weaknesses)} (kid {version.kid})",
-                "Rotate to a key that was made here, and have this one destroyed where nobody else uses it.",
+                "Rotate to a key that this service generated, and destroy this one unless it is used elsewhere.",
             )
 
 
 def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
-    """What is wrong with a version's key pair, and what to do; None when it is as the registry says."""
+    """What is wrong with a version's key pair, and what to do; None if it is as the registry says."""
     assert version.ref is not None
     ref = KeyRef.of(**version.ref)
     replace_it = "Revoke the version: its standby takes over."
@@ -104,24 +112,98 @@ def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
     if changed:
         return "; ".join(changed), f"Find out who changed it. {replace_it}"
     if worse := [words for words in evidence.weaknesses if words not in version.weaknesses]:
-        return f"the module says of it that {', '.join(worse)}", replace_it
+        return f"the module reports: {', '.join(worse)}", replace_it
     return None
 
 
 def _orphans(name: str, backend: Backend, store: Store) -> Iterator[Check]:
     try:
-        left = [orphan.label for orphan in orphans(store, {name: backend})]
+        labels = [orphan.label for orphan in find_orphans(store, {name: backend})]
     except errors.BackendRefused as error:
-        # Those that only sign need not be able to list keys.
-        yield Check(f"orphans in {name}", State.WARNING, f"not looked for: {error.detail}", error.next_step)
+        # The credentials of a node that only signs need not allow listing keys.
+        yield Check(f"orphans in {name}", State.WARNING, f"not searched: {error.detail}", error.next_step)
         return
-    if not left:
+    if not labels:
         yield Check(f"orphans in {name}", State.OK, "every key pair of this installation belongs to a key version")
         return
     yield Check(
         f"orphans in {name}",
         State.WARNING,
-        f"{len(left)} key pair(s) that no key version refers to: {some(left)}",
+        f"{len(labels)} key pair(s) that no key version refers to: {some(labels)}",
         "kms-jwks doctor --remove-orphans destroys them. Not after the registry was restored from a backup: keys that "
         "were made since look the same.",
     )
+
+
+# --- orphans ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A key pair of this installation in a module that no key version refers to."""
+
+    backend: str
+    label: str
+    ref: KeyRef
+
+
+def find_orphans(store: Store, backends: Mapping[str, Backend]) -> list[Orphan]:
+    """Key pairs labelled for this installation that no version refers to and no open intent may be generating.
+
+    Raises BackendError, StoreUnavailable.
+    """
+    with store.read() as tx:
+        prefix = f"kj-{tx.installation().id}-"
+    # List the modules before reading the registry: a key pair that is generated in between must not count as orphan.
+    listed = [
+        Orphan(name, stored.label, stored.ref)
+        for name, backend in backends.items()
+        for stored in backend.list_keys(prefix)
+        if stored.label.startswith(prefix)
+    ]
+    used = _UsedKeyPairs.of(Registry.of(store))
+    return [orphan for orphan in listed if not used.contains(orphan)]
+
+
+class Removal(StrEnum):
+    """What became of an orphan."""
+
+    DESTROYED = "destroyed"
+    SCHEDULED = f"destroyed by its module in {WAITING_DAYS} days"
+    NEEDED = "in use now, not removed"
+
+
+def remove_orphan(orphan: Orphan, store: Store, backends: Mapping[str, Backend]) -> Removal:
+    """Destroy an orphan in its module, or schedule that; does nothing if a version refers to it by now."""
+    if _UsedKeyPairs.of(Registry.of(store)).contains(orphan):
+        return Removal.NEEDED
+    backend = backends[orphan.backend]
+    if backend.schedule_destroy(orphan.ref, WAITING_DAYS):
+        return Removal.SCHEDULED
+    backend.destroy(orphan.ref)
+    return Removal.DESTROYED
+
+
+@dataclass(frozen=True, slots=True)
+class _UsedKeyPairs:
+    """The key pairs that the registry refers to, or may refer to once an open intent is done."""
+
+    refs: frozenset[tuple[str, KeyRef]]
+    labels: frozenset[str]
+
+    @classmethod
+    def of(cls, registry: Registry) -> _UsedKeyPairs:
+        held = {v.id for v in registry.versions if v.ref is not None}
+        unfinished = (IntentState.PENDING, IntentState.STARTED)
+        return cls(
+            refs=frozenset((v.backend, KeyRef.of(**v.ref)) for v in registry.versions if v.ref is not None),
+            labels=frozenset(
+                i.label
+                for i in registry.intents
+                if i.kind is IntentKind.GENERATE
+                and (i.state in unfinished or (i.state is IntentState.DONE and i.version_id in held))
+            ),
+        )
+
+    def contains(self, orphan: Orphan) -> bool:
+        return orphan.label in self.labels or (orphan.backend, orphan.ref) in self.refs

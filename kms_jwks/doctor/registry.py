@@ -27,14 +27,14 @@ CLOCK_WARNING = 5
 """Seconds that the database's time may differ from this node's."""
 CLOCK_FAILURE = 60
 STUCK = 60
-"""Seconds after which an intent that nobody works on, or does not end, is stuck."""
+"""Seconds after which an intent that was not started, or did not end, counts as stuck."""
 CUSTODIAN_GRACE = 30
-"""Seconds without an acting custodian that a restart may take."""
+"""Seconds without an acting custodian that a restart may take; only then is it a failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """One consistent read of what the checks look at."""
+    """One consistent read of everything that the checks use."""
 
     installation: str
     epoch: Epoch
@@ -48,7 +48,7 @@ class Registry:
 
     @classmethod
     def of(cls, store: Store) -> Registry:
-        """Read it. Raises StoreUnavailable."""
+        """Read the registry. Raises StoreUnavailable."""
         with store.read() as tx:
             return cls(
                 installation=tx.installation().id,
@@ -91,12 +91,12 @@ def clocks(registry: Registry, difference: int) -> Iterator[Check]:
             "clocks",
             State.FAILURE,
             f"the registry holds times {(latest - registry.now) / SECOND:.0f} s in the future: the clock went back",
-            "Set the database's clock right; until then no key may change its state by date.",
+            "Correct the database's clock; until then no key changes its state by date.",
         )
 
 
 def custodian(registry: Registry) -> Iterator[Check]:
-    """Whether one acts."""
+    """Whether a custodian acts."""
     lease, serving = registry.lease, any(not silence(w, registry.now) for w in registry.workers)
     start = "Run `kms-jwks serve` or `kms-jwks custodian`."
     if lease is None:
@@ -104,7 +104,7 @@ def custodian(registry: Registry) -> Iterator[Check]:
         return
     if lease.halted is not None:
         yield Check(
-            "custodian", State.FAILURE, f"it has halted: {lease.halted}", "Set the clocks right; it goes on by itself."
+            "custodian", State.FAILURE, f"it has halted: {lease.halted}", "Correct the clocks; it continues by itself."
         )
         return
     over = (registry.now - lease.expires_at) / SECOND
@@ -117,7 +117,7 @@ def custodian(registry: Registry) -> Iterator[Check]:
 
 
 def intents(registry: Registry) -> Iterator[Check]:
-    """Whether the custodian gets on with its work in modules."""
+    """Whether the custodian's intents make progress."""
     found = False
     by_id = {v.id: v for v in registry.versions}
     for intent in registry.intents:
@@ -131,7 +131,7 @@ def intents(registry: Registry) -> Iterator[Check]:
                 "intents",
                 State.FAILURE,
                 f"{intent.kind.value} for {name} {waiting} for {since:.0f} s (label {intent.label})",
-                "Look at the custodian and its log; a new term abandons what the one before left and tries again.",
+                "Check the custodian and its log. A new term abandons this attempt and starts another.",
             )
         elif intent.state is IntentState.PENDING and intent.attempt > 1 and version is not None:
             found = True
@@ -143,15 +143,15 @@ def intents(registry: Registry) -> Iterator[Check]:
             yield Check(
                 "intents",
                 State.WARNING,
-                f"{intent.kind.value} for {name} comes to attempt {intent.attempt}: {last.error if last else ''}",
-                "Mend what the error says; the custodian goes on by itself.",
+                f"{intent.kind.value} for {name} waits for attempt {intent.attempt}: {last.error if last else ''}",
+                "Fix the cause that the error names; the custodian continues by itself.",
             )
     if not found:
         yield Check("intents", State.OK, "none is stuck")
 
 
 def workers(registry: Registry) -> Iterator[Check]:
-    """Whether every registered worker is heard of."""
+    """Whether every registered worker sends heartbeats."""
     found = False
     for worker in registry.workers:
         if silent := silence(worker, registry.now):
@@ -160,20 +160,20 @@ def workers(registry: Registry) -> Iterator[Check]:
                 "workers",
                 State.WARNING,
                 f"worker {worker.id} on node {worker.node} is silent for {silent:.0f} s and holds up activations",
-                f"Start its node, or if that will not come back: kms-jwks node forget {worker.id}",
+                f"Start its node; if the node will not come back: kms-jwks node forget {worker.id}",
             )
     if not found:
         yield Check("workers", State.OK, f"{len(registry.workers)} registered, none silent")
 
 
 def silence(worker: Worker, now: Instant) -> float:
-    """Seconds since a worker was heard of, if that is longer than its lease allows; else 0."""
+    """Seconds since a worker's last heartbeat, if that is longer than its lease allows; otherwise 0."""
     seconds = (now - worker.heartbeat_at) / SECOND
     return seconds if seconds > worker.lease + 1 else 0.0
 
 
 def policies(registry: Registry) -> Iterator[Check]:
-    """What every report must show of the keys' policies."""
+    """The warnings about the keys' policies that every report must show."""
     for key in registry.keys:
         key_set = next(s for s in registry.key_sets if s.id == key.key_set_id)
         for warning in timeline.policy_warnings(key.policy, cache_lifetime=key_set.cache_lifetime):
@@ -186,7 +186,7 @@ def policies(registry: Registry) -> Iterator[Check]:
 
 
 def unknown_backends(registry: Registry, backends: Mapping[str, Backend]) -> Iterator[Check]:
-    """Backends that keys are in and that this node does not know."""
+    """Backends that hold keys and are not configured on this node."""
     for name in sorted({v.backend for v in registry.versions} - set(backends)):
         versions = [registry.name_of(v) for v in registry.versions if v.backend == name]
         yield Check(

@@ -53,7 +53,6 @@ class Service:
             state_dir=settings.state_dir,
             used=guard.drain_used,
             bind=backends.bind,
-            reap=lambda: self.confirmation.reap(),  # noqa: PLW0108 - it is made below
             backends=lambda: backends.states,
             clock=DatabaseClock(boot),
         )

@@ -18,7 +18,7 @@ from kms_jwks import errors, jose, wire
 from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.base import Backend, GeneratedKey, KeyRef, Message
 from kms_jwks.backends.calling import Backends
-from kms_jwks.custodian import transitions
+from kms_jwks.custodian import document_limits, transitions
 from kms_jwks.model import Key, KeySet, KeyVersion, Origin, VersionState, new_id
 from kms_jwks.store import ReadTx, WriteTx
 
@@ -114,9 +114,9 @@ def add_adopted(tx: WriteTx, key: Key, candidate: Candidate) -> KeyVersion:
 def publish(tx: WriteTx, key_set: KeySet, candidates: Iterable[Candidate]) -> None:
     """Publish what was adopted, as any version whose pair is there. Raises LimitReached."""
     for candidate in candidates:
-        transitions.require_room(tx, key_set, candidate.alg.name)
+        document_limits.require_room(tx, key_set, candidate.alg.name)
     transitions.publish_ready(tx, key_set)
-    transitions.require_small_document(tx, key_set)
+    document_limits.require_small_document(tx, key_set)
 
 
 def _require_new(tx: ReadTx, candidate: Candidate) -> None:

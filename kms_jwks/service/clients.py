@@ -42,7 +42,7 @@ class Clients:
         with self._control.store.write() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             value = add_client(tx, request.name)
-        self._control.changed(tx.committed_epoch)
+        self._control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return views.client(value)
 
     def delete(self, context: RequestContext, name: str) -> None:
@@ -60,7 +60,7 @@ class Clients:
                 tx.save(replace(grant, deleted_at=now))
             tx.save(replace(value, deleted_at=now))
             lease, here = control.confirmation.lease(tx), tx.epoch()
-        control.confirmation.revoked(tx.committed_epoch or here, lease)
+        control.confirmation.wait_until_confirmed(tx.committed_epoch or here, lease)
 
     # --- tokens
 
@@ -77,7 +77,7 @@ class Clients:
         with self._control.store.write() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             made, row = add_token(tx, find_client(tx, client), request.expires_in)
-        self._control.changed(tx.committed_epoch)
+        self._control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return wire.TokenCreated(token=made.token, id=row.id, expires_at=to_datetime(row.expires_at))
 
     def revoke_token(self, context: RequestContext, client: str, token_id: str) -> None:
@@ -92,7 +92,7 @@ class Clients:
             if token.revoked_at is None:
                 tx.save(replace(token, revoked_at=tx.now()))
             lease, here = control.confirmation.lease(tx), tx.epoch()
-        control.confirmation.revoked(tx.committed_epoch or here, lease)
+        control.confirmation.wait_until_confirmed(tx.committed_epoch or here, lease)
 
     # --- grants
 
@@ -131,7 +131,7 @@ class Clients:
                 raise errors.InvalidField("scope: a key needs its key_set", fields={"field": "scope"})
             value = add_grant(tx, owner, Role(request.role), key_set_id, key_id)
             answer = views.grant(tx, value)
-        self._control.changed(tx.committed_epoch)
+        self._control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return answer
 
     def delete_grant(self, context: RequestContext, grant_id: str) -> None:
@@ -141,7 +141,7 @@ class Clients:
             control.guard.enter(tx, context, Permission.GRANT_MANAGE)
             tx.save(replace(_find_grant(tx, grant_id), deleted_at=tx.now()))
             lease, here = control.confirmation.lease(tx), tx.epoch()
-        control.confirmation.revoked(tx.committed_epoch or here, lease)
+        control.confirmation.wait_until_confirmed(tx.committed_epoch or here, lease)
 
 
 def find_client(tx: ReadTx, name: str) -> Client:

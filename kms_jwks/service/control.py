@@ -38,7 +38,7 @@ class Control:
             with contextlib.suppress(errors.StoreUnavailable):
                 epoch = self._settled_at(ids)
                 if epoch is not None:
-                    self.confirmation.changed(epoch)
+                    self.confirmation.wait_for_live_workers(epoch)
                     return True
             if time.monotonic() >= end:
                 return False
@@ -55,10 +55,6 @@ class Control:
         if reason is not None:
             raise errors.UnsupportedAlgorithmRequested(reason)
         return epoch if settled else None
-
-    def changed(self, epoch: Epoch | None) -> None:
-        """Hold the answer until live workers work under the change."""
-        self.confirmation.changed(epoch)
 
 
 def _settled(tx: ReadTx, version: KeyVersion) -> bool:

@@ -10,7 +10,7 @@ from msgspec import UNSET
 from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.custodian import transitions
+from kms_jwks.custodian import document_limits
 from kms_jwks.model import ExternalKey, Id, Instant, VersionState, new_id
 from kms_jwks.service import views
 from kms_jwks.service.context import RequestContext
@@ -57,7 +57,7 @@ class ExternalKeys:
             jwk = jose.check_public_jwk(_jwk(request), alg)
             _require_not_revoked(tx, jwk)
             check_compatible_algorithms(tx, found.key_set, alg.name)
-            transitions.require_room(tx, found.key_set, alg.name, more_externals=1)
+            document_limits.require_room(tx, found.key_set, alg.name, more_externals=1)
             value = ExternalKey(
                 id=new_id(),
                 key_set_id=found.key_set.id,
@@ -68,7 +68,7 @@ class ExternalKeys:
                 remove_at=remove_at,
             )
             tx.add(value)
-            transitions.require_small_document(tx, found.key_set)
+            document_limits.require_small_document(tx, found.key_set)
             if found.key_set.first_published_at is None:
                 tx.save(
                     replace(
@@ -78,7 +78,7 @@ class ExternalKeys:
                         revision=found.key_set.revision + 1,
                     )
                 )
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return views.external_key(value)
 
     def delete(self, context: RequestContext, key_set: str, kid: str) -> None:
@@ -90,7 +90,7 @@ class ExternalKeys:
             if value is None:
                 raise errors.ExternalKeyNotFound("The key set publishes no external key under this kid.")
             tx.save(replace(value, removed_at=found.now))
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
 
 
 def _require_not_revoked(tx: ReadTx, jwk: Mapping[str, str]) -> None:

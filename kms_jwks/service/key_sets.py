@@ -64,7 +64,7 @@ class KeySets:
             with control.store.read() as after:
                 answer = views.key_set(after, after.key_set_by_id(key_set.id) or key_set, control.public_url)
         else:
-            control.changed(tx.committed_epoch)
+            control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return Created(answer, complete, f"/v1/key-sets/{key_set.name}")
 
     def _enter(self, tx: ReadTx, context: RequestContext, request: wire.KeySetCreate) -> None:
@@ -98,7 +98,7 @@ class KeySets:
                     transitions.widen(tx, changed, key, lease=lease)
                 tx.save(changed)
             answer = views.key_set(tx, changed, control.public_url)
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return answer
 
 

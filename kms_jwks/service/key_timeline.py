@@ -25,7 +25,7 @@ _STATES: Mapping[str, VersionState] = {
     StepKind.CREATE: _S.PUBLISHED,
     StepKind.PUBLISH: _S.PUBLISHED,
     StepKind.ACTIVATE: _S.ACTIVE,
-    StepKind.WITHDRAW: _S.RETIRED,
+    StepKind.RETIRE: _S.RETIRED,
     StepKind.DESTROY: _S.DESTROYED,
 }
 """What an event makes of the version it is about."""

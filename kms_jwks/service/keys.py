@@ -12,7 +12,7 @@ from msgspec import UNSET
 from kms_jwks import errors, timeline, wire
 from kms_jwks.access import EVERYTHING, Permission, Scope, allow
 from kms_jwks.algorithms import ALGORITHMS, DEFAULT_RSA_BITS
-from kms_jwks.custodian import transitions
+from kms_jwks.custodian import document_limits, transitions
 from kms_jwks.model import (
     Instant,
     Key,
@@ -112,7 +112,7 @@ class Keys:
                 tx.save(changed)
                 transitions.widen(tx, found.key_set, changed, lease=lease)
             answer = views.key(tx, found.key_set, changed)
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return answer
 
     def rotate(self, context: RequestContext, key_set: str, key: str, request: wire.RotateRequest) -> wire.Key:
@@ -142,7 +142,7 @@ class Keys:
                 who=found.caller.client,
             )
             answer = views.key(tx, found.key_set, found.key)
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return answer
 
     def disable(self, context: RequestContext, key_set: str, key: str) -> wire.Key:
@@ -156,7 +156,7 @@ class Keys:
             answer = views.key(tx, found.key_set, changed)
             lease, here = control.confirmation.lease(tx), tx.epoch()
         # Said again, it waits again: who lost the first answer gets the same certainty.
-        control.confirmation.revoked(tx.committed_epoch or here, lease)
+        control.confirmation.wait_until_confirmed(tx.committed_epoch or here, lease)
         return answer
 
     def enable(self, context: RequestContext, key_set: str, key: str) -> wire.Key:
@@ -168,7 +168,7 @@ class Keys:
             if changed.disabled_at is not None:
                 changed = _touched(tx, replace(changed, disabled_at=None))
             answer = views.key(tx, found.key_set, changed)
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return answer
 
 
@@ -198,7 +198,7 @@ def add_key(
     check_policy(key.policy, key_set, control.confirmation.lease(tx))
     check_profile(key)
     check_compatible_algorithms(tx, key_set, key.alg)
-    transitions.require_room(tx, key_set, key.alg, more_keys=1)
+    document_limits.require_room(tx, key_set, key.alg, more_keys=1)
     tx.add(key)
     if candidate is None:
         return key, transitions.add_version(tx, key)
@@ -292,7 +292,7 @@ def _touched(tx: WriteTx, key: Key) -> Key:
 
 
 def _standby(key: Key, versions: list[KeyVersion]) -> KeyVersion:
-    standby = timeline.successor(versions, key.policy)
+    standby = timeline.choose_standby(versions, key.policy)
     if standby is None:
         raise errors.NoStandby(f"Key {key.name!r} has no published standby version.")
     return standby

@@ -78,7 +78,7 @@ class Revocation:
 
         (answer, lease), epoch = self._run(step, dry_run=request.dry_run)
         if epoch is not None:
-            answer.unconfirmed = _unconfirmed(control.confirmation.revoked(epoch, lease))
+            answer.unconfirmed = _unconfirmed(control.confirmation.wait_until_confirmed(epoch, lease))
         return answer
 
     def everything(self, context: RequestContext, request: wire.RevocationCreate) -> wire.Revocation:
@@ -99,7 +99,7 @@ class Revocation:
 
         (answer, lease), epoch = self._run(step, dry_run=request.dry_run)
         if epoch is not None:
-            answer.unconfirmed = _unconfirmed(control.confirmation.revoked(epoch, lease))
+            answer.unconfirmed = _unconfirmed(control.confirmation.wait_until_confirmed(epoch, lease))
         return answer
 
     # --- inside

@@ -149,7 +149,7 @@ class Versions:
                 who=found.caller.client,
             )
             answer = views.version(found.key, value)
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return answer
 
     def retire(
@@ -164,11 +164,9 @@ class Versions:
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, context, Permission.KEY_ROTATE, key_set, key)
             broken = breach(control, context, tx, found, request)
-            value = transitions.withdraw(
-                tx, found.key, _find(tx, found, version), breach=broken, who=found.caller.client
-            )
+            value = transitions.retire(tx, found.key, _find(tx, found, version), breach=broken, who=found.caller.client)
             answer, lease = views.version(found.key, value), control.confirmation.lease(tx)
-        control.confirmation.revoked(tx.committed_epoch, lease)
+        control.confirmation.wait_until_confirmed(tx.committed_epoch, lease)
         return answer
 
     def revoke(
@@ -189,7 +187,7 @@ class Versions:
                 tx, _find(tx, found, version), when, found.key.policy.destroy_after
             )
             answer = views.version(found.key, value)
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return answer
 
     def cancel_destroy(self, context: RequestContext, key_set: str, key: str, version: str) -> wire.Version:
@@ -198,7 +196,7 @@ class Versions:
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, context, Permission.VERSION_DESTROY, key_set, key)
             answer = views.version(found.key, transitions.cancel_destruction(tx, _find(tx, found, version)))
-        control.changed(tx.committed_epoch)
+        control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return answer
 
 

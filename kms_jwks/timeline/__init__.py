@@ -1,14 +1,13 @@
 """The life of key versions in time: invariants I1, I2, I4, I5, what is due next, and why. Pure; the clock is injected.
 
 Every function takes what the registry holds and an instant, and reads nothing else. `plan` says what the custodian
-does, `forecast` what that comes to, `safety` shows each invariant with both sides, and the service refuses with the
-same numbers.
+does, `forecast` what follows from it, and `safety` shows each invariant with both sides; the service refuses a request
+with the same numbers.
 """
 
-from kms_jwks.timeline.activation import successor
-from kms_jwks.timeline.calendar import Window, jitter, later, shown, window
-from kms_jwks.timeline.forecast import Event, forecast
 from kms_jwks.timeline.invariants import (
+    Check,
+    SafetyReport,
     destructible_at,
     kids_after_rotation,
     kids_reserved,
@@ -19,9 +18,11 @@ from kms_jwks.timeline.invariants import (
     retirable_at,
     room_problem,
     rotation_blocker,
+    rotation_wanted,
+    safety,
     usable_at,
 )
-from kms_jwks.timeline.plan import in_emergency, plan
+from kms_jwks.timeline.plan import Event, forecast, in_emergency, plan
 from kms_jwks.timeline.policies import (
     CACHE_LIFETIME,
     FARTHEST,
@@ -33,16 +34,17 @@ from kms_jwks.timeline.policies import (
     MIN_PUBLISH_LEAD,
     STALE_MARGIN,
     TELL_DAYS,
+    Window,
     bounds,
+    jitter,
     policy_problems,
     policy_warnings,
     publish_lead_floor,
     stale_if_error,
+    window,
 )
-from kms_jwks.timeline.retirement import days_until
-from kms_jwks.timeline.rotation import rotation_wanted
-from kms_jwks.timeline.safety import Check, SafetyReport, safety
-from kms_jwks.timeline.steps import Step, StepKind
+from kms_jwks.timeline.steps import Step, StepKind, choose_standby, days_until
+from kms_jwks.times import later
 
 __all__ = [
     "CACHE_LIFETIME",
@@ -62,6 +64,7 @@ __all__ = [
     "StepKind",
     "Window",
     "bounds",
+    "choose_standby",
     "days_until",
     "destructible_at",
     "forecast",
@@ -83,9 +86,7 @@ __all__ = [
     "rotation_blocker",
     "rotation_wanted",
     "safety",
-    "shown",
     "stale_if_error",
-    "successor",
     "usable_at",
     "window",
 ]

@@ -1,11 +1,17 @@
-"""What a rotation policy may say: its limits, its warnings, and what of it a version has to count with (I2)."""
+"""Rotation policies: limits, warnings, the weekly rotation window, the jitter, and the bounds a version records (I2).
+
+The window is in UTC: there is no daylight saving time, so every week has the same 10,080 minutes.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
-from kms_jwks.model import DAY, Bounds, Policy
-from kms_jwks.timeline.calendar import window
+from kms_jwks.model import DAY, SECOND, Bounds, Instant, KeyVersion, Policy
 
 MAX_KIDS = 10
 MAX_DOCUMENT = 50 * 1024
@@ -17,9 +23,18 @@ MIN_DESTROY_AFTER = 7 * DAY
 MIN_PUBLISH_LEAD = 2 * 3600
 STALE_MARGIN = 300
 FARTHEST = 10 * 366 * DAY
-"""Seconds ahead that a date may lie: a hold, a destruction."""
+"""The farthest date that is accepted for a hold or a destruction, in seconds from now."""
 TELL_DAYS = (7, 30)
-"""How many days ahead a module with a calendar of its own can be told a destruction."""
+"""How many days ahead a module with a deletion schedule of its own accepts a destruction: at least, at most."""
+
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_DAY_MINUTES = 24 * 60
+_WEEK_MINUTES = 7 * _DAY_MINUTES
+_MINUTE = 60 * SECOND
+_WEEK = _WEEK_MINUTES * _MINUTE
+_MONDAY = 3 * DAY * SECOND
+"""From the Monday before the epoch, which was a Thursday, to the epoch."""
+_SPAN = re.compile(r"(?:([a-z,-]+) )?([0-9]{2}):([0-9]{2})-([0-9]{2}):([0-9]{2})")
 
 
 def publish_lead_floor(cache_lifetime: int) -> int:
@@ -28,7 +43,7 @@ def publish_lead_floor(cache_lifetime: int) -> int:
 
 
 def policy_problems(policy: Policy, *, cache_lifetime: int, lease: int) -> list[str]:
-    """Every rule that `policy` breaks, each with its numbers (seconds); empty when it is sound."""
+    """Every rule that `policy` breaks, each with its numbers (seconds); empty for a valid policy."""
     found: list[str] = []
     floor = publish_lead_floor(cache_lifetime)
     if policy.publish_lead < floor and not policy.allow_unsafe_publish_lead:
@@ -59,7 +74,7 @@ def policy_problems(policy: Policy, *, cache_lifetime: int, lease: int) -> list[
 
 
 def policy_warnings(policy: Policy, *, cache_lifetime: int) -> list[str]:
-    """What every report must show of a policy that was allowed to be unsafe."""
+    """What every report must show about a policy that was allowed to be unsafe."""
     floor = publish_lead_floor(cache_lifetime)
     if policy.publish_lead < floor:
         return [
@@ -69,10 +84,94 @@ def policy_warnings(policy: Policy, *, cache_lifetime: int) -> list[str]:
 
 
 def stale_if_error(wanted: int, *, cache_lifetime: int, publish_leads: Iterable[int]) -> int:
-    """Seconds of stale-if-error a JWKS may carry: never beyond the smallest publish lead − max-age − 300."""
+    """Seconds of stale-if-error a JWKS may carry: at most the smallest publish lead − max-age − 300."""
     return max(0, min([wanted, *(lead - cache_lifetime - STALE_MARGIN for lead in publish_leads)]))
 
 
 def bounds(policy: Policy, *, lease: int, cache_lifetime: int) -> Bounds:
-    """What I2 has to count with while `policy` is in force."""
+    """The durations that I2 counts with while `policy` is in force."""
     return Bounds(policy.max_token_ttl, policy.clock_skew, policy.handover, lease, cache_lifetime)
+
+
+def jitter(version: KeyVersion, policy: Policy) -> int:
+    """By how many seconds the rotation away from `version` comes early: fixed per version, spread over versions.
+
+    At most `rotate_jitter` and at most a tenth of `rotate_every`.
+    """
+    most = max(0, min(policy.rotate_jitter, policy.rotate_every // 10))
+    digest = hashlib.sha256(version.id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % (most + 1)
+
+
+# --- the rotation window ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """When planned steps may happen: spans of minutes since Monday 00:00 UTC, half open. No spans: at any time."""
+
+    spans: tuple[tuple[int, int], ...]
+
+    def opens(self, instant: Instant) -> Instant:
+        """The first instant at or after `instant` at which the window is open."""
+        if not self.spans:
+            return instant
+        position = (instant + _MONDAY) % _WEEK
+        waits = []
+        for begin, end in self.spans:
+            if begin * _MINUTE <= position < end * _MINUTE:
+                return instant
+            waits.append((begin * _MINUTE - position) % _WEEK)
+        return Instant(instant + min(waits))
+
+
+@lru_cache(maxsize=256)
+def window(text: str) -> Window:
+    """Parse `rotate_window`: ``[DAYS ]HH:MM-HH:MM`` in UTC, several separated by ``;``; empty is any time.
+
+    DAYS are days or ranges of days separated by commas (``mon-thu``, ``sat,sun``, ``fri-mon``); without DAYS the hours
+    apply every day. Hours that end no later than they begin continue into the next day, and 24:00 is the end of a day.
+    Raises ValueError.
+    """
+    if not text:
+        return Window(())
+    spans: list[tuple[int, int]] = []
+    for piece in text.split(";"):
+        spans += _parse_spans(piece.strip().lower())
+    return Window(tuple(sorted(spans)))
+
+
+def _parse_spans(piece: str) -> list[tuple[int, int]]:
+    match = _SPAN.fullmatch(piece)
+    if match is None:
+        raise ValueError(f"{piece!r} is not DAYS HH:MM-HH:MM (UTC), such as mon-thu 09:00-16:00 or sat,sun 22:00-04:00")
+    begin, end = _parse_minutes(match[2], match[3]), _parse_minutes(match[4], match[5])
+    if begin in (_DAY_MINUTES, end):
+        raise ValueError(f"{piece!r} has no hours; a whole day is 00:00-24:00")
+    length = (end - begin) % _DAY_MINUTES or _DAY_MINUTES
+    found: list[tuple[int, int]] = []
+    for day in _parse_days(match[1]) if match[1] else range(7):
+        start = day * _DAY_MINUTES + begin
+        found.append((start, min(start + length, _WEEK_MINUTES)))
+        if start + length > _WEEK_MINUTES:
+            found.append((0, start + length - _WEEK_MINUTES))
+    return found
+
+
+def _parse_minutes(hours: str, minutes: str) -> int:
+    found = int(hours) * 60 + int(minutes)
+    if int(minutes) > 59 or found > _DAY_MINUTES:
+        raise ValueError(f"{hours}:{minutes} is no time of day (00:00 to 24:00)")
+    return found
+
+
+def _parse_days(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        for name in (first, last or first):
+            if name not in _DAYS:
+                raise ValueError(f"{name!r} is none of {', '.join(_DAYS)}")
+        begin, end = _DAYS.index(first), _DAYS.index(last or first)
+        found += [(begin + n) % 7 for n in range((end - begin) % 7 + 1)]
+    return found

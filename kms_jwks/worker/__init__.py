@@ -1,1 +1,1 @@
-"""What one serving process keeps: its snapshot of the registry, its registration, its lease and its clocks."""
+"""What one serving process keeps: its snapshot of the registry, its registration, its signing lease and its clocks."""

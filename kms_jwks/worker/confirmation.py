@@ -1,33 +1,33 @@
-"""Waiting until the workers work under an epoch: what makes a control-plane answer true everywhere."""
+"""Waiting until workers have confirmed an epoch, so that a control-plane answer holds on every worker."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from kms_jwks import errors
 from kms_jwks.model import SECOND, Epoch, Instant, Worker
 from kms_jwks.store import ReadTx, Store
-from kms_jwks.worker import liveness
+from kms_jwks.worker import registration
 
 CHANGE_WAIT = 2.0
 """Seconds an ordinary change waits for live workers."""
 _PACE = 0.015
 _PACE_WITHOUT_DATABASE = 0.2
-_CERTAINLY_UNKNOWN = 60.0
-"""Seconds after which a dead worker that the register does not know will not appear there any more."""
 
 
 class Confirmation:
-    """Asks the register. `node` and `state_dir` tell which workers' deaths can be seen from here."""
+    """Reads the workers' confirmations in the registry. `state_dir` holds the liveness locks of this node's workers.
+
+    `lease` is in seconds; `kick` makes this process poll the registry at once.
+    """
 
     def __init__(self, store: Store, *, node: str, state_dir: Path, lease: int, kick: Callable[[], None]) -> None:
         self._store = store
         self._node = node
-        self._folder = state_dir / "workers"
+        self._folder = registration.lock_folder(state_dir)
         self._lease = lease
         self._kick = kick
 
@@ -35,18 +35,22 @@ class Confirmation:
         """The longest signing lease in force, in seconds."""
         return max([self._lease, *(w.lease for w in tx.workers())])
 
-    def changed(self, epoch: Epoch | None) -> None:
-        """Wait (at most 2 s) until every live worker has confirmed; a worker that is silent is not waited for."""
+    def wait_for_live_workers(self, epoch: Epoch | None) -> None:
+        """Wait (at most 2 s) until every live worker has confirmed `epoch`; silent workers are not waited for.
+
+        Returns at once for None: nothing was changed.
+        """
         if epoch is not None:
-            # It is committed: an answer that says otherwise would have it made again.
+            # The change is committed: an error would make the caller repeat it.
             with contextlib.suppress(errors.StoreUnavailable):
                 self._wait(epoch, CHANGE_WAIT, only_live=True)
 
-    def revoked(self, epoch: Epoch | None, lease: int) -> list[Worker]:
-        """Wait until every registered worker has confirmed, or `lease` + 1 s; then nobody signs under an older epoch.
+    def wait_until_confirmed(self, epoch: Epoch | None, lease: int) -> list[Worker]:
+        """Wait until every registered worker has confirmed `epoch`, or `lease` + 1 s; no worker signs under an older
+        epoch then.
 
         Returns the workers that have not confirmed and may still publish the older JWKS. Raises StoreUnavailable when
-        nobody could be asked.
+        the database did not answer once.
         """
         if epoch is None:
             return []
@@ -60,27 +64,9 @@ class Confirmation:
         """Whether a worker has missed its heartbeats and has no lease left."""
         return now - worker.heartbeat_at > (worker.lease + 1) * SECOND
 
-    def reap(self) -> list[Worker]:
-        """Strike off this node's workers that have certainly ended. Returns them. Asks the database only if need be."""
-        ended = liveness.dead(self._folder)
-        if not ended:
-            return []
-        with self._store.read() as tx:
-            # Their locks lie in our own folder, whatever the node was called when they registered.
-            suspects = [w.id for w in tx.workers() if w.id in ended]
-        struck = []
-        if suspects:
-            with self._store.write() as tx:
-                for worker in suspects:
-                    known = tx.worker(worker)
-                    if known is not None and known.stopped_at is None:
-                        tx.save(replace(known, stopped_at=tx.now(), stop_reason="died"))
-                        struck.append(known)
-        for worker in ended:
-            # Who is not registered may have been about to be: the database can be slower to know than we to look.
-            if worker in suspects or liveness.age(self._folder, worker) > _CERTAINLY_UNKNOWN:
-                liveness.clear(self._folder, worker)
-        return struck
+    def deregister_dead_workers(self) -> list[Worker]:
+        """Deregister this node's workers that have certainly ended, and return them. Raises StoreUnavailable."""
+        return registration.deregister_dead_workers(self._store, self._folder)
 
     def _wait(self, epoch: Epoch, seconds: float, *, only_live: bool) -> list[Worker]:
         """Raises StoreUnavailable when the database was away all the time."""
@@ -92,7 +78,7 @@ class Confirmation:
                 with self._store.read() as tx:
                     waiting, now = self.unconfirmed(tx, epoch), tx.now()
             except errors.StoreUnavailable:
-                # The change is committed, and leases run out without the database too.
+                # The change is committed, and leases run out without the database too: keep waiting.
                 if time.monotonic() < end:
                     time.sleep(_PACE_WITHOUT_DATABASE)
                     continue
@@ -103,7 +89,7 @@ class Confirmation:
                 waiting = [w for w in waiting if not self.silent(w, now)]
             if not waiting or time.monotonic() >= end:
                 return waiting
-            if any(liveness.is_dead(self._folder, w.id) for w in waiting):
-                self.reap()
+            if any(registration.is_dead(self._folder, w.id) for w in waiting):
+                self.deregister_dead_workers()
                 continue
             time.sleep(_PACE)

@@ -1,4 +1,4 @@
-"""The last public JWKS documents on disk, so that a worker that starts without a database still serves them."""
+"""The last public JWKS documents on disk: a worker that starts without a database serves them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kms_jwks.worker.snapshot import Document, PublishedSet, Snapshot
 log = structlog.get_logger(__name__)
 
 
-class _Kept(msgspec.Struct):
+class _StoredDocument(msgspec.Struct):
     body: str
     etag: str
     cache_control: str
@@ -28,8 +28,8 @@ class _Row(msgspec.Struct):
     issuer: str
     algorithms: list[str]
     purpose: Purpose
-    jwks: _Kept | None = None
-    jwks_pq: _Kept | None = None
+    jwks: _StoredDocument | None = None
+    jwks_pq: _StoredDocument | None = None
 
 
 class _File(msgspec.Struct):
@@ -39,23 +39,22 @@ class _File(msgspec.Struct):
 
 
 class JwksCache:
-    """One file, replaced as a whole; only public sets stand in it, and nothing secret."""
+    """One file, replaced atomically. It holds public key sets only, and nothing secret."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "jwks.json"
 
     def store(self, snapshot: Snapshot) -> None:
-        """Write the snapshot's public documents. A disk that fails is logged: the worker serves on from memory."""
+        """Write the snapshot's public documents. A disk error is only logged: the worker serves from memory."""
         rows = [
-            _Row(s.name, s.issuer, list(s.algorithms), s.purpose, _kept(s.jwks), _kept(s.jwks_pq))
+            _Row(s.name, s.issuer, list(s.algorithms), s.purpose, _stored(s.jwks), _stored(s.jwks_pq))
             for s in snapshot.key_sets.values()
             if s.public and (s.jwks is not None or s.jwks_pq is not None)
         ]
         data = msgspec.json.encode(_File(snapshot.epoch.incarnation, snapshot.epoch.counter, rows))
-        kept = self._read()
-        here = snapshot.epoch
-        if kept is not None and kept.incarnation == here.incarnation and kept.counter > here.counter:
-            return  # another worker is ahead: what is kept must not go back
+        stored, epoch = self._read(), snapshot.epoch
+        if stored is not None and stored.incarnation == epoch.incarnation and stored.counter > epoch.counter:
+            return  # another worker has stored a newer epoch
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".jwks-")
@@ -70,12 +69,12 @@ class JwksCache:
                     Path(name).unlink()
                 raise
         except OSError as error:
-            log.warning("jwks_not_kept", error=str(error))
+            log.warning("jwks_cache_not_written", file=str(self._path), error=str(error))
 
     def load(self) -> Mapping[str, PublishedSet]:
-        """The key sets as last kept: documents only, no key that signs and no caller. Empty when there is no file."""
-        kept = self._read()
-        if kept is None:
+        """The stored key sets: documents only, no signing keys and no callers. Empty when there is no file."""
+        stored = self._read()
+        if stored is None:
             return {}
         return {
             row.name: PublishedSet(
@@ -91,7 +90,7 @@ class JwksCache:
                 algorithms=tuple(row.algorithms),
                 jwks_pq=_document(row.jwks_pq),
             )
-            for row in kept.sets
+            for row in stored.sets
         }
 
     def _read(self) -> _File | None:
@@ -100,18 +99,20 @@ class JwksCache:
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as error:
-            log.warning("jwks_not_read", error=str(error))
+            log.warning("jwks_cache_not_read", file=str(self._path), error=str(error))
             return None
 
     def snapshot(self) -> Snapshot | None:
-        """A snapshot that serves documents and signs nothing, or None when nothing was kept."""
+        """A snapshot that serves the stored documents and cannot sign, or None when nothing is stored."""
         sets = self.load()
         return Snapshot(Epoch("", 0), sets, {}, complete=False) if sets else None
 
 
-def _kept(document: Document | None) -> _Kept | None:
-    return None if document is None else _Kept(document.body.decode(), document.etag, document.cache_control)
+def _stored(document: Document | None) -> _StoredDocument | None:
+    if document is None:
+        return None
+    return _StoredDocument(document.body.decode(), document.etag, document.cache_control)
 
 
-def _document(kept: _Kept | None) -> Document | None:
-    return None if kept is None else Document(kept.body.encode(), kept.etag, kept.cache_control, public=True)
+def _document(stored: _StoredDocument | None) -> Document | None:
+    return None if stored is None else Document(stored.body.encode(), stored.etag, stored.cache_control, public=True)

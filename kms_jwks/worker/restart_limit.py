@@ -1,7 +1,7 @@
-"""How often the workers of a node may be replaced: a file that remembers it across their lives.
+"""Limits how often the workers of a node are replaced; a file keeps the count across restarts.
 
-The first round, one replacement for each worker, comes as fast as they ask, one a second. Each further round within the
-hour waits longer, so a module that hangs for hours costs a worker now and then, and no storm of starts.
+In the first round, one replacement per worker, workers are replaced one a second. Each further round within an hour
+waits longer, so a module that hangs for hours does not make workers restart continuously.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from kms_jwks.model import SECOND
 from kms_jwks.worker.clocks import boot_clock
 
 FIRST_PAUSE = 1
-"""Seconds between two replacements of the first round: the node must not stop answering."""
+"""Seconds between two replacements of the first round, so that the node keeps answering."""
 SECOND_ROUND = 10
 LONGEST_PAUSE = 300
 REMEMBERED = 3600
-"""Seconds after which a replacement is forgotten."""
+"""Seconds for which a replacement counts."""
 _FILE = "recycled.json"
 
 
 class RestartLimit:
-    """For the workers of one node, `workers` of them. `clock` is the boot clock, in microseconds."""
+    """The limit of one node with `workers` workers. `clock` is the boot clock, in microseconds."""
 
     def __init__(self, state_dir: Path, workers: int, clock: Callable[[], int] = boot_clock) -> None:
         self._path = state_dir / _FILE
@@ -34,9 +34,9 @@ class RestartLimit:
         self._clock = clock
 
     def permit(self) -> float:
-        """0.0 where a worker may be replaced now, which is then taken down; else the seconds it has to wait.
+        """0.0 if a worker may be replaced now, which is recorded; otherwise the seconds it has to wait.
 
-        Never raises: where the file cannot be written a worker waits as long as ever.
+        Never raises: if the file cannot be written, the answer is the longest pause.
         """
         try:
             with self._locked() as file:
@@ -51,7 +51,7 @@ class RestartLimit:
             return float(LONGEST_PAUSE)
 
     def count(self) -> int:
-        """How many workers of this node were replaced within the last hour."""
+        """How many workers of this node were replaced within the last hour; 0 if the file cannot be read."""
         try:
             with self._locked() as file:
                 return len(_recent(file, self._clock()))
@@ -74,7 +74,7 @@ def _pause(done: int, workers: int) -> int:
 
 
 def _recent(file: int, now: int) -> list[int]:
-    """When workers were replaced, in order. What is not readable, or from before a reboot, counts as nothing."""
+    """When workers were replaced, in order. Unreadable entries and those from before a reboot do not count."""
     text = os.pread(file, 65_536, 0)
     try:
         times = json.loads(text) if text else []

@@ -1,7 +1,7 @@
 """A snapshot: the registry at one epoch, compiled for the two hot routes. Immutable; built without a clock.
 
-Everything a signature or a JWKS needs is made here once per epoch: documents with their ETags, encoded headers,
-compiled profiles, callers by token. What depends on the time of a request is decided when the request comes.
+Everything that a signature or a JWKS needs is made here once per epoch: documents with their ETags, encoded headers,
+compiled profiles, callers by token. What depends on the time of a request is decided when the request arrives.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kms_jwks.verification import VerifyKey
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A JSON document as it is served: `etag` is a strong validator with its quotes (RFC 9110 §8.8.3)."""
+    """A JSON document as it is served. `etag` is a strong validator, with its quotes (RFC 9110 §8.8.3)."""
 
     body: bytes
     etag: str
@@ -45,7 +45,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Signer(ModuleKey):
-    """A version that may sign. `until` bounds pinned calls to a retiring one; None for the active one."""
+    """A version that may sign. `until` limits pinned calls to a retiring version; None for the active version."""
 
     jwt_header: str
     """The encoded JOSE header of this key's JWTs."""
@@ -54,7 +54,7 @@ class Signer(ModuleKey):
 
 @dataclass(frozen=True, slots=True)
 class SigningKey:
-    """One key: who signs now, who may still be pinned, who comes next."""
+    """One key: the version that signs now, the versions that may still be pinned, and the standby."""
 
     id: Id
     name: str
@@ -66,7 +66,7 @@ class SigningKey:
     pinned: Mapping[str, Signer]
     """Retiring versions by kid."""
     standby: tuple[str, Instant | None] | None
-    """The next version's kid and when it may sign at the earliest."""
+    """The kid of the standby, and the earliest instant at which it may sign (None: not known yet)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,10 @@ class PublishedSet:
     verify_keys: Mapping[str, VerifyKey]
     jwks: Document | None
     algorithms: tuple[str, ...]
-    """Those of the ordinary document."""
+    """The algorithms of the ordinary document."""
     jwks_pq: Document | None = None
-    """The keys that verifiers of old do not know (AKP), in a document of their own: one of them in the ordinary one
-    would cost such a verifier the whole set."""
+    """The post-quantum keys (AKP) in a document of their own: older verifiers do not know them and would reject the
+    whole ordinary document over one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,9 @@ class Snapshot:
     tokens: Mapping[str, KnownToken]
     """By the SHA-256 of the token, lower-case hex."""
     signers: Mapping[str, tuple[SigningKey, Signer]] = field(default_factory=dict)
-    """Every version that may sign, by kid: the second look before an answer leaves."""
+    """Every version that may sign, by kid; checked again before an answer leaves."""
     complete: bool = True
-    """False for documents from disk: they can be served, but nobody can be authenticated."""
+    """False for documents from disk: they can be served, but no caller can be authenticated."""
 
 
 def compile_snapshot(contents: RegistryContents) -> Snapshot:
@@ -157,7 +157,7 @@ Entry = tuple[str, str, Mapping[str, str], Sequence[str]]
 def document_entries(
     keys: Sequence[Key], versions: Sequence[KeyVersion], externals: Sequence[ExternalKey]
 ) -> list[Entry]:
-    """What a set's documents list, in order: active versions first, then the others, then external keys, by age."""
+    """The entries of a set's documents, in order: active versions, other versions, then external keys, by age."""
     order = {key.id: place for place, key in enumerate(keys)}
     shown = sorted(
         (v for v in versions if v.state.in_jwks),
@@ -172,7 +172,7 @@ def document_entries(
 
 
 def is_post_quantum(alg: str) -> bool:
-    """In which of the two documents the keys of an algorithm stand."""
+    """Whether keys of algorithm `alg` are in the post-quantum document."""
     return ALGORITHMS[alg].is_post_quantum
 
 
@@ -203,7 +203,7 @@ def _jwks(key_set: KeySet, keys: Sequence[Key], entries: Sequence[Entry], post_q
 def _signing_key(key: Key, key_set: KeySet, versions: Sequence[KeyVersion]) -> SigningKey:
     policy, profile = key.policy, key.profile
     active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
-    standby = timeline.successor(versions, policy)
+    standby = timeline.choose_standby(versions, policy)
     retiring = [v for v in versions if v.state is VersionState.RETIRING]
     return SigningKey(
         id=key.id,
@@ -250,7 +250,7 @@ def _tokens(contents: RegistryContents) -> dict[str, KnownToken]:
 
 
 def known_token(token: ApiToken, client: str, grants: Sequence[Grant]) -> KnownToken:
-    """What a token stands for, from the registry's rows."""
+    """A token with its client and grants, from the registry's rows."""
     return KnownToken(
         id=token.id,
         sha256=token.sha256,

@@ -1,8 +1,8 @@
-"""A worker's view of the registry: it registers, polls the epoch, rebuilds its snapshot, confirms, and holds a lease.
+"""A worker's sync with the registry: it registers, polls the epoch, rebuilds its snapshot, confirms, and holds a lease.
 
-The rules: register before the first read; the lease counts from before the read, on the boot clock,
-and only a read whose epoch equals the snapshot's renews it; an epoch is confirmed once the answers that passed under
-older snapshots have left; without a lease nothing is signed, while the last JWKS is served on.
+The rules: a worker registers before its first read. The signing lease counts from before the read, on the boot clock,
+and only a read whose epoch equals the snapshot's renews it. An epoch is confirmed once all answers made under older
+snapshots have left. Without a lease the worker does not sign, but keeps serving the last JWKS.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from kms_jwks.model import SECOND, Epoch, Id, Instant, KeyVersion
 from kms_jwks.store import Store
 from kms_jwks.worker.clocks import DatabaseClock
 from kms_jwks.worker.jwks_cache import JwksCache
-from kms_jwks.worker.registration import Registration
+from kms_jwks.worker.registration import Registration, deregister_dead_workers, lock_folder
 from kms_jwks.worker.snapshot import Snapshot, compile_snapshot
 
 log = structlog.get_logger(__name__)
 
-_LAST_USED_EVERY = 60 * SECOND
-_LAST_USED_AT_ONCE = 100
+_LAST_USED_INTERVAL = 60 * SECOND
+_LAST_USED_BATCH = 100
 """Tokens whose last use is written in one transaction: the writers of all nodes wait for it."""
-_REAP_EVERY = SECOND
+_DEAD_WORKERS_INTERVAL = SECOND
 _OVERDUE = 15 * 60 * SECOND
 
 
-class _Pins:
-    """How many answers are on their way under one snapshot."""
+class _PinnedSnapshot:
+    """A snapshot, and how many answers are in flight under it."""
 
     __slots__ = ("count", "snapshot")
 
@@ -45,9 +45,8 @@ class _Pins:
 class RegistrySync:
     """One per serving process; made before its threads, started after the fork.
 
-    `lease` and `poll_interval` are seconds; `bind` tells the backends where the keys are,
-    `used` drains the last uses of API tokens, `reap` strikes off this node's dead workers: nobody else can see that
-    they are dead, and everybody waits for them; `backends` tells what signing and health last saw of each backend.
+    `lease` and `poll_interval` are seconds. `bind` tells the backends where the keys are, `used` returns and clears
+    the last uses of API tokens, `backends` returns the state of each backend as signing and health last saw it.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class RegistrySync:
         state_dir: Path,
         used: Callable[[], dict[Id, Instant]],
         bind: Callable[[Sequence[KeyVersion]], None],
-        reap: Callable[[], object],
         backends: Callable[[], Mapping[str, str]],
         clock: DatabaseClock,
     ) -> None:
@@ -70,29 +68,31 @@ class RegistrySync:
         self._poll_interval = poll_interval
         self._used = used
         self._bind = bind
-        self._reap = reap
         self._backends = backends
         self._jwks_cache = JwksCache(state_dir)
+        self._lock_folder = lock_folder(state_dir)
         self._lock = threading.Lock()
-        self._current = _Pins(None)
-        self._older: list[_Pins] = []
+        self._current = _PinnedSnapshot(None)
+        self._older: list[_PinnedSnapshot] = []
         self._lease_until = 0
+        self._lease_lost_at: int | None = None
         self._registration = Registration(store, node=node, lease=lease, state_dir=state_dir, clock=clock)
         self._kick = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._used_flushed = self._reaped = self._confirmed_at = self.clock.boot()
+        self._last_used_at = self._dead_workers_at = self._confirmed_at = self.clock.boot()
         self._unflushed: dict[Id, Instant] = {}
         self._trouble: str | None = None
+        self._database_lost_at: int | None = None
         self._went_back = False
-        """The registry lost changes: once it has come as far again, the same epoch may stand for something else."""
+        """The registry lost changes: when its epoch reaches the snapshot's again, the contents may differ."""
         self.first_poll = threading.Event()
-        """Set after the first attempt to reach the database, whatever it gave."""
+        """Set after the first attempt to reach the database, successful or not."""
 
     # --- what the data plane reads
 
     def snapshot(self) -> Snapshot:
-        """The current snapshot, however old. Raises StoreUnavailable when there never was one."""
+        """The current snapshot, of any age. Raises StoreUnavailable if there is none yet."""
         snapshot = self._current.snapshot
         if snapshot is None:
             raise errors.StoreUnavailable("This worker has not read the registry yet.", retry_after=1)
@@ -100,7 +100,7 @@ class RegistrySync:
 
     def leased(self) -> Snapshot:
         """The current snapshot, if this worker may sign under it. Raises RegistryStale, StoreUnavailable."""
-        # The lease first: one that was renewed in between was renewed for the snapshot that is read then.
+        # Read the lease before the snapshot: a lease is renewed for the snapshot that is current then, or a later one.
         held = self.clock.boot() < self._lease_until
         snapshot = self.snapshot()
         if not held:
@@ -110,18 +110,21 @@ class RegistrySync:
         return snapshot
 
     def pin(self) -> Callable[[], None]:
-        """Take part in the confirmation: call what is returned once the answer has left. Idempotent, thread-safe."""
+        """Delay the confirmation of later epochs until the returned function is called, once the answer has left.
+
+        The returned function is idempotent and thread-safe.
+        """
         with self._lock:
-            pins = self._current
-            pins.count += 1
+            pinned = self._current
+            pinned.count += 1
         released = threading.Lock()
 
         def release() -> None:
             if not released.acquire(blocking=False):
                 return
             with self._lock:
-                pins.count -= 1
-                if pins is not self._current and pins.count == 0:
+                pinned.count -= 1
+                if pinned is not self._current and pinned.count == 0:
                     self._older = [p for p in self._older if p.count]
                     self._kick.set()
 
@@ -129,13 +132,13 @@ class RegistrySync:
 
     @property
     def worker_id(self) -> Id | None:
-        """Under which id this process is registered now."""
+        """The id under which this process is registered now."""
         worker = self._registration.worker
         return worker.id if worker is not None else None
 
     @property
     def trouble(self) -> str | None:
-        """What the last poll failed with, in words; None while the database answers."""
+        """The error of the last poll, as text; None while the database answers."""
         return self._trouble
 
     def has_lease(self) -> bool:
@@ -143,40 +146,40 @@ class RegistrySync:
         return self._current.snapshot is not None and self.clock.boot() < self._lease_until
 
     def overdue(self) -> bool:
-        """Whether this worker reaches the database and still could not confirm an epoch for 15 minutes."""
+        """Whether this worker reaches the database but could not confirm an epoch for 15 minutes."""
         return self._trouble is None and self.clock.boot() - self._confirmed_at > _OVERDUE
 
     # --- life
 
     def start(self) -> None:
-        """Start polling in a thread of this process. Never raises for a database that is away. Idempotent."""
+        """Start polling in a thread of this process. Does not raise if the database is away. Idempotent."""
         if self._thread is not None:
             return
-        self._thread = threading.Thread(target=self._run, name="registry-watcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="registry-sync", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop polling and leave the register, as far as the database lets us. Idempotent."""
+        """Stop polling and deregister, if the database answers. Idempotent."""
         self._stop.set()
         self._kick.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
         self._lease_until = 0
-        self._registration.leave()
+        self._registration.deregister()
 
     def kick(self) -> None:
-        """Poll now: something has changed."""
+        """Make the thread poll now, because something has changed."""
         self._kick.set()
 
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
                 self.poll()
-                self._look_after_the_others()
+                self._deregister_dead_workers()
             except Exception:
                 # A defect must not end the thread: the lease runs out, signing stops, and the log says why.
                 self._trouble = "defect"
-                log.exception("watcher_failed")
+                log.exception("registry_sync_failed")
             self.first_poll.set()
             self._kick.wait(self._poll_interval)
             self._kick.clear()
@@ -184,47 +187,86 @@ class RegistrySync:
     # --- one round
 
     def poll(self) -> None:
-        """One round: register if need be, read the epoch, rebuild if it differs, renew the lease, confirm."""
+        """One round: register if necessary, read the epoch, rebuild if it differs, renew the lease, confirm."""
+        before = self.clock.boot()
         try:
             if self._registration.worker is None:
                 self._lease_until = 0
-                self._registration.enter()
-            before = self.clock.boot()
+                self._registration.register()
+                before = self.clock.boot()
             epoch, now = self._store.poll()
             self.clock.observe(before, now)
             if self._current.snapshot is None or self._current.snapshot.epoch != epoch or self._went_back:
-                self._refuse_the_past(epoch)
+                self._require_no_rollback(epoch)
                 epoch = self._rebuild()
                 self._went_back = False
             try:
                 self._confirm(epoch)
             finally:
                 if not self._stop.is_set() and self._registration.worker is not None:
-                    # Reads alone renew nothing: who cannot be seen to live must not sign either.
-                    self._lease_until = min(before, self._registration.beat_at) + self._lease * SECOND
-            self._flush_used()
+                    self._renew_lease(before)
+            self._write_last_uses()
         except errors.Error as error:
-            if self._trouble is None:
-                log.warning("registry_unreachable", error=error.detail)
-            self._trouble = error.detail
-            if self._current.snapshot is None:
-                self._serve_from_shelf()
+            self._database_failed(error, before)
         else:
             if self._trouble is not None:
-                log.info("registry_reached")
-            self._trouble = None
+                self._database_answered()
 
-    def _look_after_the_others(self) -> None:
-        if self._trouble is not None or self.clock.boot() - self._reaped < _REAP_EVERY:
+    def _renew_lease(self, before: int) -> None:
+        """Extend the lease, counted from `before` the read and from the last heartbeat, whichever is older.
+
+        Reads alone do not renew it: a worker that cannot send heartbeats counts as dead and must not sign.
+        """
+        now = self.clock.boot()
+        self._log_expired_lease(now)
+        self._lease_until = min(before, self._registration.last_heartbeat) + self._lease * SECOND
+        if self._lease_lost_at is not None and now < self._lease_until:
+            log.info("lease_regained", seconds=round((now - self._lease_lost_at) / SECOND, 3))
+            self._lease_lost_at = None
+
+    def _log_expired_lease(self, now: int) -> None:
+        if 0 < self._lease_until <= now:
+            self._log_lost_lease(self._lease_until, self._trouble or "no poll of the registry ended within the lease")
+
+    def _log_lost_lease(self, at: int, detail: str) -> None:
+        """Log once that this worker cannot sign since `at` (boot clock)."""
+        if self._lease_lost_at is None:
+            self._lease_lost_at = at
+            log.warning("lease_lost", lease=self._lease, detail=detail)
+
+    def _database_failed(self, error: errors.Error, since: int) -> None:
+        """Note a poll that failed; `since`: when it began (boot clock). The loss of the database is logged once."""
+        self._trouble = error.detail
+        if self._database_lost_at is None:
+            self._database_lost_at = since
+            log.warning("database_lost", process="worker", code=error.code, detail=error.detail)
+        self._log_expired_lease(self.clock.boot())
+        if self._current.snapshot is None:
+            self._serve_from_disk()
+
+    def _database_answered(self) -> None:
+        """Note that a poll succeeded again."""
+        self._trouble = None
+        if self._database_lost_at is not None:
+            seconds = round((self.clock.boot() - self._database_lost_at) / SECOND, 3)
+            log.info("database_recovered", process="worker", seconds=seconds)
+            self._database_lost_at = None
+
+    def _deregister_dead_workers(self) -> None:
+        """Deregister dead workers of this node: other nodes cannot detect them, and changes wait for them."""
+        if self._trouble is not None or self.clock.boot() - self._dead_workers_at < _DEAD_WORKERS_INTERVAL:
             return
-        self._reaped = self.clock.boot()
+        self._dead_workers_at = self.clock.boot()
         try:
-            self._reap()
+            deregister_dead_workers(self._store, self._lock_folder)
         except errors.Error as error:
-            log.warning("dead_workers_not_struck_off", error=error.detail)
+            log.warning("dead_workers_not_deregistered", code=error.code, detail=error.detail)
 
-    def _refuse_the_past(self, epoch: Epoch) -> None:
-        """A registry that went back (a standby that had not caught up, an old file) may have forgotten a revocation."""
+    def _require_no_rollback(self, epoch: Epoch) -> None:
+        """Raise StoreUnavailable if the registry went back (a standby database that was behind, an old file).
+
+        It may have lost a revocation.
+        """
         known = self._current.snapshot.epoch if self._current.snapshot is not None else None
         if known is not None and known.incarnation == epoch.incarnation and known.counter > epoch.counter:
             self._went_back = True
@@ -240,15 +282,15 @@ class RegistrySync:
         with self._lock:
             if self._current.count:
                 self._older.append(self._current)
-            self._current = _Pins(snapshot)
+            self._current = _PinnedSnapshot(snapshot)
         self._jwks_cache.store(snapshot)
         return snapshot.epoch
 
-    def _serve_from_shelf(self) -> None:
+    def _serve_from_disk(self) -> None:
         snapshot = self._jwks_cache.snapshot()
         if snapshot is not None:
             with self._lock:
-                self._current = _Pins(snapshot)
+                self._current = _PinnedSnapshot(snapshot)
             log.warning("serving_jwks_from_disk", key_sets=sorted(snapshot.key_sets))
 
     def _confirm(self, epoch: Epoch) -> None:
@@ -260,25 +302,27 @@ class RegistrySync:
         if drained:
             self._confirmed_at = self.clock.boot()
         backends = dict(self._backends())
-        # A module that comes and goes must not have the registry written at each poll.
-        news = backends != (worker.backends or {}) and self._registration.rested(SECOND)
-        if news or (drained and worker.confirmed != epoch) or self._registration.due():
-            self._registration.beat(epoch if drained else None, backends)
+        # A changed backend state is reported at most once a second, so that a flapping module does not write each poll.
+        due = self._registration.heartbeat_due(changed=backends != (worker.backends or {}))
+        if due or (drained and worker.confirmed != epoch):
+            self._registration.send_heartbeat(epoch if drained else None, backends)
             if self._registration.worker is None:
+                self._log_lost_lease(self.clock.boot(), "another process or an admin deregistered this worker")
                 self._lease_until = 0
                 self._kick.set()
 
-    def _flush_used(self) -> None:
-        if not self._unflushed and self.clock.boot() - self._used_flushed >= _LAST_USED_EVERY:
-            self._used_flushed = self.clock.boot()
+    def _write_last_uses(self) -> None:
+        """Write when API tokens were last used: once a minute, in batches."""
+        if not self._unflushed and self.clock.boot() - self._last_used_at >= _LAST_USED_INTERVAL:
+            self._last_used_at = self.clock.boot()
             self._unflushed = self._used()
         if not self._unflushed:
             return
-        some = dict(islice(self._unflushed.items(), _LAST_USED_AT_ONCE))
+        batch = dict(islice(self._unflushed.items(), _LAST_USED_BATCH))
         with self._store.write() as tx:
-            for token_id, seen in some.items():
+            for token_id, seen in batch.items():
                 token = tx.token(token_id)
                 if token is not None and (token.last_used_at or 0) < seen:
                     tx.save(replace(token, last_used_at=seen))
-        for token_id in some:
+        for token_id in batch:
             del self._unflushed[token_id]

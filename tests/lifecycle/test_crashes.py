@@ -17,7 +17,7 @@ import pytest
 
 from kms_jwks import wire
 from kms_jwks.custodian.leader_lease import LeaderLease
-from kms_jwks.doctor import orphans
+from kms_jwks.doctor import find_orphans
 from kms_jwks.model import DAY, Intent, IntentKind, IntentState, VersionState
 from kms_jwks.store import Store, WriteTx
 from tests.simulation.files import FileStore
@@ -64,7 +64,7 @@ def nothing_is_lost(plant: Plant) -> int:
     assert len(refs) == len(held) == len(set(refs)), "one pair per version"
     assert set(refs) <= plant.backend.keys.keys()
     surplus = plant.backend.keys.keys() - set(refs)
-    assert {orphan.ref["id"] for orphan in orphans(store, plant.backends().by_name)} == surplus
+    assert {orphan.ref["id"] for orphan in find_orphans(store, plant.backends().by_name)} == surplus
     with store.registry_view() as tx:
         attempts = tx.intents()
     assert not [i for i in attempts if i.state is IntentState.STARTED]
@@ -153,7 +153,7 @@ def usurp(node: Node, point: str) -> None:
     node.plant.pass_(11)
     other = next(n for n in node.plant.nodes if n is not node)
     before, node.plant.acting = node.plant.acting, other
-    assert other.custodian._leader_lease.hold(other.custodian._intents.abandon)
+    assert other.custodian._leader_lease.acquire_or_renew(other.custodian._intents.abandon_started)
     node.plant.acting = before
 
 
@@ -173,7 +173,7 @@ def test_without_fencing_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
             yield tx
 
     places = writes(play(0, usurp).seen)
-    monkeypatch.setattr(LeaderLease, "mutation", unfenced)
+    monkeypatch.setattr(LeaderLease, "fenced_write", unfenced)
     found = 0
     for at in places[3::6]:
         try:

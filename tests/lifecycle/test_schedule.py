@@ -104,7 +104,7 @@ def test_a_restored_registry_signs_nothing_and_knows_no_standby_until_it_was_see
     world.standby()
     world.advance(2 * DAY)
     with world.store().write() as tx:
-        (disabled,) = transitions.begin_anew(tx)
+        (disabled,) = transitions.start_new_incarnation(tx)
     assert disabled.name == "default"
     with pytest.raises(errors.KeyDisabled):
         world.until(lambda: world.sign() is None)

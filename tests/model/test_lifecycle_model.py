@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from kms_jwks import errors, timeline, wire
 from kms_jwks.custodian import transitions
 from kms_jwks.custodian.loop import plan_of
-from kms_jwks.doctor import orphans
+from kms_jwks.doctor import find_orphans
 from kms_jwks.model import DAY, SECOND, KeyVersion, VersionState
 from kms_jwks.service.signing_job import SigningOperation
 from kms_jwks.times import to_datetime
@@ -306,7 +306,7 @@ class Histories(RuleBasedStateMachine):
         store = self.node(0).store()
         store.away = lambda: False
         with self.oracle.restored(), store.write() as tx:
-            transitions.begin_anew(tx)
+            transitions.start_new_incarnation(tx)
         known = {v.ref["id"] for v in self.plant.versions() if v.ref is not None}
         self.destroyed_since |= known - self.plant.backend.keys.keys()
         for node in self.plant.nodes:
@@ -360,7 +360,7 @@ class Histories(RuleBasedStateMachine):
         plant.settle(12)
         self.oracle.standby_everywhere()
         store = plant.nodes[0].store()
-        listed = {orphan.ref for orphan in orphans(store, plant.backends().by_name)}
+        listed = {orphan.ref for orphan in find_orphans(store, plant.backends().by_name)}
         held = [v for v in plant.versions() if v.ref is not None and v.state is not S.DESTROYED]
         refs = [str(v.ref["id"]) for v in held if v.ref is not None]
         hold(len(refs) == len(set(refs)), "two versions share a pair")
@@ -393,7 +393,7 @@ def test_every_promise_holds_in_every_history(figure: Callable[[str], None]) -> 
 
 @pytest.mark.parametrize(
     "mutation",
-    ["no publish lead", "withdrawn without the skew", "a revocation that does not wait", "a standby that is forgotten"],
+    ["no publish lead", "retired without the skew", "a revocation that does not wait", "a standby that is forgotten"],
 )
 def test_a_planner_with_a_mistake_is_caught(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it(mutation, monkeypatch)
@@ -415,14 +415,14 @@ def test_a_planner_with_a_mistake_is_caught(mutation: str, monkeypatch: pytest.M
 def break_it(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def everywhere(name: str, wrong: Any) -> None:
-        for place in ("growth", "rotation", "decay", "plan"):
+        for place in ("steps", "rotation", "plan"):
             module = importlib.import_module(f"kms_jwks.timeline.{place}")
             monkeypatch.setattr(module, name, wrong, raising=False)
         monkeypatch.setattr(timeline, name, wrong, raising=False)
 
     if mutation == "no publish lead":
         everywhere("usable_at", lambda version, policy: version.visible_since)
-    elif mutation == "withdrawn without the skew":
+    elif mutation == "retired without the skew":
         right = timeline.retirable_at
 
         def hasty(version: KeyVersion) -> Any:
@@ -431,7 +431,7 @@ def break_it(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         everywhere("retirable_at", hasty)
     elif mutation == "a revocation that does not wait":
-        monkeypatch.setattr("tests.simulation.plant.SimConfirmation.revoked", lambda *_: [])
+        monkeypatch.setattr("tests.simulation.plant.SimConfirmation.wait_until_confirmed", lambda *_: [])
     else:
         monkeypatch.setattr(transitions, "ensure_standby", lambda *_: None)
         everywhere("creation", lambda *_: [])

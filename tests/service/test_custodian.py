@@ -13,7 +13,7 @@ from kms_jwks import errors, wire
 from kms_jwks.custodian import leader_lease
 from kms_jwks.custodian.leader_lease import Fenced
 from kms_jwks.custodian.loop import Custodian
-from kms_jwks.doctor.orphans import orphans
+from kms_jwks.doctor import find_orphans
 from kms_jwks.model import DAY, SECOND, IntentState, VersionState
 from tests.service.world import World
 
@@ -133,7 +133,7 @@ def test_one_acts_and_the_other_takes_over_when_it_resigns(quiet: World) -> None
     first.tick()
     second.tick()
     assert (first._leader_lease.term, second._leader_lease.term) == (1, 0)
-    first._leader_lease.resign()
+    first._leader_lease.release()
     second.tick()
     assert second._leader_lease.term == 2
     first.tick()
@@ -149,7 +149,7 @@ def test_a_custodian_that_was_away_past_its_lease_changes_nothing(quiet: World) 
     with quiet.registry.read() as tx:
         (intent,) = tx.intents()
     with pytest.raises(Fenced):
-        first._intents.begin(intent)
+        first._intents.start(intent)
     assert quiet.backend.keys == {}
 
 
@@ -230,14 +230,14 @@ def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
 
     with monkeypatch.context() as patch:
         patch.setattr(custodian._intents, "_record", away)
-        patch.setattr(custodian._intents, "_postpone", away)
+        patch.setattr(custodian._intents, "_record_failure", away)
         with pytest.raises(errors.StoreUnavailable):
             custodian.tick()
     settle(quiet, custodian)
     # Whether the first pair was written could not be known then, so it was not destroyed: it is surplus, and listed.
     left = surplus(quiet)
     assert len(left) == 1
-    assert left == {orphan.label for orphan in orphans(quiet.registry, {"memory": quiet.backend})}
+    assert left == {orphan.label for orphan in find_orphans(quiet.registry, {"memory": quiet.backend})}
 
 
 def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
@@ -249,7 +249,7 @@ def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
             time.sleep(2.5)
 
     quiet.backend.before = slow
-    assert first._leader_lease.hold(first._intents.abandon)
+    assert first._leader_lease.acquire_or_renew(first._intents.abandon_started)
     ticking = threading.Thread(target=first.tick)
     ticking.start()
     while ticking.is_alive():
@@ -268,8 +268,8 @@ def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
     monkeypatch.setattr(leader_lease, "LONGEST_STEP", 3.0)
     ask(quiet)
     released, given_up = threading.Event(), threading.Event()
-    first, second = quiet.custodian(lease=1, given_up=given_up.set), quiet.custodian(lease=1)
-    assert first._leader_lease.hold(first._intents.abandon)
+    first, second = quiet.custodian(lease=1, on_stuck_step=given_up.set), quiet.custodian(lease=1)
+    assert first._leader_lease.acquire_or_renew(first._intents.abandon_started)
     term = first._leader_lease.term
 
     def hang(name: str) -> None:
@@ -281,10 +281,10 @@ def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
         ticking = threading.Thread(target=pytest.raises, args=(Fenced, first.tick))
         ticking.start()
         assert given_up.wait(30)
-        quiet.until(lambda: second._leader_lease.hold(second._intents.abandon))
+        quiet.until(lambda: second._leader_lease.acquire_or_renew(second._intents.abandon_started))
     events = [(line["event"], line["log_level"], line["term"]) for line in logs if line["event"].startswith("module_")]
     assert events[0] == ("module_step_takes_long", "warning", term)
-    assert events[-1] == ("module_step_given_up", "error", term)
+    assert events[-1] == ("module_step_abandoned", "error", term)
     released.set()
     ticking.join(20)
     assert not ticking.is_alive()
@@ -297,13 +297,15 @@ def test_a_step_that_was_answered_without_its_module_is_given_up(quiet: World, s
     ask(quiet)
     given_up: list[bool] = []
     second = quiet.custodian()
-    first = quiet.custodian(given_up=lambda: given_up.append(second._leader_lease.hold(second._intents.abandon)))
+    first = quiet.custodian(
+        on_stuck_step=lambda: given_up.append(second._leader_lease.acquire_or_renew(second._intents.abandon_started))
+    )
     quiet.backend.stuck = stuck  # type: ignore[attr-defined]
     quiet.backend.fail = errors.BackendTimeout("late")
     with structlog.testing.capture_logs() as logs, contextlib.suppress(Fenced):
         first.tick()
     assert given_up == [True] * stuck, "and another one may act at once"
-    assert len([line for line in logs if line["event"] == "module_step_given_up"]) == stuck
+    assert len([line for line in logs if line["event"] == "module_step_abandoned"]) == stuck
     quiet.backend.fail = None
     settle(quiet, second if stuck else first)
     assert surplus(quiet) == set()

@@ -12,7 +12,7 @@ from kms_jwks.access import Role
 from kms_jwks.custodian import transitions
 from kms_jwks.model import DAY, IntentState, Key, KeySet, KeyVersion, VersionState
 from kms_jwks.store import WriteTx
-from kms_jwks.timeline import later, successor
+from kms_jwks.timeline import choose_standby, later
 from kms_jwks.times import to_datetime
 from kms_jwks.worker.jwks_cache import JwksCache
 from tests.service.world import World
@@ -62,10 +62,10 @@ def test_of_several_standbys_the_one_that_may_sign_first_succeeds() -> None:
     young = version(2, S.PUBLISHED, visible_since=at(50 * DAY))
     old = version(3, S.PUBLISHED, visible_since=at(1))
     unseen = version(1, S.PUBLISHED)
-    assert successor([unseen, young, old], policy) is old
-    assert successor([unseen, young], policy) is young
-    assert successor([unseen], policy) is unseen
-    assert successor([], policy) is None
+    assert choose_standby([unseen, young, old], policy) is old
+    assert choose_standby([unseen, young], policy) is young
+    assert choose_standby([unseen], policy) is unseen
+    assert choose_standby([], policy) is None
 
 
 def test_a_pair_that_is_being_made_in_a_revoked_module_is_surplus(world: World) -> None:
@@ -108,9 +108,9 @@ def test_a_node_that_was_renamed_still_strikes_off_its_dead(quiet: World) -> Non
     with quiet.store().write() as tx:
         [worker] = [w for w in tx.workers() if w.id == late.sync.worker_id]
         tx.save(replace(worker, node="of-another-name"))
-    life = late.sync._registration._life
+    life = late.sync._registration._lock
     assert life is not None
-    life.release(keep_proof=True)
+    life.release(keep_file=True)
 
     def struck() -> bool:
         with quiet.registry.read() as tx:

@@ -15,7 +15,7 @@ from kms_jwks.backends.base import KeyRef
 from kms_jwks.model import Epoch, IntentState, VersionState
 from kms_jwks.service.key_sets import add_key_set
 from kms_jwks.store import Store
-from kms_jwks.worker import liveness
+from kms_jwks.worker import registration
 from tests.service.world import World
 
 
@@ -89,16 +89,16 @@ def test_the_dead_are_seen_without_a_custodian(quiet: World) -> None:
     """A node that only publishes has none, and one whose custodian stands by is no better off."""
     late = quiet.worker()
     late.sync.poll()
-    life = late.sync._registration._life
+    life = late.sync._registration._lock
     assert life is not None
-    life.release(keep_proof=True)
+    life.release(keep_file=True)
 
     def struck() -> bool:
         with quiet.registry.read() as tx:
             return [w.stop_reason for w in tx.workers(include_stopped=True)] == [None, "died"]
 
     quiet.until(struck)
-    assert liveness.dead(quiet.settings.state_dir / "workers") == []
+    assert registration.dead_workers(quiet.settings.state_dir / "workers") == []
     late.store.dispose()
 
 
@@ -165,10 +165,10 @@ def test_a_revocation_returns_after_the_lease_though_the_database_went_away(
     with monkeypatch.context() as patched:
         patched.setattr(confirmation._store, "read", read)
         began = time.monotonic()
-        assert [w.id for w in confirmation.revoked(stale, 0)] == [world.service.sync.worker_id]
+        assert [w.id for w in confirmation.wait_until_confirmed(stale, 0)] == [world.service.sync.worker_id]
         assert time.monotonic() - began >= 1
         with pytest.raises(errors.StoreUnavailable):
-            confirmation.revoked(stale, 0)
+            confirmation.wait_until_confirmed(stale, 0)
 
 
 def test_a_pair_whose_record_was_not_answered_is_not_destroyed(quiet: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from kms_jwks import errors, wire
 from kms_jwks.model import SECOND
 from kms_jwks.service.context import RequestContext
-from kms_jwks.worker import liveness
+from kms_jwks.worker import registration
 from tests.service.world import World
 
 
@@ -124,10 +124,10 @@ def test_a_dead_worker_is_struck_off_by_its_free_lock(two_workers: World) -> Non
     dead._kick.set()
     assert dead._thread is not None
     dead._thread.join()
-    life = dead._registration._life
+    life = dead._registration._lock
     assert life is not None
     folder = world.settings.state_dir / "workers"
-    assert not liveness.is_dead(folder, dead.worker_id or "")  # type: ignore[arg-type]
+    assert not registration.is_dead(folder, dead.worker_id or "")  # type: ignore[arg-type]
     import os
 
     os.close(life._fd)  # what the kernel does when a process ends
@@ -140,7 +140,7 @@ def test_a_dead_worker_is_struck_off_by_its_free_lock(two_workers: World) -> Non
 
 
 def test_a_missing_lock_file_proves_nothing(tmp_path: Path) -> None:
-    assert not liveness.is_dead(tmp_path, "unknown")  # type: ignore[arg-type]
+    assert not registration.is_dead(tmp_path, "unknown")  # type: ignore[arg-type]
 
 
 def test_a_worker_that_was_forgotten_comes_back_as_another(world: World) -> None:

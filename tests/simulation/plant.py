@@ -1,5 +1,5 @@
-"""An installation of several nodes in virtual time: the real use cases, workers' watchers and custodians, one registry
-in memory, one module in memory, and clocks, crashes and partitions that a test commands.
+"""An installation of several nodes in virtual time: the real use cases, workers and custodians, one registry in memory,
+one module in memory, and clocks, crashes and partitions that a test controls.
 
 Nothing sleeps and nothing runs in a thread: a test lets time pass, lets a worker poll, lets a custodian tick.
 """
@@ -105,7 +105,7 @@ class Node:
             store,
             self.plant.backends(),
             SimConfirmation(self.plant, store, self),
-            SimOffice(store, node=self.name, boot=self.boot),
+            SimLeaderLease(store, node=self.name, boot=self.boot),
             monotonic=lambda: self.boot() / SECOND,
         )
 
@@ -115,11 +115,11 @@ class Node:
         return worker
 
 
-class SimOffice(LeaderLease):
+class SimLeaderLease(LeaderLease):
     """Without the thread that renews while a module works: here a module answers at once."""
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def renew_during_step(self) -> Iterator[None]:
         yield
 
 
@@ -139,7 +139,7 @@ class SimConfirmation(Confirmation):
                 waiting = [w for w in waiting if not self.silent(w, now)]
             if not waiting or self._plant.now >= end:
                 return waiting
-            self.reap()
+            self.deregister_dead_workers()
             self._plant.round(custodians=False)
 
 
@@ -178,7 +178,6 @@ class SimWorker:
             state_dir=NOWHERE,
             used=guard.drain_used,
             bind=lambda _: None,
-            reap=lambda: None,
             backends=dict,
             clock=DatabaseClock(node.boot),
         )
@@ -209,9 +208,9 @@ class SimWorker:
 
     def die(self) -> None:
         self.alive = False
-        life = self.sync._registration._life
-        if life is not None:
-            life.release()
+        lock = self.sync._registration._lock
+        if lock is not None:
+            lock.release()
 
 
 class Plant:
@@ -233,8 +232,8 @@ class Plant:
         self.registry_down = False
         self.backend = MemoryBackend("memory")
         self.living: set[Id] = set()
+        """Workers that hold their liveness lock."""
         self.ended: list[Id] = []
-        """Workers whose life line holds."""
         self.watch: list[Callable[[], None]] = []
         """Called before time passes: what was possible until now is over then."""
         self.on_commit: list[Callable[[Any, Any], None]] = []
@@ -371,8 +370,8 @@ class _Watched(Registry):
                 tell(before, contents)
 
 
-class _Life:
-    """A life line without a file."""
+class _Lock:
+    """A liveness lock without a file."""
 
     plant: Plant
 
@@ -380,7 +379,7 @@ class _Life:
         self._worker = worker
         self.plant.living.add(worker)
 
-    def release(self, *, keep_proof: bool = False) -> None:
+    def release(self, *, keep_file: bool = False) -> None:
         self.plant.living.discard(self._worker)
         self.plant.ended.append(self._worker)
 
@@ -390,27 +389,27 @@ def simulated(seed: int = 0, **options: Any) -> Iterator[Plant]:
     """A plant whose every choice follows from `seed`; quiet, and nothing of it outside this process."""
     rng = random.Random(seed)
     clock = SimpleNamespace(time_ns=lambda: T0 * 1000)
-    life = type("Life", (_Life,), {})
+    lock = type("Lock", (_Lock,), {})
     before = structlog.get_config()
     structlog.configure(
         logger_factory=structlog.ReturnLoggerFactory(), processors=[lambda *_: ""], cache_logger_on_first_use=False
     )
     known: list[Plant] = []
-    liveness = SimpleNamespace(
-        is_dead=lambda _, worker: worker not in known[0].living,
-        dead=lambda _: list(known[0].ended),
-        age=lambda *_: 0.0,
-        clear=lambda _, worker: known[0].ended.remove(worker),
-    )
+    liveness: dict[str, Any] = {
+        "LivenessLock": lock,
+        "is_dead": lambda _, worker: worker not in known[0].living,
+        "dead_workers": lambda _: list(known[0].ended),
+        "lock_age": lambda *_: 0.0,
+        "remove_lock": lambda _, worker: known[0].ended.remove(worker),
+    }
     with (
         patch.object(model, "os", SimpleNamespace(urandom=rng.randbytes)),
         patch.object(model, "time", clock),
-        patch("kms_jwks.worker.registration.LivenessLock", life),
-        patch("kms_jwks.worker.confirmation.liveness", liveness),
+        patch.multiple("kms_jwks.worker.registration", **liveness),
     ):
         plant = Plant.__new__(Plant)
         known.append(plant)
-        life.plant = plant  # type: ignore[attr-defined]
+        lock.plant = plant  # type: ignore[attr-defined]
         clock.time_ns = lambda: getattr(plant, "now", T0) * 1000
         plant.__init__(seed=seed, **options)  # type: ignore[misc]
         try:

@@ -205,7 +205,7 @@ def test_the_window_governs_rotation_withdrawal_and_destruction() -> None:
     retiring = version(1, S.RETIRING, deactivated_at=T0)
     doomed = version(2, S.RETIRED, destroy_at=at(5), destroy_told=at(5))
     assert [(s.kind, s.due) for s in timeline.plan(PUBLISHED, [quiet], [retiring, doomed], at(HOUR))] == [
-        (StepKind.WITHDRAW, at(monday)),
+        (StepKind.RETIRE, at(monday)),
         (StepKind.DESTROY, at(monday)),
     ]
 
@@ -281,7 +281,7 @@ def test_emergencies_go_first_and_make_withdrawals_wait_for_no_window() -> None:
     assert not activation(keys, versions, now, subject="key-2-2").is_due(now)
     retiring = version(9, S.RETIRING, id=Id("r"), deactivated_at=now)
     steps = timeline.plan(PUBLISHED, keys, [*versions, retiring], now)
-    assert next(s for s in steps if s.kind is StepKind.WITHDRAW).due == at(100 * DAY + RETIRE)
+    assert next(s for s in steps if s.kind is StepKind.RETIRE).due == at(100 * DAY + RETIRE)
 
 
 def test_a_successor_of_a_revoked_version_ignores_window_and_hold() -> None:

@@ -193,7 +193,7 @@ def test_a_disabled_key_is_only_withdrawn_from_and_destroyed_in() -> None:
     assert kinds([off], [retiring, doomed, waiting], []) == [
         (StepKind.TELL, 0),
         (StepKind.DESTROY, 50),
-        (StepKind.WITHDRAW, 60 + 10 + 3600 + 300),
+        (StepKind.RETIRE, 60 + 10 + 3600 + 300),
     ]
 
 

@@ -1,0 +1,74 @@
+"""What a JWKS document can hold (I5), checked in the caller's transaction: room for keys, for rotations, its size."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kms_jwks import errors, timeline
+from kms_jwks.model import Key, KeySet, KeyVersion, VersionState
+from kms_jwks.store import ReadTx
+from kms_jwks.times import optional
+from kms_jwks.worker.snapshot import document_entries, in_document, render_jwks
+
+_S = VersionState
+
+
+def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, more_externals: int = 0) -> None:
+    """Raise LimitReached if the document of `alg`'s keys has no room for the keys to be added (I5)."""
+    keys = len(timeline.of_document(alg, tx.keys(key_set.id))) + more_keys
+    externals = len(timeline.of_document(alg, tx.external_keys(key_set.id))) + more_externals
+    problem = timeline.room_problem(keys, externals)
+    if problem is not None:
+        raise errors.LimitReached(
+            problem,
+            fields={"kids": timeline.kids_reserved(keys, externals), "limit": timeline.MAX_KIDS},
+        )
+    versions = timeline.of_document(alg, tx.versions(key_set_id=key_set.id))
+    # A key with several standbys (adopted ones) uses room that the other keys need to rotate.
+    living = Counter(v.key_id for v in versions if v.state in (_S.CREATING, _S.PUBLISHED, _S.ACTIVE))
+    reserved = timeline.kids_reserved(keys, externals) + sum(max(0, count - 2) for count in living.values())
+    if reserved > timeline.MAX_KIDS:
+        raise errors.LimitReached(
+            f"With further standbys the set needs {reserved} kids to rotate; a document holds {timeline.MAX_KIDS}.",
+            fields={"kids": reserved, "limit": timeline.MAX_KIDS},
+        )
+    # The document may hold more than is reserved: a key that rotated often has several retiring versions.
+    held = [v for v in versions if v.state.in_jwks or v.state is _S.CREATING]
+    coming = len(held) + externals + 2 * more_keys
+    if coming > timeline.MAX_KIDS:
+        raise errors.LimitReached(
+            f"The document would come to {coming} kids; it holds {timeline.MAX_KIDS}. Retiring versions make room.",
+            fields={"kids": coming, "limit": timeline.MAX_KIDS},
+        )
+
+
+def require_small_document(tx: ReadTx, key_set: KeySet) -> None:
+    """Raise LimitReached if one of the set's documents is larger than verifiers read (I5)."""
+    entries = document_entries(tx.keys(key_set.id), tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id))
+    size = max(len(render_jwks(in_document(entries, post_quantum))) for post_quantum in (False, True))
+    if size > timeline.MAX_DOCUMENT:
+        raise errors.LimitReached(
+            f"The document would have {size} bytes; {timeline.MAX_DOCUMENT} are allowed.",
+            fields={"bytes": size, "limit": timeline.MAX_DOCUMENT},
+        )
+
+
+def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[KeyVersion]) -> None:
+    """Raise RotationInProgress while another key of the document has a retiring version, or there is no room (I5)."""
+    versions = timeline.of_document(key.alg, versions)
+    blocker = timeline.rotation_blocker(key.id, versions)
+    if blocker is not None:
+        until = timeline.retirable_at(blocker)
+        raise errors.RotationInProgress(
+            "Another key of the set has a retiring version in the document.",
+            fields={"kid": blocker.kid, "possible_at": optional(until)},
+        )
+    # Publishing the next standby must not push the document over its limit.
+    externals = timeline.of_document(key.alg, tx.external_keys(key_set.id))
+    kids = timeline.kids_after_rotation(key.id, versions, externals)
+    if kids > timeline.MAX_KIDS:
+        retiring = [t for v in versions if (t := timeline.retirable_at(v)) and v.state is _S.RETIRING]
+        raise errors.RotationInProgress(
+            f"With the next standby the document would hold {kids} kids of {timeline.MAX_KIDS}.",
+            fields={"possible_at": optional(min(retiring, default=None))},
+        )
