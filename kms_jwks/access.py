@@ -105,11 +105,6 @@ class Caller:
     """The API token it came with; None for the node's own operator on the command line."""
     grants: tuple[Grant, ...]
 
-    @property
-    def tag(self) -> str:
-        """How logs name it."""
-        return self.client
-
 
 def covers(grant: Grant, scope: Scope) -> bool:
     """Whether a grant's scope holds `scope`. A narrower grant never covers a wider scope."""

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -36,6 +36,7 @@ from pydantic_settings import (
 )
 
 from kms_jwks.errors import ConfigurationError
+from kms_jwks.model import NAME_RULE, is_name
 
 ENV_PREFIX = "KMS_JWKS_"
 """Every environment variable that the program reads begins with this."""
@@ -50,7 +51,6 @@ _OTHERS = ("ADDR", "TOKEN", "TOKEN_FILE", "CACERT", "CLIENT_CERT", "CLIENT_KEY",
 NOT_SETTINGS = frozenset({CONFIG_VARIABLE, SECRETS_VARIABLE} | {f"{ENV_PREFIX}{name}" for name in _OTHERS})
 """Variables that share the prefix and belong to the command line, to the client or to the tests."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
 _MAX_PORT = 65535
 
@@ -66,8 +66,8 @@ def _split(value: object) -> object:
 
 
 def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise ValueError("must be 1 to 63 of a-z, 0-9 and '-', not beginning with '-'")
+    if not is_name(value):
+        raise ValueError(f"must be {NAME_RULE}")
     return value
 
 
@@ -113,7 +113,7 @@ def _default_node_name() -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
-"""The grammar of names: `[a-z0-9][a-z0-9-]{0,62}`."""
+"""A name by the grammar of `model.NAME_PATTERN`."""
 
 PublicUrl = Annotated[str, AfterValidator(_public_url)]
 Address = Annotated[str, AfterValidator(_address)]
@@ -275,17 +275,28 @@ class ThirdPartyBackend(BackendSettings):
         return dict(self.model_extra or {})
 
 
-def _kind(value: Any) -> str:
+def _type_of(section: type[BackendSettings]) -> str:
+    """The one value of `type` that a class of backend settings accepts."""
+    (only,) = get_args(section.model_fields["type"].annotation)
+    return str(only)
+
+
+_THIRD_PARTY: Final = "third-party"
+BACKEND_TYPES: Final = frozenset(_type_of(section) for section in (Pkcs11Backend, AwsKmsBackend))
+"""The values of `type` that this package implements; any other value names another package's entry point."""
+
+
+def _tag(value: Any) -> str:
     """Which class reads a backend's section."""
     kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return kind if kind in ("pkcs11", "aws-kms") else "third-party"
+    return kind if kind in BACKEND_TYPES else _THIRD_PARTY
 
 
 Backend = Annotated[
-    Annotated[Pkcs11Backend, Tag("pkcs11")]
-    | Annotated[AwsKmsBackend, Tag("aws-kms")]
-    | Annotated[ThirdPartyBackend, Tag("third-party")],
-    Discriminator(_kind),
+    Annotated[Pkcs11Backend, Tag(_type_of(Pkcs11Backend))]
+    | Annotated[AwsKmsBackend, Tag(_type_of(AwsKmsBackend))]
+    | Annotated[ThirdPartyBackend, Tag(_THIRD_PARTY)],
+    Discriminator(_tag),
 ]
 """One row per type of backend that comes with the package, and one for all others."""
 

@@ -22,7 +22,7 @@
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
     │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken
     ├── RevisionMismatch · RevisionRequired
-    ├── Unavailable               retry later: RegistryStale · StoreUnavailable · CustodianUnavailable
+    ├── Unavailable               retry later: RegistryStale · StoreUnavailable
     ├── BackendError              what may leave a backend, and nothing else
     │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
     │   ├── BackendUnavailable · BackendThrottled      (retryable)
@@ -138,7 +138,7 @@ class InvalidJwk(InvalidRequest):
 class InvalidBatch(InvalidRequest):
     code = "invalid_batch"
     title = "The batch is empty or too long"
-    next_step = "Send between 1 and 256 items."
+    next_step = "Send at least one item, and no more than the detail allows."
 
 
 class UnsupportedAlgorithmRequested(InvalidRequest):
@@ -450,11 +450,6 @@ class RegistryStale(Unavailable):
 class StoreUnavailable(Unavailable):
     code = "store_unavailable"
     title = "The registry's database cannot be reached"
-
-
-class CustodianUnavailable(Unavailable):
-    code = "custodian_unavailable"
-    title = "No custodian is acting"
 
 
 # --- backends --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from joserfc.jwk import ECKey, OKPKey, RSAKey
 from joserfc.jwk import thumbprint as _rfc7638
 
 from kms_jwks import strictjson
-from kms_jwks.algorithms import Algorithm, Family
+from kms_jwks.algorithms import ALGORITHMS, COORDINATES, Algorithm, Family
 from kms_jwks.errors import InvalidJwk, TokenSignatureInvalid
 
 if TYPE_CHECKING:
@@ -98,26 +98,22 @@ def compact(signing_input: bytes, signature: bytes, *, detached: bool = False) -
 
 # --- public keys ------------------------------------------------------------------------------------------------------
 
-_CURVES: Final[Mapping[str, tuple[ec.EllipticCurve, int]]] = MappingProxyType(
-    {
-        "P-256": (ec.SECP256R1(), 32),
-        "P-384": (ec.SECP384R1(), 48),
-        "P-521": (ec.SECP521R1(), 66),
-        "secp256k1": (ec.SECP256K1(), 32),
-    }
+EC_CURVES: Final[Mapping[str, ec.EllipticCurve]] = MappingProxyType(
+    {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1(), "secp256k1": ec.SECP256K1()}
 )
-_CRV_OF_CURVE: Final = {curve.name: crv for crv, (curve, _) in _CURVES.items()}
+"""The curves of EC keys by their `crv` value (RFC 7518 §6.2.1.1, RFC 8812 §3.1)."""
+_CRV_OF_CURVE: Final = {curve.name: crv for crv, curve in EC_CURVES.items()}
 _PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"RSA": ("n", "e"), "EC": ("crv", "x", "y"), "OKP": ("crv", "x"), "AKP": ("alg", "pub")}
 )
-_ML_DSA: Final[Mapping[str, tuple[type[MlDsaPublicKey], int]]] = MappingProxyType(
+_ML_DSA: Final[Mapping[str, type[MlDsaPublicKey]]] = MappingProxyType(
     {
-        "ML-DSA-44": (mldsa.MLDSA44PublicKey, 1312),
-        "ML-DSA-65": (mldsa.MLDSA65PublicKey, 1952),
-        "ML-DSA-87": (mldsa.MLDSA87PublicKey, 2592),
+        "ML-DSA-44": mldsa.MLDSA44PublicKey,
+        "ML-DSA-65": mldsa.MLDSA65PublicKey,
+        "ML-DSA-87": mldsa.MLDSA87PublicKey,
     }
 )
-"""The `alg` of an AKP key (RFC 9964 §3) and the octets of its `pub`."""
+"""The class of an AKP key by its `alg` value (RFC 9964 §3)."""
 PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
 """Members of a JWK that make it private or secret (RFC 7518 §6, RFC 9964)."""
 
@@ -162,14 +158,14 @@ def public_jwk(key: object) -> dict[str, str]:
     if isinstance(key, ec.EllipticCurvePublicKey):
         crv = _CRV_OF_CURVE.get(key.curve.name)
         if crv is None:
-            raise InvalidJwk(f"The curve {key.curve.name} is none of {', '.join(_CURVES)}.")
-        size = _CURVES[crv][1]
+            raise InvalidJwk(f"The curve {key.curve.name} is none of {', '.join(EC_CURVES)}.")
+        size = COORDINATES[crv]
         numbers = key.public_numbers()
         x, y = (b64u_encode(value.to_bytes(size, "big")) for value in (numbers.x, numbers.y))
         return {"kty": "EC", "crv": crv, "x": x, "y": y}
     if isinstance(key, Ed25519PublicKey):
         return {"kty": "OKP", "crv": "Ed25519", "x": b64u_encode(key.public_bytes_raw())}
-    for name, (kind, _) in _ML_DSA.items():
+    for name, kind in _ML_DSA.items():
         if isinstance(key, kind):
             return {"kty": "AKP", "alg": name, "pub": b64u_encode(key.public_bytes_raw())}
     raise InvalidJwk(f"A {type(key).__name__} is no RSA, EC, Ed25519 or ML-DSA public key.")
@@ -285,8 +281,8 @@ def _octets(jwk: Mapping[str, str], name: str) -> bytes:
         raise InvalidJwk(f"The JWK's {name}: {error}.") from None
 
 
-def _exactly(size: int, jwk: Mapping[str, str], name: str) -> bytes:
-    octets = _octets(jwk, name)
+def _coordinate(jwk: Mapping[str, str], name: str) -> bytes:
+    octets, size = _octets(jwk, name), COORDINATES[jwk["crv"]]
     if len(octets) != size:
         raise InvalidJwk(f"The JWK's {name} has {len(octets)} octets; {jwk['crv']} needs exactly {size}.")
     return octets
@@ -316,10 +312,10 @@ def _rsa_key(n: int, e: int) -> rsa.RSAPublicKey:
 
 
 def _ec_key(jwk: Mapping[str, str]) -> ec.EllipticCurvePublicKey:
-    if jwk["crv"] not in _CURVES:
-        raise InvalidJwk(f"The JWK's crv is {_shown(jwk['crv'])}, not one of {', '.join(_CURVES)}.")
-    curve, size = _CURVES[jwk["crv"]]
-    x, y = (int.from_bytes(_exactly(size, jwk, name), "big") for name in ("x", "y"))
+    curve = EC_CURVES.get(jwk["crv"])
+    if curve is None:
+        raise InvalidJwk(f"The JWK's crv is {_shown(jwk['crv'])}, not one of {', '.join(EC_CURVES)}.")
+    x, y = (int.from_bytes(_coordinate(jwk, name), "big") for name in ("x", "y"))
     try:
         return ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
     except ValueError:
@@ -333,9 +329,9 @@ _ED25519_D: Final = -121665 * pow(121666, -1, _ED25519_P) % _ED25519_P
 def _ed25519_key(jwk: Mapping[str, str]) -> Ed25519PublicKey:
     if jwk["crv"] != "Ed25519":
         raise InvalidJwk(f"The JWK's crv is {_shown(jwk['crv'])}, not Ed25519.")
-    octets = _exactly(32, jwk, "x")
-    # OpenSSL looks at the point only when it verifies, and not at its order: a key of small order would verify
-    # signatures that nobody made. 0, ±1 and the roots of d·y⁴ + 2y² = 1 are the y of the eight points of small order.
+    octets = _coordinate(jwk, "x")
+    # OpenSSL checks the point only when it verifies, and never checks its order: a key of small order would verify
+    # forged signatures. 0, ±1 and the roots of d·y⁴ + 2y² = 1 are the y of the eight points of small order.
     y = int.from_bytes(octets, "little") & (1 << 255) - 1
     y2 = y * y % _ED25519_P
     x2 = (y2 - 1) * pow(_ED25519_D * y2 + 1, -1, _ED25519_P) % _ED25519_P
@@ -349,11 +345,10 @@ def _ed25519_key(jwk: Mapping[str, str]) -> Ed25519PublicKey:
 
 def _ml_dsa_key(jwk: Mapping[str, str]) -> MlDsaPublicKey:
     """Any octets of the right length are a key (FIPS 204 §4, algorithm 23)."""
-    row = _ML_DSA.get(jwk["alg"])
-    if row is None:
+    kind = _ML_DSA.get(jwk["alg"])
+    if kind is None:
         raise InvalidJwk(f"The JWK's alg is {_shown(jwk['alg'])}, not one of {', '.join(_ML_DSA)}.")
-    kind, size = row
-    octets = _octets(jwk, "pub")
+    octets, size = _octets(jwk, "pub"), ALGORITHMS[jwk["alg"]].public_bytes
     if len(octets) != size:
         raise InvalidJwk(f"The JWK's pub has {len(octets)} octets; {jwk['alg']} needs exactly {size}.")
     return kind.from_public_bytes(octets)

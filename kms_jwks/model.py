@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import NewType
+from typing import Final, Literal, NewType, TypeAlias
 
 Instant = NewType("Instant", int)
 """Microseconds since the epoch, UTC."""
@@ -22,9 +22,23 @@ Id = NewType("Id", str)
 """A UUIDv7 in its text form (RFC 9562 §5.7)."""
 
 SECOND = 1_000_000
+"""Microseconds."""
 DAY = 86_400
+"""Seconds."""
 
-NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+NAME_PATTERN: Final = "[a-z0-9][a-z0-9-]{0,62}"
+"""The grammar of names, as a regular expression that has to match the whole name."""
+NAME_RULE: Final = "1 to 63 of a-z, 0-9 and '-', and starts with a letter or digit"
+"""The same in words."""
+_NAME: Final = re.compile(NAME_PATTERN)
+
+DEFAULT_CACHE_LIFETIME: Final = 300
+"""Seconds for which verifiers may keep the JWKS of a key set that was created without another value."""
+DEFAULT_STALE_IF_ERROR: Final = 3600
+"""Seconds for which caches may go on serving such a JWKS while the service does not answer (RFC 5861 §4)."""
+DEFAULT_API_TOKEN_LIFETIME: Final = 90 * DAY
+"""Seconds an API token is valid when it was created without another value."""
+
 RESERVED_NAMES = frozenset(
     {
         *("v1", "healthz", "readyz", "metrics", "docs", "openapi", "well-known", "console", "static"),
@@ -56,10 +70,15 @@ def new_id() -> Id:
     return Id(str(uuid.UUID(int=value)))
 
 
+def is_name(text: str) -> bool:
+    """Whether the whole of `text` fits the grammar of names."""
+    return _NAME.fullmatch(text) is not None
+
+
 def name_error(name: str) -> str | None:
-    """Why `name` cannot name a thing, or None when it can: `[a-z0-9][a-z0-9-]{0,62}`, and no word of a route."""
-    if not NAME.fullmatch(name):
-        return "a name is 1 to 63 of a-z, 0-9 and '-', and starts with a letter or digit"
+    """Why `name` cannot name a thing, or None when it can: it fits `NAME_PATTERN` and is no word of a route."""
+    if not is_name(name):
+        return f"a name is {NAME_RULE}"
     if name in RESERVED_NAMES:
         return f"{name!r} is a word that routes use"
     return None
@@ -136,15 +155,18 @@ class Policy:
     """No planned activation before this instant."""
 
 
+Typ: TypeAlias = Literal["JWT", "at+jwt"]
+"""The header's `typ` of the tokens that a profile signs; `at+jwt` is that of RFC 9068."""
+
+
 @dataclass(frozen=True, slots=True)
 class SigningProfile:
     """What a client may have signed with a key. One profile, `default`, per key."""
 
     name: str = "default"
-    typ: str = "JWT"
-    """`JWT` or `at+jwt` (RFC 9068)."""
+    typ: Typ = "JWT"
     default_lifetime: int = 300
-    """Seconds a token lives when the caller says nothing; never more than the policy's max_token_ttl."""
+    """Seconds a token lives when the caller names no lifetime; never more than the policy's max_token_ttl."""
 
 
 @dataclass(frozen=True, slots=True)

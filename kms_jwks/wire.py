@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kms_jwks import errors
+from kms_jwks.algorithms import RsaBits
+from kms_jwks.model import (
+    DAY,
+    DEFAULT_API_TOKEN_LIFETIME,
+    DEFAULT_CACHE_LIFETIME,
+    DEFAULT_STALE_IF_ERROR,
+    NAME_PATTERN,
+    Typ,
+)
 
-Name = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$", description="Immutable name.")]
-Seconds = Annotated[int, Meta(ge=0, le=10 * 366 * 86_400)]
+MAX_BATCH: Final = 256
+"""Items of one batch."""
+
+Name = Annotated[str, Meta(pattern=f"^{NAME_PATTERN}$", description="Immutable name.")]
+Seconds = Annotated[int, Meta(ge=0, le=10 * 366 * DAY)]
 Kid = Annotated[str, Meta(min_length=1, max_length=255)]
 Text = Annotated[str, Meta(max_length=1024)]
 
@@ -52,7 +64,7 @@ class PolicyFields(Request):
 class ProfileFields(Request):
     """The default signing profile; what is absent keeps its value."""
 
-    typ: Literal["JWT", "at+jwt"] | UnsetType = UNSET
+    typ: Typ | UnsetType = UNSET
     default_lifetime: Seconds | UnsetType = UNSET
 
 
@@ -75,7 +87,7 @@ class KeyCreate(Request):
     name: Name
     alg: Annotated[str, Meta(max_length=32)]
     backend: Name | UnsetType = UNSET
-    rsa_bits: Literal[2048, 3072, 4096] | UnsetType = UNSET
+    rsa_bits: RsaBits | UnsetType = UNSET
     policy: PolicyFields | UnsetType = UNSET
     profile: ProfileFields | UnsetType = UNSET
     adopt: Adopt | UnsetType = UNSET
@@ -91,8 +103,8 @@ class KeySetCreate(Request):
     issuer: Annotated[str, Meta(max_length=1024)] | UnsetType = UNSET
     access: Literal["public", "restricted"] = "public"
     purpose: Literal["jwt", "raw"] = "jwt"
-    cache_lifetime: Seconds = 300
-    stale_if_error: Seconds = 3600
+    cache_lifetime: Seconds = DEFAULT_CACHE_LIFETIME
+    stale_if_error: Seconds = DEFAULT_STALE_IF_ERROR
     existing_issuer: bool = False
     keys: list[KeyCreate] = []
 
@@ -532,7 +544,7 @@ class Client(Answer):
 
 
 class TokenCreate(Request):
-    expires_in: Annotated[int, Meta(ge=60, le=366 * 86_400)] = 90 * 86_400
+    expires_in: Annotated[int, Meta(ge=60, le=366 * DAY)] = DEFAULT_API_TOKEN_LIFETIME
 
 
 class TokenCreated(Answer):

@@ -49,7 +49,7 @@ class Signing:
     def sign_jwt_batch(
         self, key_set: str, key: str, requests: Iterable[wire.JwtRequest]
     ) -> list[wire.SignedJwt | errors.Error]:
-        """Up to 256 JWTs in one call: for each request, in order, its token or the error it met (not raised)."""
+        """Up to `wire.MAX_BATCH` JWTs in one call: for each request, in order, its token or its error (not raised)."""
         return self._sign_batch(key_set, key, "jwt", requests, wire.SignedJwt)
 
     def sign_input(self, key_set: str, key: str, signing_input: str, kid: str) -> wire.Signature:
@@ -64,7 +64,7 @@ class Signing:
     def sign_input_batch(
         self, key_set: str, key: str, requests: Iterable[wire.SigningInputRequest]
     ) -> list[wire.Signature | errors.Error]:
-        """Up to 256 signing inputs in one call."""
+        """Up to `wire.MAX_BATCH` signing inputs in one call."""
         return self._sign_batch(key_set, key, "signature", requests, wire.Signature)
 
     # --- in key sets with purpose raw
@@ -88,7 +88,7 @@ class Signing:
     def sign_jws_batch(
         self, key_set: str, key: str, requests: Iterable[wire.JwsRequest]
     ) -> list[wire.SignedJws | errors.Error]:
-        """Up to 256 payloads in one call."""
+        """Up to `wire.MAX_BATCH` payloads in one call."""
         return self._sign_batch(key_set, key, "jws", requests, wire.SignedJws)
 
     def sign_raw(
@@ -108,7 +108,7 @@ class Signing:
     def sign_raw_batch(
         self, key_set: str, key: str, requests: Iterable[wire.RawSignatureRequest]
     ) -> list[wire.Signature | errors.Error]:
-        """Up to 256 inputs or digests in one call."""
+        """Up to `wire.MAX_BATCH` inputs or digests in one call."""
         return self._sign_batch(key_set, key, "signature", requests, wire.Signature)
 
     # --- reading

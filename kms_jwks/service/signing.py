@@ -21,7 +21,6 @@ from kms_jwks.times import to_datetime
 from kms_jwks.worker.snapshot import Signer, Snapshot
 from kms_jwks.worker.sync import RegistrySync
 
-MAX_BATCH = 256
 BATCH_SECONDS = 20
 """How long a batch may take; what is not signed by then is answered with an error each."""
 
@@ -61,8 +60,8 @@ class Signing:
         if set(body) != {"batch"}:
             raise errors.InvalidField("A batch stands alone in its body.", fields={"field": "batch"})
         items = body["batch"]
-        if not isinstance(items, list) or not 1 <= len(items) <= MAX_BATCH:
-            raise errors.InvalidBatch(f"A batch is a list of 1 to {MAX_BATCH} items.")
+        if not isinstance(items, list) or not 1 <= len(items) <= wire.MAX_BATCH:
+            raise errors.InvalidBatch(f"A batch is a list of 1 to {wire.MAX_BATCH} items.")
         return self._many(call, snapshot, prepare, items)
 
     def active(self, context: RequestContext, key_set: str, key: str) -> wire.Active:
