@@ -37,7 +37,8 @@ DEFAULT_CACHE_LIFETIME: Final = 300
 DEFAULT_STALE_IF_ERROR: Final = 3600
 """Seconds for which caches may go on serving such a JWKS while the service does not answer (RFC 5861 §4)."""
 DEFAULT_API_TOKEN_LIFETIME: Final = 90 * DAY
-"""Seconds an API token is valid when it was created without another value."""
+MAX_API_TOKEN_LIFETIME: Final = 366 * DAY
+"""Seconds an API token is valid when it was created without another value, and at most."""
 
 RESERVED_NAMES = frozenset(
     {

@@ -21,6 +21,7 @@ from kms_jwks.model import (
     DEFAULT_API_TOKEN_LIFETIME,
     DEFAULT_CACHE_LIFETIME,
     DEFAULT_STALE_IF_ERROR,
+    MAX_API_TOKEN_LIFETIME,
     NAME_PATTERN,
     Typ,
 )
@@ -544,7 +545,7 @@ class Client(Answer):
 
 
 class TokenCreate(Request):
-    expires_in: Annotated[int, Meta(ge=60, le=366 * DAY)] = DEFAULT_API_TOKEN_LIFETIME
+    expires_in: Annotated[int, Meta(ge=60, le=MAX_API_TOKEN_LIFETIME)] = DEFAULT_API_TOKEN_LIFETIME
 
 
 class TokenCreated(Answer):
