@@ -1,8 +1,8 @@
-"""JOSE without keys that sign: base64url, JWS assembly, public JWKs, thumbprints, PEM and DER, signature verification.
+"""JOSE with public keys: base64url, JWS assembly, JWKs, thumbprints, PEM and DER, signature verification.
 
 Everywhere base64url is without padding (RFC 7515 §2) and an ECDSA signature is r‖s (RFC 7518 §3.4). A public JWK here
-is `kty` and its parameters, all strings. Cryptography is joserfc's and cryptography's; what a token may say is
-decided in profiles.py and verification.py.
+is `kty` and its parameters, all strings. The libraries joserfc and cryptography do the cryptography. profiles.py and
+verification.py decide which claims are valid.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PublicKey: TypeAlias = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | Ed25519Pub
 # --- base64url and JWS ------------------------------------------------------------------------------------------------
 
 _TO_URL: Final = bytes.maketrans(b"+/", b"-_")
-# What base64 knows and base64url does not becomes a byte that the strict decoder refuses.
+# Characters of base64 that base64url does not have become a byte that the strict decoder refuses.
 _FROM_URL: Final = bytes.maketrans(b"-_+/=", b"+/\0\0\0")
 _LAST_OF_TWO: Final = frozenset("AQgw")
 _LAST_OF_THREE: Final = frozenset("AEIMQUYcgkosw048")
@@ -120,13 +120,13 @@ PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "
 RSA_MODULUS_BITS: Final = (2048, 8192)
 """The smallest and largest modulus `check_public_jwk` accepts, in bits."""
 RSA_EXPONENT_BITS: Final = 64
-"""OpenSSL verifies with no longer exponent once the modulus exceeds 3072 bits."""
+"""The longest exponent, in bits; OpenSSL refuses longer ones once the modulus exceeds 3072 bits."""
 
 
 def thumbprint(jwk: Mapping[str, object]) -> str:
-    """The JWK's SHA-256 thumbprint in base64url (RFC 7638 §3); members that are no key parameters do not count.
+    """The JWK's SHA-256 thumbprint in base64url (RFC 7638 §3), over its key parameters alone.
 
-    Of an AKP key the `alg` is one (RFC 9964 §6).
+    The `alg` of an AKP key is one of them (RFC 9964 §6).
     """
     parameters = dict(_required(jwk))
     if parameters["kty"] == "AKP":
@@ -191,8 +191,8 @@ _PEM_LABEL: Final = re.compile(r"-----BEGIN ([^-\r\n]{1,64})-----")
 def jwk_from_pem(pem: str) -> dict[str, str]:
     """The public JWK of exactly one PEM block, ``PUBLIC KEY`` or ``RSA PUBLIC KEY``.
 
-    Raises InvalidJwk for anything else; a private key is refused by name, a certificate too: what it says about
-    validity and use would be lost.
+    Raises InvalidJwk for anything else, with a message of its own for a private key and for a certificate, whose
+    validity and key usage would be lost.
     """
     labels = _PEM_LABEL.findall(pem)
     if any("PRIVATE" in label for label in labels):
@@ -344,7 +344,7 @@ def _ed25519_key(jwk: Mapping[str, str]) -> Ed25519PublicKey:
 
 
 def _ml_dsa_key(jwk: Mapping[str, str]) -> MlDsaPublicKey:
-    """Any octets of the right length are a key (FIPS 204 §4, algorithm 23)."""
+    """The key object of an AKP JWK; any octets of the right length are a key (FIPS 204 §4, algorithm 23)."""
     kind = _ML_DSA.get(jwk["alg"])
     if kind is None:
         raise InvalidJwk(f"The JWK's alg is {_shown(jwk['alg'])}, not one of {', '.join(_ML_DSA)}.")
@@ -362,7 +362,7 @@ def _primes_below(limit: int) -> tuple[int, ...]:
 
 
 _SMALL_FACTORS: Final = math.prod(_primes_below(752))
-"""The primes that SP 800-56B §6.4.2.2 has a public key tried against."""
+"""The product of the primes that SP 800-56B §6.4.2.2 tests a modulus against."""
 
 
 def _powers_of_65537(prime: int) -> frozenset[int]:
@@ -382,12 +382,12 @@ def _check_rsa_strength(numbers: rsa.RSAPublicNumbers) -> None:
         raise InvalidJwk(f"The modulus has {bits} bits, fewer than {RSA_MODULUS_BITS[0]}.")
     if math.gcd(numbers.n, _SMALL_FACTORS) != 1:
         raise InvalidJwk("The modulus has a small factor.")
-    # Every such modulus is a power of 65537 modulo each small prime; a sound one passes by with odds of 1 in 2^27.
+    # A weak modulus is a power of 65537 modulo each of these primes; a sound one is with a probability of 2^-27.
     if all(numbers.n % prime in residues for prime, residues in _ROCA_RESIDUES):
         raise InvalidJwk("The modulus has the ROCA fingerprint (CVE-2017-15361): its private key can be computed.")
 
 
-# --- what a JWKS holds ------------------------------------------------------------------------------------------------
+# --- JWKS documents ------------------------------------------------------------------------------------------------
 
 
 def published_jwk(public_jwk: Mapping[str, str], *, alg: str, kid: str, x5c: Sequence[str] = ()) -> dict[str, object]:
@@ -430,7 +430,7 @@ def raw_to_der(alg: Algorithm, signature: bytes) -> bytes:
 
 
 class Verifier:
-    """One public key as the verifier of one algorithm, ready to be used again and again. Immutable, thread-safe.
+    """One public key as a verifier of one algorithm, for repeated use. Immutable, thread-safe.
 
     Raises InvalidJwk where the JWK is no key of `alg`.
     """
@@ -468,9 +468,9 @@ class Verifier:
             raise TokenSignatureInvalid
 
     def verify_digest(self, digest: bytes, signature: bytes) -> None:
-        """The same where the caller has hashed.
+        """Like `verify`, with the digest that the caller computed.
 
-        Raises TokenSignatureInvalid also for a digest of another length and for an algorithm that signs none.
+        Raises TokenSignatureInvalid also for a digest of the wrong length and for an algorithm that signs no digest.
         """
         alg, key = self._alg, self._key
         if alg.hash is None:
@@ -493,7 +493,7 @@ class Verifier:
 
 
 def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: bytes, signature: bytes) -> None:
-    """`Verifier(alg, jwk).verify(…)`, for a key that is used once. `alg` is the key's own, never the token's word.
+    """`Verifier(alg, jwk).verify(…)`, for a key that is used once. `alg` is the key's own, never that of the token.
 
     Raises TokenSignatureInvalid, and InvalidJwk where the JWK is no key of this algorithm.
     """
@@ -501,7 +501,7 @@ def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: b
 
 
 def _shown(value: object) -> str:
-    """A value for a message: short, and only when it is text."""
+    """A value for a message: cut to 32 characters, and only when it is text."""
     if not isinstance(value, str):
         return "missing" if value is None else "no string"
     return repr(value if len(value) <= 32 else value[:32] + "…")

@@ -114,14 +114,14 @@ class Signing:
     # --- reading
 
     def active(self, key_set: str, key: str) -> wire.Active:
-        """The version that signs now, the next one, and when to ask again: for callers that pin a kid."""
+        """The version that signs now, the next one, and when to read this again: for callers that pin a kid."""
         reply = self._transport.call("GET", f"{_key_path(key_set, key)}/active", repeat=Repeat.READ)
         return decode(reply, wire.Active)
 
     def verify(self, key_set: str, token: str, audience: str, typ: str | None = None) -> wire.Verified:
-        """The header and claims of a token that is good for `audience` (`"any"`: whatever it says).
+        """The header and claims of a token that is valid for `audience` (`"any"`: the audience is not checked).
 
-        Raises TokenRejected subclasses for one that is not.
+        Raises a subclass of TokenRejected for a token that is not.
         """
         request = wire.VerifyRequest(token=token, audience=audience, typ=_or_unset(typ))
         path = f"/v1/key-sets/{segment(key_set, 'key_set')}/verify"
