@@ -110,9 +110,9 @@ def init(
 @click.option("--workers", type=click.IntRange(min=1), help="Signing processes. [default: the settings']")
 @click.option("--role", type=click.Choice(["all", "http"]), default="all", hidden=True)
 def serve(config: Path | None, routes: str | None, bind: tuple[str, ...], workers: int | None, role: str) -> None:
-    """Serve until told to stop: the workers and, unless only public routes are served, the custodian.
+    """Run the service: the workers and, unless only public routes are served, the custodian.
 
-    TERM and INT end it gracefully; HUP reads the settings again.
+    TERM and INT stop it gracefully; HUP reads the settings again.
     """
     changes = {"ROUTES": routes, "BIND": ",".join(bind) or None, "WORKERS": workers}
     settings = _settings(config, {name: str(value) for name, value in changes.items() if value is not None})
@@ -138,9 +138,9 @@ def serve(config: Path | None, routes: str | None, bind: tuple[str, ...], worker
 @click.command()
 @_config_option
 def custodian(config: Path | None) -> None:
-    """Make, rotate and destroy keys until told to stop. `serve` runs one already.
+    """Make, rotate and destroy keys until TERM or INT. `serve` runs a custodian already.
 
-    One custodian of an installation acts; others stand by.
+    One custodian of an installation acts; the others stand by.
     """
     from kms_jwks import wiring
     from kms_jwks.config import prepare_state_dir
