@@ -1,6 +1,6 @@
-"""Permissions, roles, scopes and the one question `allow`. Pure; who calls is found in authn/, asked in service/guard.
+"""Permissions, roles, scopes, and `allow`, which decides. Pure: authn/ finds the caller, service/guard calls `allow`.
 
-A grant gives a client a role within a scope: everything, a key set, or a key. What no grant allows is denied.
+A grant gives a client a role within a scope: everything, a key set, or a key. Without a grant nothing is allowed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kms_jwks.model import Grant, Id
 
 
 class Permission(StrEnum):
-    """One verb on one kind of thing. Every use case asks for exactly one, and for `break-glass` besides."""
+    """One verb on one kind of object. Every use case needs exactly one, and `break-glass` to override an invariant."""
 
     JWT_SIGN = "jwt:sign"
     JWS_SIGN = "jws:sign"
@@ -35,7 +35,7 @@ class Permission(StrEnum):
     VERSION_REVOKE = "version:revoke"
     VERSION_DESTROY = "version:destroy"
     BREAK_GLASS = "break-glass"
-    """Asked for besides the permission of the step itself where I1 or I2 is to be overridden."""
+    """Needed in addition to the permission of the step itself when I1 or I2 is to be overridden."""
     EXTERNAL_KEY_MANAGE = "external-key:manage"
     CLIENT_READ = "client:read"
     CLIENT_MANAGE = "client:manage"
@@ -77,7 +77,7 @@ ROLES: Mapping[Role, frozenset[Permission]] = MappingProxyType(
         Role.VERIFIER: frozenset({_P.JWKS_READ, _P.TOKEN_VERIFY}),
         Role.OPERATOR: _OPERATE,
         Role.AUDITOR: _WATCH | {_P.CLIENT_READ},
-        # Duties stay apart: who runs the keys does not sign with them, and nobody overrides an invariant by default.
+        # Separation of duties: an administrator does not sign, and overrides an invariant only with a second role.
         Role.ADMIN: frozenset(_P) - _SIGN - {_P.BREAK_GLASS},
         Role.BREAK_GLASS: frozenset({_P.BREAK_GLASS}),
     }
@@ -86,7 +86,7 @@ ROLES: Mapping[Role, frozenset[Permission]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What a use case touches. Both None: the installation. `key_id` goes with its `key_set_id`."""
+    """The objects that a use case concerns. Both None: the installation. A `key_id` comes with its `key_set_id`."""
 
     key_set_id: Id | None = None
     key_id: Id | None = None
@@ -102,13 +102,8 @@ class Caller:
     client_id: Id
     client: str
     token_id: Id | None
-    """The API token it came with; None for the node's own operator on the command line."""
+    """The API token that authenticated it; None for the operator of the node on the command line."""
     grants: tuple[Grant, ...]
-
-    @property
-    def tag(self) -> str:
-        """How logs name it."""
-        return self.client
 
 
 def covers(grant: Grant, scope: Scope) -> bool:
@@ -121,9 +116,9 @@ def covers(grant: Grant, scope: Scope) -> bool:
 
 
 def allow_within(grants: Iterable[Grant], permission: Permission, key_set_id: Id) -> bool:
-    """Whether a grant has `permission` on a key set or on any of its keys: for what concerns the set's public side.
+    """Whether a grant has `permission` on a key set or on any of its keys. For the JWKS and for verifying tokens.
 
-    Who may verify tokens of one key sees no more of the set than its JWKS.
+    A client with a grant on one key sees no more of the key set by this than its JWKS.
     """
     return any(permission in ROLES[Role(grant.role)] and grant.key_set_id in (None, key_set_id) for grant in grants)
 

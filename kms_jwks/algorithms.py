@@ -1,6 +1,7 @@
 """JOSE signature algorithms: one frozen row each (RFC 7518 §3, RFC 8037, RFC 8812, RFC 9864, RFC 9964).
 
-Nothing here signs. No other file parses an algorithm's name or guesses one from a key's size.
+Every size, curve and hash of an algorithm stands in its row; other modules look them up here. Nothing here signs. No
+module parses an algorithm's name or guesses an algorithm from a key's size.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Final, Literal, TypeAlias, get_args
 
 
 class Family(StrEnum):
-    """What a module does with the message: selects the mechanism."""
+    """The signature scheme; a backend selects its mechanism by it."""
 
     RSA_PKCS1 = "rsa-pkcs1"
     RSA_PSS = "rsa-pss"
@@ -25,11 +27,12 @@ class Family(StrEnum):
 class Algorithm:
     """One JOSE algorithm.
 
-    `name` is the `alg` value; `kty` and `crv` those of its JWKs; `hash` the hashlib name the signature is made over
-    (None for EdDSA and ML-DSA, which take the message itself); `coordinate` the length in bytes of one EC coordinate
-    and of each of r and s; `rsa_bits` the modulus sizes allowed; `public_bytes` and `signature_bytes` the lengths of
-    an ML-DSA public key and signature (FIPS 204, table 2); `exclusive` marks an algorithm that widespread verifiers
-    do not know, so that its keys live in key sets of their own (I5).
+    `name` is the `alg` value. `kty` and `crv` are those of its JWKs. `hash` is the hashlib name of the hash that is
+    signed; None for EdDSA and ML-DSA, which sign the message itself. `coordinate` is the length in bytes of one
+    coordinate of the curve and of each half of the signature (r and s, or R and S). `rsa_bits` are the modulus sizes
+    allowed. `public_bytes` and `signature_bytes` are the lengths of an ML-DSA public key and signature (FIPS 204,
+    table 2). `exclusive` marks an algorithm that widespread verifiers do not know; its keys live in key sets of their
+    own (I5).
     """
 
     name: str
@@ -45,8 +48,8 @@ class Algorithm:
 
     @property
     def is_post_quantum(self) -> bool:
-        """Whether its keys (kty AKP) are published in a document of their own: many verifiers reject a whole set
-        over one key of a type they do not know."""
+        """Whether its keys (kty AKP) are published in a document of their own: many verifiers reject a whole JWKS that
+        holds one key of an unknown type."""
         return self.kty == "AKP"
 
     @property
@@ -55,16 +58,18 @@ class Algorithm:
         return self.kty == "RSA"
 
     def signature_length(self, rsa_bits: int | None = None) -> int:
-        """Length in bytes of the JOSE-form signature."""
+        """Length in bytes of the JOSE-form signature; of an RSA signature that of the modulus."""
         if self.is_rsa:
             if rsa_bits is None:
                 raise ValueError("the length of an RSA signature depends on the modulus")
             return rsa_bits // 8
-        return self.signature_bytes or (64 if self.family is Family.EDDSA else 2 * self.coordinate)
+        return self.signature_bytes or 2 * self.coordinate
 
 
-RSA_BITS = (2048, 3072, 4096)
-DEFAULT_RSA_BITS = 3072
+RsaBits: TypeAlias = Literal[2048, 3072, 4096]
+"""The modulus sizes of keys that the service makes, in bits."""
+RSA_BITS: Final[tuple[int, ...]] = get_args(RsaBits)
+DEFAULT_RSA_BITS: Final[RsaBits] = 3072
 
 _ROWS = (
     Algorithm("RS256", Family.RSA_PKCS1, "RSA", hash="sha256", rsa_bits=RSA_BITS),
@@ -86,3 +91,6 @@ _ROWS = (
 
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType({row.name: row for row in _ROWS})
 """Every algorithm the service knows, by its `alg` value."""
+
+COORDINATES: Mapping[str, int] = MappingProxyType({row.crv: row.coordinate for row in _ROWS if row.crv is not None})
+"""The length in bytes of one coordinate of each curve, by its `crv` value."""

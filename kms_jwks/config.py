@@ -2,7 +2,7 @@
 
 Sources, the first that names a setting wins: constructor arguments, environment variables (`KMS_JWKS_…`, nested with
 `__`), secret files (a folder of files named like those variables, `KMS_JWKS_SECRETS_DIR`), the TOML file, defaults.
-Nothing here opens a module, a database or a socket. `config/kms-jwks.toml` documents every setting; a test keeps it so.
+Nothing here opens a module, a database or a socket. `config/kms-jwks.toml` documents every setting; a test compares.
 """
 
 import ipaddress
@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -36,6 +36,7 @@ from pydantic_settings import (
 )
 
 from kms_jwks.errors import ConfigurationError
+from kms_jwks.model import NAME_RULE, is_name
 
 ENV_PREFIX = "KMS_JWKS_"
 """Every environment variable that the program reads begins with this."""
@@ -50,7 +51,6 @@ _OTHERS = ("ADDR", "TOKEN", "TOKEN_FILE", "CACERT", "CLIENT_CERT", "CLIENT_KEY",
 NOT_SETTINGS = frozenset({CONFIG_VARIABLE, SECRETS_VARIABLE} | {f"{ENV_PREFIX}{name}" for name in _OTHERS})
 """Variables that share the prefix and belong to the command line, to the client or to the tests."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
 _MAX_PORT = 65535
 
@@ -66,8 +66,8 @@ def _split(value: object) -> object:
 
 
 def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise ValueError("must be 1 to 63 of a-z, 0-9 and '-', not beginning with '-'")
+    if not is_name(value):
+        raise ValueError(f"must be {NAME_RULE}")
     return value
 
 
@@ -108,12 +108,12 @@ def _not_empty(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _default_node_name() -> str:
-    """This machine's host name, made to fit the grammar of names."""
+    """This machine's host name, changed to fit the grammar of names."""
     return re.sub(r"[^a-z0-9]+", "-", socket.gethostname().lower()).strip("-")[:63].rstrip("-") or "node"
 
 
 Name = Annotated[str, AfterValidator(_name)]
-"""The grammar of names: `[a-z0-9][a-z0-9-]{0,62}`."""
+"""A name by the grammar of `model.NAME_PATTERN`."""
 
 PublicUrl = Annotated[str, AfterValidator(_public_url)]
 Address = Annotated[str, AfterValidator(_address)]
@@ -124,7 +124,7 @@ Proxy = Annotated[str, AfterValidator(_proxy)]
 
 
 class BackendSettings(BaseModel):
-    """What every backend is told, whatever its kind."""
+    """The settings of every backend, whatever its type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -284,7 +284,7 @@ class AwsKmsOptions(BackendSettings):
 
 
 class ThirdPartyBackend(BackendSettings):
-    """A backend of another package (entry-point group `kms_jwks.backends`); further settings are its own business."""
+    """A backend of another package (entry-point group `kms_jwks.backends`), which validates further settings itself."""
 
     model_config = ConfigDict(frozen=True, extra="allow", hide_input_in_errors=True)
 
@@ -292,26 +292,37 @@ class ThirdPartyBackend(BackendSettings):
     management: dict[str, Any] | None = Field(default=None, repr=False)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        """Without the further settings: one of them may be a secret."""
+        """Leave the further settings out: one of them may be a secret."""
         return [pair for pair in super().__repr_args__() if pair[0] not in (self.model_extra or {})]
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """What the configuration says beyond the settings that every backend has."""
+        """The settings beyond those that every backend has."""
         return dict(self.model_extra or {})
 
 
-def _kind(value: Any) -> str:
-    """Which class reads a backend's section."""
+def _type_of(section: type[BackendSettings]) -> str:
+    """The one value of `type` that a class of backend settings accepts."""
+    (only,) = get_args(section.model_fields["type"].annotation)
+    return str(only)
+
+
+_THIRD_PARTY: Final = "third-party"
+BACKEND_TYPES: Final = frozenset(_type_of(section) for section in (Pkcs11Backend, AwsKmsOptions))
+"""The values of `type` that this package implements; any other value names another package's entry point."""
+
+
+def _tag(value: Any) -> str:
+    """The tag of the class that reads a backend's section."""
     kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return kind if kind in ("pkcs11", "aws-kms") else "third-party"
+    return kind if kind in BACKEND_TYPES else _THIRD_PARTY
 
 
 Backend = Annotated[
-    Annotated[Pkcs11Backend, Tag("pkcs11")]
-    | Annotated[AwsKmsOptions, Tag("aws-kms")]
-    | Annotated[ThirdPartyBackend, Tag("third-party")],
-    Discriminator(_kind),
+    Annotated[Pkcs11Backend, Tag(_type_of(Pkcs11Backend))]
+    | Annotated[AwsKmsOptions, Tag(_type_of(AwsKmsOptions))]
+    | Annotated[ThirdPartyBackend, Tag(_THIRD_PARTY)],
+    Discriminator(_tag),
 ]
 """One row per type of backend that comes with the package, and one for all others."""
 
@@ -320,7 +331,7 @@ Backend = Annotated[
 
 
 class Settings(BaseSettings):
-    """Everything that one node is told. Durations are whole seconds unless the name ends in `_ms`; sizes are bytes."""
+    """The settings of one node. Durations are whole seconds unless the name ends in `_ms`; sizes are bytes."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -415,9 +426,9 @@ class Settings(BaseSettings):
 class _Variables(PydanticBaseSettingsSource):
     """Variables and secret files, as `KMS_JWKS_A__B__C=value` → `{"a": {"b": {"c": "value"}}}`.
 
-    pydantic-settings' own source folds the case of the whole name, which would spoil the names inside
-    `environment`, cannot name a backend with a hyphen (write it as `_`), and does not say which names it ignored.
-    Empty values count as unset, as Compose and Kubernetes pass them for what was left out.
+    pydantic-settings' own source folds the case of the whole name, which would change the names inside
+    `environment`; it cannot name a backend with a hyphen (written as `_` here), and does not report names it ignored.
+    Empty values count as unset: Compose and Kubernetes pass them for variables that were left out.
     """
 
     def __init__(self, settings_cls: type[BaseSettings], variables: Iterable[tuple[str, str]]) -> None:
@@ -441,7 +452,7 @@ class _Variables(PydanticBaseSettingsSource):
         raise ConfigurationError(f"{variable_name(path)}: both a value and a group of values are given")
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Part of the base class's contract; `__call__` answers for all fields at once."""
+        """Required by the base class; `__call__` returns all fields at once."""
         del field
         return self._values.get(field_name), field_name, False
 
@@ -450,7 +461,7 @@ class _Variables(PydanticBaseSettingsSource):
 
 
 def _path(variable: str) -> tuple[str, ...]:
-    """Where in the settings a variable points; empty for variables that are not ours."""
+    """The path of a variable in the settings; empty for a variable that is no setting."""
     if not variable.upper().startswith(ENV_PREFIX) or variable.upper() in NOT_SETTINGS:
         return ()
     path = variable[len(ENV_PREFIX) :].split("__")
@@ -521,7 +532,7 @@ def prepare_state_dir(settings: Settings) -> Path:
 
 
 def _check_file(path: Path | None) -> None:
-    """Read the file once more than pydantic-settings does: it passes over a missing file without a word."""
+    """Read the file before pydantic-settings does, which silently ignores a missing file."""
     if path is None:
         return
     try:
@@ -543,7 +554,7 @@ def _reason(error: Exception) -> str:
 
 
 def _refuse_unknown(settings: Settings) -> None:
-    """A misspelt variable is an error, not a default: it may be the one that was to make things safe."""
+    """Raise ConfigurationError for an unknown variable: a misspelt one may be the setting that keeps the node safe."""
     known = NOT_SETTINGS | set(_pin_variables(settings))
     unknown = sorted(
         name
@@ -572,7 +583,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _place(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Where the operator wrote it: pydantic adds which class of backend it tried."""
+    """The path as the operator wrote it, without the class of backend that pydantic adds."""
     return location[:2] + location[3:] if location[:1] == ("backends",) else location
 
 

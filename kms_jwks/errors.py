@@ -3,34 +3,34 @@
 ::
 
     Error
-    ├── InvalidRequest            the caller sent something that can never work
+    ├── InvalidRequest            the request cannot succeed as it is
     │   ├── MalformedBody · InvalidField · BodyTooLarge · UnsupportedMediaType · LengthMismatch
     │   ├── ClaimsRefused · SigningInputRefused · InvalidPayload · InvalidDigest
     │   └── InvalidJwk · InvalidBatch · UnsupportedAlgorithmRequested · PolicyRefused
-    ├── TokenRejected             `verify`: the token that was shown is not good
+    ├── TokenRejected             `verify`: the token is not valid
     │   └── TokenMalformed · TokenSignatureInvalid · TokenExpired · TokenNotYetValid · TokenIssuerMismatch ·
     │       TokenAudienceMismatch · TokenTypeMismatch · TokenKeyUnknown · TokenKeyRevoked
-    ├── Unauthenticated           nobody we know is calling
+    ├── Unauthenticated           the caller is not authenticated
     │   └── CredentialsMissing · CredentialsMalformed · CredentialsUnknown · CredentialsExpired · CredentialsRevoked
-    ├── Forbidden                 somebody we know, who may not
+    ├── Forbidden                 the caller lacks the permission
     ├── NotFound                  KeySetNotFound · KeyNotFound · VersionNotFound · ClientNotFound · ApiTokenNotFound ·
     │                             GrantNotFound · ExternalKeyNotFound · WorkerNotFound · BackendUnknown · NotPublished ·
     │                             RouteNotFound
     ├── MethodNotAllowed
-    ├── Conflict                  right in itself, not in this state
+    ├── Conflict                  a valid request that the present state does not allow
     │   ├── NameTaken · IssuerTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
     │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken
     ├── RevisionMismatch · RevisionRequired
-    ├── Unavailable               retry later: RegistryStale · StoreUnavailable · CustodianUnavailable
-    ├── BackendError              what may leave a backend, and nothing else
+    ├── Unavailable               retry later: RegistryStale · StoreUnavailable
+    ├── BackendError              the only errors that leave a backend
     │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
     │   ├── BackendUnavailable · BackendThrottled      (retryable)
     │   └── BackendTimeout · BackendRefused
-    ├── ConfigurationError        settings, files, PINs: said at start or by `doctor`
+    ├── ConfigurationError        settings, files, PINs: reported at start or by `doctor`
     ├── SchemaMismatch            the registry's schema is not the one this program was built for
     ├── ClientError               only in kms_jwks.client: ServiceUnreachable · UnexpectedAnswer
-    └── InternalError             a defect of ours; details stay in the log
+    └── InternalError             a defect of the service; details stay in the log
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from typing import ClassVar
 class Error(Exception):
     """Base of every error the service raises on purpose.
 
-    `code` is the stable name that ends in the problem type ``urn:kms-jwks:problem:<code>``; `title` the fixed human
-    title; `detail` what happened this time; `next_step` what the reader can do about it; `fields` further members
-    for programs (strings, integers, lists of these). None of them ever holds a secret, a token or a signature.
+    `code` is the stable name in the problem type ``urn:kms-jwks:problem:<code>``. `title` is the fixed title for
+    people, `detail` says what happened this time, `next_step` what the reader can do about it. `fields` are further
+    members for programs (strings, integers, lists of these). None of them holds a secret, a token or a signature.
     """
 
     code: ClassVar[str] = ""
     title: ClassVar[str] = ""
     next_step: str = ""
     status: int | None = None
-    """The HTTP status it came with; set by the client alone."""
+    """The HTTP status of the answer; only the client sets it."""
     request_id: str | None = None
-    """Under which id the service logged the request; set by the client alone."""
+    """The id under which the service logged the request; only the client sets it."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class InvalidField(InvalidRequest):
 class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
     title = "The body is larger than the service reads"
-    next_step = "Send less, or several requests."
+    next_step = "Send a smaller body, or several requests."
 
 
 class UnsupportedMediaType(InvalidRequest):
@@ -138,7 +138,7 @@ class InvalidJwk(InvalidRequest):
 class InvalidBatch(InvalidRequest):
     code = "invalid_batch"
     title = "The batch is empty or too long"
-    next_step = "Send between 1 and 256 items."
+    next_step = "Send at least one item, and no more than the detail allows."
 
 
 class UnsupportedAlgorithmRequested(InvalidRequest):
@@ -247,12 +247,13 @@ class Forbidden(Error):
     next_step = "Ask an administrator for a grant whose role and scope cover this."
 
 
-# --- things that are not there ---------------------------------------------------------------------------------------
+# --- objects that do not exist ---------------------------------------------------------------------------------------
 
 
 class NotFound(Error):
     code = "not_found"
-    title = "There is nothing under this name"
+    title = "The object does not exist"
+    next_step = "Check the name and the id in the path; the list of these objects shows what exists."
 
 
 class RouteNotFound(NotFound):
@@ -304,6 +305,7 @@ class WorkerNotFound(NotFound):
 class BackendUnknown(NotFound):
     code = "backend_not_found"
     title = "There is no such backend in the configuration"
+    next_step = "Name one of the backends that `GET /v1/backends` lists."
 
 
 class NotPublished(NotFound):
@@ -324,11 +326,12 @@ class MethodNotAllowed(Error):
 class Conflict(Error):
     code = "conflict"
     title = "The present state does not allow this"
+    next_step = "Read the object again: the detail says which state it has to be in."
 
 
 class NameTaken(Conflict):
     code = "name_taken"
-    title = "The name is in use, or was once"
+    title = "The name is in use, or was used before"
     next_step = "Choose another name."
 
 
@@ -341,26 +344,27 @@ class IssuerTaken(Conflict):
 class KidTaken(Conflict):
     code = "kid_taken"
     title = "The kid is bound to a key already, and a kid is never bound again"
+    next_step = "Choose another kid."
 
 
 class KeyTaken(Conflict):
     code = "key_taken"
     title = "The key pair belongs to a key version already"
-    next_step = "Use the version that it belongs to; each key pair is one version, for ever."
+    next_step = "Use the version that it belongs to: a key pair belongs to one version only."
 
 
 class AdoptionRefused(Conflict):
-    """`fields["weaknesses"]` says what an administrator would have to accept, in words; empty where nothing helps."""
+    """`fields["weaknesses"]` lists in words what an administrator has to accept; empty where accepting cannot help."""
 
     code = "adoption_refused"
     title = "The key pair is not adopted"
-    next_step = "Make a new key and rotate to it, or send `accept`: the weakness then stands on the version."
+    next_step = "Make a new key and rotate to it, or send `accept`: the version then records the weakness."
 
 
 class KeyDisabled(Conflict):
     code = "key_disabled"
     title = "The key is disabled"
-    next_step = "An operator can enable it."
+    next_step = "Enable the key (`kms-jwks key enable`), or use another one."
 
 
 class NoActiveVersion(Conflict):
@@ -371,8 +375,8 @@ class NoActiveVersion(Conflict):
 
 class KidNotActive(Conflict):
     code = "kid_not_active"
-    title = "The pinned kid neither is active nor within its handover"
-    next_step = "Take the active kid named here, build the signing input again with it, and repeat the call."
+    title = "The pinned kid is neither active nor within its handover"
+    next_step = "Build the signing input again with the active kid that is named here, and repeat the call."
 
 
 class NotYetUsable(Conflict):
@@ -396,7 +400,7 @@ class RotationInProgress(Conflict):
 class ActiveKidMismatch(Conflict):
     code = "active_kid_mismatch"
     title = "The active version is not the expected one"
-    next_step = "Somebody else rotated; read the key again."
+    next_step = "Read the key again: another call rotated it."
 
 
 class TransitionRefused(Conflict):
@@ -419,6 +423,7 @@ class PurposeMismatch(Conflict):
 class Immutable(Conflict):
     code = "immutable"
     title = "The field cannot be changed any more"
+    next_step = "Leave the field out, or create a new object with the other value."
 
 
 class RevisionMismatch(Error):
@@ -452,25 +457,22 @@ class StoreUnavailable(Unavailable):
     title = "The registry's database cannot be reached"
 
 
-class CustodianUnavailable(Unavailable):
-    code = "custodian_unavailable"
-    title = "No custodian is acting"
-
-
 # --- backends --------------------------------------------------------------------------------------------------------
 
 
 class BackendError(Error):
-    """What may leave a backend. Vendor exceptions are translated with ``raise … from`` and go no further."""
+    """An error of a backend. Backends translate every vendor exception into one of these with ``raise … from``."""
 
     code = "backend_error"
     title = "The module reported an error"
+    next_step = "Run `kms-jwks doctor` on the node."
     retryable: ClassVar[bool] = False
 
 
 class KeyExists(BackendError):
     code = "backend_key_exists"
     title = "The module already holds a key under this label"
+    next_step = "Repeat the call: the next attempt uses another label."
 
 
 class BackendKeyNotFound(BackendError):
@@ -484,6 +486,7 @@ class BackendKeyNotFound(BackendError):
 class UnsupportedAlgorithm(BackendError):
     code = "backend_unsupported_algorithm"
     title = "The module does not offer this algorithm or size"
+    next_step = "Use one of the algorithms that `GET /v1/backends` lists for this backend."
 
 
 class BackendUnavailable(BackendError):
@@ -503,11 +506,11 @@ class BackendThrottled(BackendError):
 class BackendTimeout(BackendError):
     code = "backend_timeout"
     title = "The module did not answer in time"
-    next_step = "Repeat the call; if it persists look at the module."
+    next_step = "Repeat the call; if it times out again, check the module."
 
 
 class BackendRefused(BackendError):
-    """Wrong PIN, no permission, wrong key state: repeating the call changes nothing."""
+    """Wrong PIN, no permission, wrong key state: repeating the call gives the same answer."""
 
     code = "backend_refused"
     title = "The module refused the operation"
@@ -532,6 +535,7 @@ class SchemaMismatch(Error):
 class ClientError(Error):
     code = "client_error"
     title = "The service could not be used"
+    next_step = "Check KMS_JWKS_ADDR and that the service runs."
 
 
 class ServiceUnreachable(ClientError):
@@ -542,12 +546,13 @@ class ServiceUnreachable(ClientError):
 
 class UnexpectedAnswer(ClientError):
     code = "unexpected_answer"
-    title = "The service answered something this client does not understand"
+    title = "This client does not understand the answer"
+    next_step = "Check that KMS_JWKS_ADDR names the service, and that client and service have compatible versions."
 
 
 class InternalError(Error):
     code = "internal_error"
-    title = "Something went wrong inside the service"
+    title = "The service failed internally"
     next_step = "Report the request_id; the cause is in the service's log under it."
 
 
@@ -556,4 +561,4 @@ def _walk(cls: type[Error]) -> list[type[Error]]:
 
 
 BY_CODE: Mapping[str, type[Error]] = {cls.code: cls for cls in _walk(Error) if cls.code}
-"""Every problem code → its class. The client raises from it, the docs list it, a test proves the codes distinct."""
+"""Every problem code → its class. The client raises these classes and the docs list them."""

@@ -1,8 +1,8 @@
-"""JOSE without keys that sign: base64url, JWS assembly, public JWKs, thumbprints, PEM and DER, signature verification.
+"""JOSE with public keys: base64url, JWS assembly, JWKs, thumbprints, PEM and DER, signature verification.
 
 Everywhere base64url is without padding (RFC 7515 §2) and an ECDSA signature is r‖s (RFC 7518 §3.4). A public JWK here
-is `kty` and its parameters, all strings. Cryptography is joserfc's and cryptography's; what a token may say is
-decided in profiles.py and verification.py.
+is `kty` and its parameters, all strings. The libraries joserfc and cryptography do the cryptography. profiles.py and
+verification.py decide which claims are valid.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from joserfc.jwk import ECKey, OKPKey, RSAKey
 from joserfc.jwk import thumbprint as _rfc7638
 
 from kms_jwks import strictjson
-from kms_jwks.algorithms import Algorithm, Family
+from kms_jwks.algorithms import ALGORITHMS, COORDINATES, Algorithm, Family
 from kms_jwks.errors import InvalidJwk, TokenSignatureInvalid
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ PublicKey: TypeAlias = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | Ed25519Pub
 # --- base64url and JWS ------------------------------------------------------------------------------------------------
 
 _TO_URL: Final = bytes.maketrans(b"+/", b"-_")
-# What base64 knows and base64url does not becomes a byte that the strict decoder refuses.
+# Characters of base64 that base64url does not have become a byte that the strict decoder refuses.
 _FROM_URL: Final = bytes.maketrans(b"-_+/=", b"+/\0\0\0")
 _LAST_OF_TWO: Final = frozenset("AQgw")
 _LAST_OF_THREE: Final = frozenset("AEIMQUYcgkosw048")
@@ -98,39 +98,35 @@ def compact(signing_input: bytes, signature: bytes, *, detached: bool = False) -
 
 # --- public keys ------------------------------------------------------------------------------------------------------
 
-_CURVES: Final[Mapping[str, tuple[ec.EllipticCurve, int]]] = MappingProxyType(
-    {
-        "P-256": (ec.SECP256R1(), 32),
-        "P-384": (ec.SECP384R1(), 48),
-        "P-521": (ec.SECP521R1(), 66),
-        "secp256k1": (ec.SECP256K1(), 32),
-    }
+EC_CURVES: Final[Mapping[str, ec.EllipticCurve]] = MappingProxyType(
+    {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1(), "secp256k1": ec.SECP256K1()}
 )
-_CRV_OF_CURVE: Final = {curve.name: crv for crv, (curve, _) in _CURVES.items()}
+"""The curves of EC keys by their `crv` value (RFC 7518 §6.2.1.1, RFC 8812 §3.1)."""
+_CRV_OF_CURVE: Final = {curve.name: crv for crv, curve in EC_CURVES.items()}
 _PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"RSA": ("n", "e"), "EC": ("crv", "x", "y"), "OKP": ("crv", "x"), "AKP": ("alg", "pub")}
 )
-_ML_DSA: Final[Mapping[str, tuple[type[MlDsaPublicKey], int]]] = MappingProxyType(
+_ML_DSA: Final[Mapping[str, type[MlDsaPublicKey]]] = MappingProxyType(
     {
-        "ML-DSA-44": (mldsa.MLDSA44PublicKey, 1312),
-        "ML-DSA-65": (mldsa.MLDSA65PublicKey, 1952),
-        "ML-DSA-87": (mldsa.MLDSA87PublicKey, 2592),
+        "ML-DSA-44": mldsa.MLDSA44PublicKey,
+        "ML-DSA-65": mldsa.MLDSA65PublicKey,
+        "ML-DSA-87": mldsa.MLDSA87PublicKey,
     }
 )
-"""The `alg` of an AKP key (RFC 9964 §3) and the octets of its `pub`."""
+"""The class of an AKP key by its `alg` value (RFC 9964 §3)."""
 PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
 """Members of a JWK that make it private or secret (RFC 7518 §6, RFC 9964)."""
 
 RSA_MODULUS_BITS: Final = (2048, 8192)
 """The smallest and largest modulus `check_public_jwk` accepts, in bits."""
 RSA_EXPONENT_BITS: Final = 64
-"""OpenSSL verifies with no longer exponent once the modulus exceeds 3072 bits."""
+"""The longest exponent, in bits; OpenSSL refuses longer ones once the modulus exceeds 3072 bits."""
 
 
 def thumbprint(jwk: Mapping[str, object]) -> str:
-    """The JWK's SHA-256 thumbprint in base64url (RFC 7638 §3); members that are no key parameters do not count.
+    """The JWK's SHA-256 thumbprint in base64url (RFC 7638 §3), over its key parameters alone.
 
-    Of an AKP key the `alg` is one (RFC 9964 §6).
+    The `alg` of an AKP key is one of them (RFC 9964 §6).
     """
     parameters = dict(_required(jwk))
     if parameters["kty"] == "AKP":
@@ -162,14 +158,14 @@ def public_jwk(key: object) -> dict[str, str]:
     if isinstance(key, ec.EllipticCurvePublicKey):
         crv = _CRV_OF_CURVE.get(key.curve.name)
         if crv is None:
-            raise InvalidJwk(f"The curve {key.curve.name} is none of {', '.join(_CURVES)}.")
-        size = _CURVES[crv][1]
+            raise InvalidJwk(f"The curve {key.curve.name} is none of {', '.join(EC_CURVES)}.")
+        size = COORDINATES[crv]
         numbers = key.public_numbers()
         x, y = (b64u_encode(value.to_bytes(size, "big")) for value in (numbers.x, numbers.y))
         return {"kty": "EC", "crv": crv, "x": x, "y": y}
     if isinstance(key, Ed25519PublicKey):
         return {"kty": "OKP", "crv": "Ed25519", "x": b64u_encode(key.public_bytes_raw())}
-    for name, (kind, _) in _ML_DSA.items():
+    for name, kind in _ML_DSA.items():
         if isinstance(key, kind):
             return {"kty": "AKP", "alg": name, "pub": b64u_encode(key.public_bytes_raw())}
     raise InvalidJwk(f"A {type(key).__name__} is no RSA, EC, Ed25519 or ML-DSA public key.")
@@ -195,8 +191,8 @@ _PEM_LABEL: Final = re.compile(r"-----BEGIN ([^-\r\n]{1,64})-----")
 def jwk_from_pem(pem: str) -> dict[str, str]:
     """The public JWK of exactly one PEM block, ``PUBLIC KEY`` or ``RSA PUBLIC KEY``.
 
-    Raises InvalidJwk for anything else; a private key is refused by name, a certificate too: what it says about
-    validity and use would be lost.
+    Raises InvalidJwk for anything else, with a message of its own for a private key and for a certificate, whose
+    validity and key usage would be lost.
     """
     labels = _PEM_LABEL.findall(pem)
     if any("PRIVATE" in label for label in labels):
@@ -285,8 +281,8 @@ def _octets(jwk: Mapping[str, str], name: str) -> bytes:
         raise InvalidJwk(f"The JWK's {name}: {error}.") from None
 
 
-def _exactly(size: int, jwk: Mapping[str, str], name: str) -> bytes:
-    octets = _octets(jwk, name)
+def _coordinate(jwk: Mapping[str, str], name: str) -> bytes:
+    octets, size = _octets(jwk, name), COORDINATES[jwk["crv"]]
     if len(octets) != size:
         raise InvalidJwk(f"The JWK's {name} has {len(octets)} octets; {jwk['crv']} needs exactly {size}.")
     return octets
@@ -316,10 +312,10 @@ def _rsa_key(n: int, e: int) -> rsa.RSAPublicKey:
 
 
 def _ec_key(jwk: Mapping[str, str]) -> ec.EllipticCurvePublicKey:
-    if jwk["crv"] not in _CURVES:
-        raise InvalidJwk(f"The JWK's crv is {_shown(jwk['crv'])}, not one of {', '.join(_CURVES)}.")
-    curve, size = _CURVES[jwk["crv"]]
-    x, y = (int.from_bytes(_exactly(size, jwk, name), "big") for name in ("x", "y"))
+    curve = EC_CURVES.get(jwk["crv"])
+    if curve is None:
+        raise InvalidJwk(f"The JWK's crv is {_shown(jwk['crv'])}, not one of {', '.join(EC_CURVES)}.")
+    x, y = (int.from_bytes(_coordinate(jwk, name), "big") for name in ("x", "y"))
     try:
         return ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
     except ValueError:
@@ -333,9 +329,9 @@ _ED25519_D: Final = -121665 * pow(121666, -1, _ED25519_P) % _ED25519_P
 def _ed25519_key(jwk: Mapping[str, str]) -> Ed25519PublicKey:
     if jwk["crv"] != "Ed25519":
         raise InvalidJwk(f"The JWK's crv is {_shown(jwk['crv'])}, not Ed25519.")
-    octets = _exactly(32, jwk, "x")
-    # OpenSSL looks at the point only when it verifies, and not at its order: a key of small order would verify
-    # signatures that nobody made. 0, ±1 and the roots of d·y⁴ + 2y² = 1 are the y of the eight points of small order.
+    octets = _coordinate(jwk, "x")
+    # OpenSSL checks the point only when it verifies, and never checks its order: a key of small order would verify
+    # forged signatures. 0, ±1 and the roots of d·y⁴ + 2y² = 1 are the y of the eight points of small order.
     y = int.from_bytes(octets, "little") & (1 << 255) - 1
     y2 = y * y % _ED25519_P
     x2 = (y2 - 1) * pow(_ED25519_D * y2 + 1, -1, _ED25519_P) % _ED25519_P
@@ -348,12 +344,11 @@ def _ed25519_key(jwk: Mapping[str, str]) -> Ed25519PublicKey:
 
 
 def _ml_dsa_key(jwk: Mapping[str, str]) -> MlDsaPublicKey:
-    """Any octets of the right length are a key (FIPS 204 §4, algorithm 23)."""
-    row = _ML_DSA.get(jwk["alg"])
-    if row is None:
+    """The key object of an AKP JWK; any octets of the right length are a key (FIPS 204 §4, algorithm 23)."""
+    kind = _ML_DSA.get(jwk["alg"])
+    if kind is None:
         raise InvalidJwk(f"The JWK's alg is {_shown(jwk['alg'])}, not one of {', '.join(_ML_DSA)}.")
-    kind, size = row
-    octets = _octets(jwk, "pub")
+    octets, size = _octets(jwk, "pub"), ALGORITHMS[jwk["alg"]].public_bytes
     if len(octets) != size:
         raise InvalidJwk(f"The JWK's pub has {len(octets)} octets; {jwk['alg']} needs exactly {size}.")
     return kind.from_public_bytes(octets)
@@ -367,7 +362,7 @@ def _primes_below(limit: int) -> tuple[int, ...]:
 
 
 _SMALL_FACTORS: Final = math.prod(_primes_below(752))
-"""The primes that SP 800-56B §6.4.2.2 has a public key tried against."""
+"""The product of the primes that SP 800-56B §6.4.2.2 tests a modulus against."""
 
 
 def _powers_of_65537(prime: int) -> frozenset[int]:
@@ -387,12 +382,12 @@ def _check_rsa_strength(numbers: rsa.RSAPublicNumbers) -> None:
         raise InvalidJwk(f"The modulus has {bits} bits, fewer than {RSA_MODULUS_BITS[0]}.")
     if math.gcd(numbers.n, _SMALL_FACTORS) != 1:
         raise InvalidJwk("The modulus has a small factor.")
-    # Every such modulus is a power of 65537 modulo each small prime; a sound one passes by with odds of 1 in 2^27.
+    # A weak modulus is a power of 65537 modulo each of these primes; a sound one is with a probability of 2^-27.
     if all(numbers.n % prime in residues for prime, residues in _ROCA_RESIDUES):
         raise InvalidJwk("The modulus has the ROCA fingerprint (CVE-2017-15361): its private key can be computed.")
 
 
-# --- what a JWKS holds ------------------------------------------------------------------------------------------------
+# --- JWKS documents ------------------------------------------------------------------------------------------------
 
 
 def published_jwk(public_jwk: Mapping[str, str], *, alg: str, kid: str, x5c: Sequence[str] = ()) -> dict[str, object]:
@@ -435,7 +430,7 @@ def raw_to_der(alg: Algorithm, signature: bytes) -> bytes:
 
 
 class Verifier:
-    """One public key as the verifier of one algorithm, ready to be used again and again. Immutable, thread-safe.
+    """One public key as a verifier of one algorithm, for repeated use. Immutable, thread-safe.
 
     Raises InvalidJwk where the JWK is no key of `alg`.
     """
@@ -473,9 +468,9 @@ class Verifier:
             raise TokenSignatureInvalid
 
     def verify_digest(self, digest: bytes, signature: bytes) -> None:
-        """The same where the caller has hashed.
+        """Like `verify`, with the digest that the caller computed.
 
-        Raises TokenSignatureInvalid also for a digest of another length and for an algorithm that signs none.
+        Raises TokenSignatureInvalid also for a digest of the wrong length and for an algorithm that signs no digest.
         """
         alg, key = self._alg, self._key
         if alg.hash is None:
@@ -498,7 +493,7 @@ class Verifier:
 
 
 def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: bytes, signature: bytes) -> None:
-    """`Verifier(alg, jwk).verify(…)`, for a key that is used once. `alg` is the key's own, never the token's word.
+    """`Verifier(alg, jwk).verify(…)`, for a key that is used once. `alg` is the key's own, never that of the token.
 
     Raises TokenSignatureInvalid, and InvalidJwk where the JWK is no key of this algorithm.
     """
@@ -506,7 +501,7 @@ def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: b
 
 
 def _shown(value: object) -> str:
-    """A value for a message: short, and only when it is text."""
+    """A value for a message: cut to 32 characters, and only when it is text."""
     if not isinstance(value, str):
         return "missing" if value is None else "no string"
     return repr(value if len(value) <= 32 else value[:32] + "…")

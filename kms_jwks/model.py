@@ -1,4 +1,4 @@
-"""The registry's things as frozen values: key sets, keys, key versions and their states, callers, processes.
+"""The objects of the registry as frozen values: key sets, keys, key versions and their states, callers, processes.
 
 Instants are integer microseconds since 1970-01-01T00:00:00Z, durations whole seconds. Nothing here reads a clock,
 a database or a module.
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import NewType
+from typing import Final, Literal, NewType, TypeAlias
 
 Instant = NewType("Instant", int)
 """Microseconds since the epoch, UTC."""
@@ -22,9 +22,24 @@ Id = NewType("Id", str)
 """A UUIDv7 in its text form (RFC 9562 §5.7)."""
 
 SECOND = 1_000_000
+"""Microseconds."""
 DAY = 86_400
+"""Seconds."""
 
-NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+NAME_PATTERN: Final = "[a-z0-9][a-z0-9-]{0,62}"
+"""The grammar of names, as a regular expression that has to match the whole name."""
+NAME_RULE: Final = "1 to 63 of a-z, 0-9 and '-', and starts with a letter or digit"
+"""`NAME_PATTERN` in words."""
+_NAME: Final = re.compile(NAME_PATTERN)
+
+DEFAULT_CACHE_LIFETIME: Final = 300
+"""Seconds for which verifiers may keep the JWKS of a key set that was created without another value."""
+DEFAULT_STALE_IF_ERROR: Final = 3600
+"""Seconds for which caches may go on serving such a JWKS while the service does not answer (RFC 5861 §4)."""
+DEFAULT_API_TOKEN_LIFETIME: Final = 90 * DAY
+MAX_API_TOKEN_LIFETIME: Final = 366 * DAY
+"""Seconds an API token is valid when it was created without another value, and at most."""
+
 RESERVED_NAMES = frozenset(
     {
         *("v1", "healthz", "readyz", "metrics", "docs", "openapi", "well-known", "console", "static"),
@@ -56,17 +71,22 @@ def new_id() -> Id:
     return Id(str(uuid.UUID(int=value)))
 
 
+def is_name(text: str) -> bool:
+    """Whether the whole of `text` fits the grammar of names."""
+    return _NAME.fullmatch(text) is not None
+
+
 def name_error(name: str) -> str | None:
-    """Why `name` cannot name a thing, or None when it can: `[a-z0-9][a-z0-9-]{0,62}`, and no word of a route."""
-    if not NAME.fullmatch(name):
-        return "a name is 1 to 63 of a-z, 0-9 and '-', and starts with a letter or digit"
+    """Why `name` is not a valid name; None when it fits `NAME_PATTERN` and is not a word that routes use."""
+    if not is_name(name):
+        return f"a name is {NAME_RULE}"
     if name in RESERVED_NAMES:
         return f"{name!r} is a word that routes use"
     return None
 
 
 class Access(StrEnum):
-    """Who may fetch a key set's JWKS."""
+    """Whether a key set's JWKS is open to every caller."""
 
     PUBLIC = "public"
     RESTRICTED = "restricted"
@@ -103,7 +123,7 @@ class VersionState(StrEnum):
 _S = VersionState
 TRANSITIONS: Mapping[VersionState, frozenset[VersionState]] = MappingProxyType(
     {
-        # A pair that waits for its publication can be compromised as well as any other.
+        # A pair that is not published yet can be compromised too.
         _S.CREATING: frozenset({_S.PUBLISHED, _S.REVOKED, _S.DESTROYED}),
         _S.PUBLISHED: frozenset({_S.ACTIVE, _S.RETIRED, _S.REVOKED}),
         _S.ACTIVE: frozenset({_S.RETIRING, _S.REVOKED}),
@@ -136,15 +156,18 @@ class Policy:
     """No planned activation before this instant."""
 
 
+Typ: TypeAlias = Literal["JWT", "at+jwt"]
+"""The header's `typ` of the tokens that a profile signs; `at+jwt` is that of RFC 9068."""
+
+
 @dataclass(frozen=True, slots=True)
 class SigningProfile:
-    """What a client may have signed with a key. One profile, `default`, per key."""
+    """The claims that a client may have signed with a key. One profile, `default`, per key."""
 
     name: str = "default"
-    typ: str = "JWT"
-    """`JWT` or `at+jwt` (RFC 9068)."""
+    typ: Typ = "JWT"
     default_lifetime: int = 300
-    """Seconds a token lives when the caller says nothing; never more than the policy's max_token_ttl."""
+    """Seconds a token lives when the caller names no lifetime; never more than the policy's max_token_ttl."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,17 +232,17 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """An invariant that was overridden on purpose: stays on the version for ever."""
+    """An invariant that was overridden on purpose. The record stays on the version."""
 
     invariant: str
     at: Instant
     reason: str
     who: str | None = None
-    """The client that did it by hand; None for what an emergency brought about by itself."""
+    """The client that overrode it; None when an emergency revocation did."""
 
 
 class Origin(StrEnum):
-    """Who made a version's key pair."""
+    """How a version came to its key pair."""
 
     GENERATED = "generated"
     ADOPTED = "adopted"
@@ -261,14 +284,14 @@ class KeyVersion:
     breaches: tuple[Breach, ...] = ()
     origin: Origin = Origin.GENERATED
     weaknesses: tuple[str, ...] = ()
-    """What does not hold of an adopted key, in words; accepted by an administrator and shown in every listing."""
+    """The guarantees that an adopted key lacks, in words; an administrator accepted them, and every list shows them."""
     emergency: bool = False
-    """It took over from a revoked version: verifiers that cache for ever may not know it, so a second rotation follows
-    as soon as its own standby is old enough."""
+    """It took over from a revoked version. A verifier that never refreshes its cache may not know it, so a second
+    rotation follows as soon as its own standby is old enough."""
     destroy_told: Instant | None = None
-    """The destruction date that the module was told, or declined because it has no waiting period of its own."""
+    """The destruction date that the module was given, or declined because it has no waiting period of its own."""
     absence: Mapping[str, object] | None = None
-    """What the module answered when it was asked for the destroyed key: the evidence that it is gone."""
+    """The module's answer to the search for the destroyed key: the evidence that the key is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,13 +352,13 @@ class Epoch:
     counter: int
 
     def reaches(self, other: Epoch) -> bool:
-        """Whether who confirmed this epoch works under `other` or a later one."""
+        """Whether a worker that confirmed this epoch works under `other` or a later one."""
         return self.incarnation == other.incarnation and self.counter >= other.counter
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One registered process that serves answers. It counts until it stopped, was seen dead, or was forgotten."""
+    """One registered process that serves requests. It counts until it stopped, was found dead, or was forgotten."""
 
     id: Id
     node: str
@@ -349,20 +372,20 @@ class Worker:
     stop_reason: str | None = None
     """`stopped`, `died` or `forgotten`."""
     backends: Mapping[str, str] | None = None
-    """Each configured backend's state as this worker saw it last: `ok`, or the code of the error."""
+    """The last state of each configured backend in this worker: `ok`, or the code of the error."""
 
 
 class IntentKind(StrEnum):
-    """What the custodian is asked to do in a module."""
+    """The kind of change that the custodian makes in a module."""
 
     GENERATE = "generate"
     DESTROY = "destroy"
     TELL = "tell"
-    """Tell the module a version's destruction date, or that it was taken back."""
+    """Give the module a version's destruction date, or cancel it there."""
 
 
 class IntentState(StrEnum):
-    """`started` without an end is what a crash leaves; the successor abandons it."""
+    """A crash leaves an intent in `started`; the next acting custodian abandons it."""
 
     PENDING = "pending"
     STARTED = "started"
@@ -373,7 +396,7 @@ class IntentState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """One attempt at a module mutation, written before the attempt. `label` is the label the pair gets there."""
+    """One attempt to change a module, written before the attempt. `label` is the label that the pair gets there."""
 
     id: Id
     kind: IntentKind
@@ -392,7 +415,7 @@ class Intent:
 
 @dataclass(frozen=True, slots=True)
 class CustodianLease:
-    """Who acts. `term` grows with each take-over; a step commits only under the term it began with."""
+    """Which custodian acts. `term` grows with each take-over; a step commits only under the term it began with."""
 
     term: int
     holder: str
@@ -402,7 +425,7 @@ class CustodianLease:
     since: Instant | None = None
     """When this term began."""
     halted: str | None = None
-    """Why the custodian has stopped acting, e.g. a clock that stepped; None while it works."""
+    """Why the custodian has stopped acting, e.g. a step of the clock; None while it works."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Signing profiles: what claims a key signs, and what the server puts in itself. Pure.
+"""Signing profiles: which claims a key signs, and which the service adds. Pure.
 
-`issue` builds the payload from a caller's claims; `check_signing_input` holds a caller's own header and payload to
-the same rules and changes no byte of them. Neither knows who calls, and neither sees a key.
+`issue` builds the payload from a caller's claims. `check_signing_input` checks a caller's own header and payload
+against the same rules and changes no byte of them. Neither knows the caller or a key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MAX_INTEGER: Final = 2**53
-"""Beyond ±this, receivers that read numbers as doubles get another number (RFC 7493 §2.2)."""
+"""Receivers that read numbers as doubles get another number beyond ± this (RFC 7493 §2.2)."""
 MAX_JTI_LENGTH: Final = 255
 MAX_DEPTH: Final = strictjson.MAX_DEPTH
 _MAX_HEADER_LENGTH: Final = 4096
@@ -35,7 +35,7 @@ _REQUIRED_BY_TYP: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class IssueRules:
-    """Everything a profile needs, compiled once per key per snapshot. Durations in seconds."""
+    """The rules of a profile, compiled once per key per snapshot. Durations in seconds."""
 
     issuer: str
     typ: str
@@ -55,7 +55,7 @@ class IssuedClaims:
 
 @dataclass(frozen=True, slots=True)
 class CheckedInput:
-    """A signing input that keeps the rules: the caller's bytes, unchanged. `expires_at` is a NumericDate."""
+    """A signing input that complies with the rules: the caller's bytes, unchanged. `expires_at` is a NumericDate."""
 
     data: bytes
     jti: str | None
@@ -94,7 +94,7 @@ def issue(rules: IssueRules, claims: Mapping[str, object], *, now: int, expires_
 
 
 def check_signing_input(rules: IssueRules, signing_input: str, *, alg: str, kid: str, now: int) -> CheckedInput:
-    """Hold a caller's signing input, ``base64url(header).base64url(payload)``, to the rules of `issue`.
+    """Check a caller's signing input, ``base64url(header).base64url(payload)``, against the rules of `issue`.
 
     The header has exactly alg, kid and typ with exactly the pinned version's values; iss and exp are mandatory, since
     nothing is added. Raises SigningInputRefused.
@@ -124,7 +124,7 @@ def check_signing_input(rules: IssueRules, signing_input: str, *, alg: str, kid:
 
 @lru_cache(maxsize=256)
 def _check_header(segment: str, alg: str, kid: str, typ: str) -> None:
-    """A client sends the same header with every token; a refusal is never cached."""
+    """Cached, because a client sends the same header with every token; a refusal is not cached."""
     if len(segment) > _MAX_HEADER_LENGTH:
         raise SigningInputRefused(f"The header has {len(segment)} characters; {_MAX_HEADER_LENGTH} are read at most.")
     header = _object("header", segment)

@@ -1,7 +1,7 @@
-"""JSON as the service accepts and writes it: RFC 8259 in UTF-8, within I-JSON (RFC 7493), else refused with the reason.
+"""Strict JSON: RFC 8259 in UTF-8 within I-JSON (RFC 7493); other input is refused with the reason.
 
-The scanner is the standard library's C one; further walks happen only when the bytes show a need for them. Nothing
-here knows what the values mean.
+The standard library's C scanner reads it; the value is walked again only when the bytes show a need for that. This
+module does not know what the values mean.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import msgspec
 from kms_jwks.errors import MalformedBody
 
 MAX_DEPTH = 32
-"""Arrays and objects within each other that `loads` reads unless told otherwise."""
+"""The default of `max_depth`: nested arrays and objects that `loads` reads."""
 MAX_INTEGER_DIGITS = 308
-"""No double holds an integer of more digits; Python's own limit (4300) would be an unnamed ValueError."""
+"""No double holds an integer of more digits. Beyond Python's own limit (4300) int() would raise a bare ValueError."""
 
 _WHITESPACE = " \t\n\r"
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -137,7 +137,7 @@ def _too_deep(max_depth: int) -> MalformedBody:
 
 
 def _deeper_than(value: object, max_depth: int) -> bool:
-    """Level by level, never recursively: the parser may have read deeper than this thread's stack likes."""
+    """Walk level by level, not recursively: the value may be nested deeper than this thread's stack allows."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(max_depth):
         if not level:

@@ -1,7 +1,7 @@
-"""TokenVerification a token against a key set: JOSE first, then the claims. Pure; the keys and the time are given.
+"""Verification of a token against a key set: the signature first, then the claims. Pure: keys and time are arguments.
 
-The algorithm is the key's, never the token's word (RFC 8725 §3.1), and nothing in the header can bring a key along.
-Every refusal is a subclass of `errors.TokenRejected`.
+The algorithm is the key's, never the header's (RFC 8725 §3.1), and the header cannot supply a key. Every refusal is a
+subclass of `errors.TokenRejected`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _REFUSED_HEADERS: Final = ("crit", "b64", "jwk", "jku", "x5u", "zip", "enc")
 
 @dataclass(frozen=True, slots=True)
 class VerifyKey:
-    """A key that a kid stands for: its algorithm and public JWK. `jwk` may be None only when it was revoked."""
+    """The key of a kid: its algorithm and public JWK. `jwk` may be None only when the key was revoked."""
 
     alg: str
     jwk: Mapping[str, str] | None
@@ -46,7 +46,7 @@ class VerifyKey:
 
 @dataclass(frozen=True, slots=True)
 class Authentic:
-    """A JWS whose signature holds; what the payload says is not looked at yet."""
+    """A JWS with a valid signature; its payload is not checked yet."""
 
     header: Mapping[str, object]
     payload: bytes
@@ -55,7 +55,7 @@ class Authentic:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A token that is good: its header, its claims, and the kid that signed it."""
+    """A valid token: its header, its claims, and the kid that signed it."""
 
     header: Mapping[str, object]
     claims: Mapping[str, object]

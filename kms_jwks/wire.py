@@ -1,23 +1,35 @@
 """The JSON bodies of the API as msgspec structs: what http/ reads and writes and client/ writes and reads.
 
 Requests refuse unknown fields. Instants are RFC 3339 in UTC, durations whole seconds, binary values base64url without
-padding. An absent optional field of a request keeps the default; `null` is not accepted in its place, but where a field
-says so.
+padding. An absent optional field of a request keeps its default; `null` is refused unless the field allows it.
 """
 
 from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kms_jwks import errors
+from kms_jwks.algorithms import RsaBits
+from kms_jwks.model import (
+    DAY,
+    DEFAULT_API_TOKEN_LIFETIME,
+    DEFAULT_CACHE_LIFETIME,
+    DEFAULT_STALE_IF_ERROR,
+    MAX_API_TOKEN_LIFETIME,
+    NAME_PATTERN,
+    Typ,
+)
 
-Name = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$", description="Immutable name.")]
-Seconds = Annotated[int, Meta(ge=0, le=10 * 366 * 86_400)]
+MAX_BATCH: Final = 256
+"""Items of one batch."""
+
+Name = Annotated[str, Meta(pattern=f"^{NAME_PATTERN}$", description="Immutable name.")]
+Seconds = Annotated[int, Meta(ge=0, le=10 * 366 * DAY)]
 Kid = Annotated[str, Meta(min_length=1, max_length=255)]
 Text = Annotated[str, Meta(max_length=1024)]
 
@@ -27,14 +39,14 @@ class Request(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=Tr
 
 
 class Answer(Struct, kw_only=True, omit_defaults=False):
-    """Base of every answer's body. Readers ignore fields they do not know."""
+    """Base of every answer's body. Readers ignore unknown fields."""
 
 
 # --- key sets and keys ------------------------------------------------------------------------------------------------
 
 
 class PolicyFields(Request):
-    """A rotation policy; what is absent keeps its value."""
+    """A rotation policy; absent fields keep their value."""
 
     rotate_every: Seconds | UnsetType = UNSET
     publish_lead: Seconds | UnsetType = UNSET
@@ -46,26 +58,26 @@ class PolicyFields(Request):
     rotate_jitter: Seconds | UnsetType = UNSET
     rotate_window: Annotated[str, Meta(max_length=255)] | UnsetType = UNSET
     hold_until: datetime | UnsetType | None = UNSET
-    """Null takes a hold back."""
+    """Null removes the hold."""
 
 
 class ProfileFields(Request):
-    """The default signing profile; what is absent keeps its value."""
+    """The default signing profile; absent fields keep their value."""
 
-    typ: Literal["JWT", "at+jwt"] | UnsetType = UNSET
+    typ: Typ | UnsetType = UNSET
     default_lifetime: Seconds | UnsetType = UNSET
 
 
 class Adopt(Request):
     """A key pair that a module holds already, to become a key version.
 
-    `locator` is the backend's: a label, `id=` and a CKA_ID, or a PKCS#11 URI; a key id, ARN or alias. `accept` takes
-    the key although it is weaker than one that was made here, which then stands on the version.
+    `locator` names the pair in the backend: a label, `id=` and a CKA_ID, or a PKCS#11 URI; in AWS KMS a key id, ARN or
+    alias. `accept` adopts a pair although it is weaker than one that the service makes; the version records how.
     """
 
     locator: Annotated[str, Meta(min_length=1, max_length=2048)]
     kid: Kid | UnsetType = UNSET
-    """Its kid as verifiers know it; its thumbprint where nothing is said."""
+    """Its kid as verifiers know it; its thumbprint by default."""
     accept: bool = False
     public_key: Annotated[str, Meta(max_length=16_384)] | dict[str, Any] | UnsetType = UNSET
     """PEM or JWK, for a module that holds the private key alone."""
@@ -75,7 +87,7 @@ class KeyCreate(Request):
     name: Name
     alg: Annotated[str, Meta(max_length=32)]
     backend: Name | UnsetType = UNSET
-    rsa_bits: Literal[2048, 3072, 4096] | UnsetType = UNSET
+    rsa_bits: RsaBits | UnsetType = UNSET
     policy: PolicyFields | UnsetType = UNSET
     profile: ProfileFields | UnsetType = UNSET
     adopt: Adopt | UnsetType = UNSET
@@ -91,8 +103,8 @@ class KeySetCreate(Request):
     issuer: Annotated[str, Meta(max_length=1024)] | UnsetType = UNSET
     access: Literal["public", "restricted"] = "public"
     purpose: Literal["jwt", "raw"] = "jwt"
-    cache_lifetime: Seconds = 300
-    stale_if_error: Seconds = 3600
+    cache_lifetime: Seconds = DEFAULT_CACHE_LIFETIME
+    stale_if_error: Seconds = DEFAULT_STALE_IF_ERROR
     existing_issuer: bool = False
     keys: list[KeyCreate] = []
 
@@ -129,7 +141,7 @@ class Profile(Answer):
 
 
 class Breach(Answer):
-    """An invariant that was overridden; `who` is null for what an emergency brought about by itself."""
+    """An invariant that was overridden; `who` is the client, null when an emergency revocation did it."""
 
     invariant: str
     at: datetime
@@ -138,7 +150,7 @@ class Breach(Answer):
 
 
 class Version(Answer):
-    """A key version; instants that have not come are null."""
+    """A key version; instants of the future are null."""
 
     kid: str | None
     number: int
@@ -148,7 +160,7 @@ class Version(Answer):
     created_at: datetime
     backend: str
     trouble: str | None = None
-    """Why the custodian's last attempt to make the pair failed; it tries again. Null when none failed."""
+    """Why the custodian's last attempt to make the pair failed; it tries again. Null when no attempt failed."""
     published_at: datetime | None = None
     visible_since: datetime | None = None
     usable_at: datetime | None = None
@@ -164,11 +176,11 @@ class Version(Answer):
     origin: str = "generated"
     """`generated`, or `adopted` for a pair that was in the module before."""
     weaknesses: list[str] = []
-    """What does not hold of an adopted pair, in words; an administrator accepted it."""
+    """The guarantees that an adopted pair lacks, in words; an administrator accepted them."""
     emergency: bool = False
-    """It took over from a revoked version; a second rotation follows for verifiers that cache for ever."""
+    """It took over from a revoked version; a second rotation follows for verifiers that never refresh their cache."""
     absence: dict[str, Any] | None = None
-    """What the module answered when it was asked for the destroyed pair."""
+    """The module's answer to the search for the destroyed pair."""
 
 
 class Key(Answer):
@@ -182,7 +194,7 @@ class Key(Answer):
     policy: Policy
     profile: Profile
     warnings: list[str]
-    """What every report must show, e.g. an unsafe publish lead."""
+    """Remarks that every report has to show, e.g. an unsafe publish lead."""
     created_at: datetime
     updated_at: datetime
     revision: int
@@ -230,7 +242,7 @@ class ExternalKey(Answer):
 
 
 class BreakGlassRequest(Request):
-    """`break_glass` overrides the invariant that stands in the way; it needs a `reason` and the permission for it."""
+    """`break_glass` overrides the invariant in the way; it needs a `reason` and the permission `break-glass`."""
 
     break_glass: bool = False
     reason: Text = ""
@@ -251,7 +263,7 @@ class RetireRequest(BreakGlassRequest):
 class RevokeRequest(Request):
     reason: Text = ""
     dry_run: bool = False
-    """Say what would happen, and change nothing."""
+    """Answer what would happen, and change nothing."""
 
 
 class RevocationCreate(Request):
@@ -261,7 +273,7 @@ class RevocationCreate(Request):
     backend: Name | UnsetType = UNSET
     key_set: Name | UnsetType = UNSET
     disable_keys: bool | UnsetType = UNSET
-    """Disable the keys that would get new versions from that backend; true with `backend` unless it is said."""
+    """Disable the keys that would get new versions from that backend; the default is true with `backend`."""
     dry_run: bool = False
 
 
@@ -280,45 +292,45 @@ class ExposedVerifier(Answer):
 
     verifier: str
     source: str
-    """Where its figures were read: product and version."""
+    """The source of the figures: product and version."""
     keeps: int | None
-    """Seconds for which it uses what it has fetched; null where nothing bounds them."""
+    """Seconds for which it uses a fetched JWKS; null where they have no limit."""
     trusts_until: datetime | None
-    """It may accept the revoked kid until then; null where nothing bounds it."""
+    """It may accept the revoked kid until then; null where there is no limit."""
     trusts_until_behind_cache: datetime | None
-    """The same where it fetches through a CDN or another shared cache."""
+    """The same for a verifier that fetches through a CDN or another shared cache."""
     ends: str
     """What ends its trust: `expiry`, `successor`, `second-rotation`, `unknown`."""
     learns: str
-    """How it comes to the successor's key: `knows`, `fetches`, `waits`, `unknown`, `nothing`."""
+    """How it gets the successor's key: `knows`, `fetches`, `waits`, `unknown`, `nothing`."""
     learns_by: datetime | None
-    """When, at the latest; null where that is at its first token or not known."""
+    """When it has the key at the latest; null where that is at its first token or not known."""
     words: str
 
 
 class Exposure(Answer):
-    """Which verifiers may go on trusting what was revoked. Tokens that a thief signs live as long as he likes."""
+    """Which verifiers may go on trusting the revoked key. A thief of the key chooses the lifetime of his tokens."""
 
     withdrawn_at: datetime
     """By then every worker that has confirmed publishes a JWKS without the key."""
     cache_lifetime: int
     stale_if_error: int
     trusted_until: datetime | None
-    """When the last verifier with a bound has let go of it."""
+    """When the last verifier with a limit stops trusting it."""
     unbounded: list[str]
-    """The verifiers that have none: a restart ends it, or a kid that they cannot know."""
+    """The verifiers without a limit: a restart ends their trust, or a token with a kid that they cannot know."""
     second_rotation_not_before: datetime | None
-    """When such a kid may sign at the earliest; null where the successor's own is one."""
+    """When such a kid may sign at the earliest; null where the successor's kid is one."""
     verifiers: list[ExposedVerifier]
 
 
 class Revoked(Answer):
-    """What a revocation did. `successor` signs now; `unconfirmed` lists workers that may still serve the old JWKS."""
+    """The effect of a revocation. `successor` signs now; `unconfirmed` workers may still serve the old JWKS."""
 
     version: Version
     successor: Version | None
     successor_visible_for: int | None
-    """Seconds for which verifiers could fetch the successor before; null while not every worker publishes it."""
+    """Seconds for which verifiers could fetch the successor already; null while not every worker publishes it."""
     without_successor: bool
     """Whether the key, though enabled, signs nothing until the custodian has made its next version."""
     changed: bool
@@ -330,7 +342,7 @@ class Revoked(Answer):
 
 
 class RevokedVersion(Answer):
-    """`changed` is false for what was revoked before."""
+    """`changed` is false for a version that was revoked before."""
 
     key_set: str
     key: str
@@ -351,7 +363,7 @@ class SetExposure(Answer):
 
 
 class Revocation(Answer):
-    """What the revocation of everything in a backend or key set did."""
+    """The effect of revoking every version of a backend or key set."""
 
     reason: str
     versions: list[RevokedVersion]
@@ -385,7 +397,7 @@ class Safety(Answer):
 
 
 class TimelineSpan(Answer):
-    """A state and when a version is in it; `end` is null for what nobody can foresee. Planned when it begins later."""
+    """A state and when a version is in it. `end` is null when it cannot be foreseen; `planned`: it begins later."""
 
     state: str
     start: datetime
@@ -406,20 +418,20 @@ class TimelineVersion(Answer):
 
 
 class TimelineStep(Answer):
-    """What the custodian will do by itself; `due` is null while it waits for what has no date."""
+    """A step that the custodian will take; `due` is null while it waits for a condition without a date."""
 
     kind: str
     due: datetime | None
     number: int | None
     reason: str
     waits_for: str = ""
-    """What holds the step up although its reason is there; empty where nothing does."""
+    """The condition that delays the step although it is due; empty where there is none."""
     breach: str | None = None
     """The invariant that the step overrides (an emergency)."""
 
 
 class Timeline(Answer):
-    """The life of a key: what was, what is, and what is planned until `until`."""
+    """The life of a key: past, present, and the plan until `until`."""
 
     key_set: str
     key: str
@@ -431,7 +443,7 @@ class Timeline(Answer):
 
 
 class Attributes(Answer):
-    """The evidence of promise 1, as the module reported it when the key was made and again for this call."""
+    """The evidence that the private key was made in the module and stays there: `recorded` then, and of this call."""
 
     kid: str
     backend: str
@@ -497,7 +509,7 @@ class NextVersion(Answer):
 
 
 class Active(Answer):
-    """`refresh_after`: when a caller that pins the kid does well to read this again."""
+    """`refresh_after`: when a caller that pins the kid should read this again."""
 
     kid: str
     alg: str
@@ -532,11 +544,11 @@ class Client(Answer):
 
 
 class TokenCreate(Request):
-    expires_in: Annotated[int, Meta(ge=60, le=366 * 86_400)] = 90 * 86_400
+    expires_in: Annotated[int, Meta(ge=60, le=MAX_API_TOKEN_LIFETIME)] = DEFAULT_API_TOKEN_LIFETIME
 
 
 class TokenCreated(Answer):
-    """`token` is shown this once."""
+    """`token` is not shown again."""
 
     token: str
     id: str
@@ -591,23 +603,23 @@ class Node(Answer):
     lease_left: int
     live: bool
     backends: dict[str, str]
-    """Each backend that it used, as it saw it last: `ok`, or the code of the error."""
+    """The last state of each backend that it used: `ok`, or the code of the error."""
 
 
 class Custodian(Answer):
-    """Who makes, rotates and destroys keys: one of the installation acts, others stand by."""
+    """Which custodian makes, rotates and destroys keys: one of the installation acts, the others stand by."""
 
     acting: bool
-    """Whether a custodian holds the leader lease and is not halted."""
+    """Whether a custodian holds the leader lease now, and is not halted."""
     holder: str | None
     node: str | None
     term: int
-    """Grows with each take-over; 0 when nobody ever acted."""
+    """Grows with each take-over; 0 when no custodian ever acted."""
     since: datetime | None
     renewed_at: datetime | None
     expires_at: datetime | None
     halted: str | None
-    """Why it does not act, e.g. a clock that stepped."""
+    """Why it does not act, e.g. a step of the clock."""
 
 
 class Backend(Answer):
@@ -616,14 +628,14 @@ class Backend(Answer):
     default: bool
     sign_in_place: bool
     state: str
-    """`ok`, or the code of the error it answers with."""
+    """`ok`, or the code of its error."""
     detail: str
     algorithms: list[str]
     counters: dict[str, int]
-    """Of the worker that answers, since it started: signatures `checked` and found `bad`, `timeouts`, calls `refused`
-    because others hang, and calls that are `stuck` now."""
+    """Counters of the answering worker since it started: signatures `checked` and found `bad`, `timeouts`, calls
+    `refused` because others hang; and calls that are `stuck` now."""
     recycled: int
-    """Workers of this node that were replaced within the last hour because calls did not come back."""
+    """Workers of this node that were replaced within the last hour because calls did not return."""
 
 
 class Dependency(Answer):
@@ -645,7 +657,7 @@ class Page(Answer):
 
 
 class Problem(Answer):
-    """RFC 9457, with what to do next. Further members may follow, such as the numbers of a refused invariant."""
+    """A problem document (RFC 9457) with the next step. It may have further members, e.g. an invariant's numbers."""
 
     type: str
     title: str

@@ -1,7 +1,7 @@
-"""PostgreSQL and several nodes on this machine, for `./dev run --cluster N`. Ends them all when it is told to end.
+"""PostgreSQL and several nodes on this machine, for `./dev run --cluster N`; TERM and INT stop them all.
 
-A node or a server that ends by itself is said so and left alone: the others go on, which is what there is to see.
-What it keeps stands in the folder it is given; a second run finds everything there.
+A node or server that exits by itself is reported and not restarted, so that one can watch the others go on. All data
+are in the folder `--var`; a second run uses them again.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(option, type=Path, required=True)
     parser.add_argument("--nodes", type=int, required=True)
     options, init = parser.parse_known_args(arguments)
-    asked = _Asked()
+    stop = _StopSignal()
     server = Postgres(options.var, options.programs)
     nodes: list[Child] = []
     try:
-        server.start(asked)
+        server.start(stop)
         configs = node_configs(options.config, options.var, options.nodes, server.url(DATABASE))
         command = str(options.kms_jwks)
         subprocess.run([command, "init", "--config", str(configs[0]), *init], check=True, stdout=sys.stderr)  # noqa: S603
         nodes = [Child(f"node-{n}", [command, "serve", "--config", str(file)]) for n, file in enumerate(configs, 1)]
         for node in nodes:
             node.start()
-        watch([*nodes, server.child], nodes, asked)
+        watch([*nodes, server.child], nodes, stop)
     except Failure as failure:
         sys.exit(f"dev: error: {failure}")
     except subprocess.CalledProcessError:
         sys.exit("dev: error: the registry or the key could not be made: see above")
-    except Ended:
+    except Stopped:
         pass
     finally:
         for child in nodes:
@@ -69,40 +69,40 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class Failure(Exception):
-    """What the person who runs this can mend."""
+    """An error that the user can repair."""
 
 
-class Ended(Exception):
-    """The end was asked for."""
+class Stopped(Exception):
+    """TERM or INT came."""
 
 
-class _Asked:
-    """Whether the end was asked for, by TERM or INT."""
+class _StopSignal:
+    """Records TERM and INT."""
 
     def __init__(self) -> None:
-        self.yes = False
+        self.received = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, *_: object) -> None:
-        self.yes = True
+        self.received = True
 
-    def look(self) -> None:
-        """Raise Ended if it was."""
-        if self.yes:
-            raise Ended
+    def check(self) -> None:
+        """Raise Stopped after a signal."""
+        if self.received:
+            raise Stopped
 
 
 @dataclass
 class Child:
-    """A process in a group of its own, so that a Ctrl-C of the terminal reaches it through us alone."""
+    """A process in a group of its own: a Ctrl-C of the terminal reaches this process alone, which passes it on."""
 
     name: str
     command: list[str]
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, **more: Any) -> None:
-        """Start it; it ends when we end, however that happens."""
+        """Start it. The kernel sends it TERM when this process exits for any reason."""
         self.process = subprocess.Popen(  # noqa: S603
             self.command,
             stdin=subprocess.DEVNULL,
@@ -117,7 +117,7 @@ class Child:
             self.process.send_signal(number)
 
     def wait(self) -> None:
-        """Until it has ended; by force after a minute."""
+        """Wait until it has exited; kill it after a minute."""
         if self.process is None:
             return
         try:
@@ -138,8 +138,8 @@ def _ends_with(parent: int) -> Callable[[], None]:
     return prepare
 
 
-def watch(children: list[Child], nodes: list[Child], asked: _Asked) -> None:
-    """Until the end is asked for, or no node is left."""
+def watch(children: list[Child], nodes: list[Child], stop: _StopSignal) -> None:
+    """Report processes that exit, until a signal comes. Raises Stopped, and Failure when no node is left."""
     running = list(children)
     while any(node in running for node in nodes):
         for child in list(running):
@@ -147,20 +147,20 @@ def watch(children: list[Child], nodes: list[Child], asked: _Asked) -> None:
             code = child.process.poll()
             if code is not None:
                 running.remove(child)
-                say(f"{child.name} ended (exit code {code}); what is left goes on")
-        asked.look()
+                say(f"{child.name} exited with code {code}; the others go on")
+        stop.check()
         time.sleep(0.1)
     raise Failure("no node is left")
 
 
 def node_configs(base: Path, var: Path, nodes: int, database_url: str) -> list[Path]:
-    """The configuration of each node: that of a single one, with a registry for all and what is a node's own.
+    """The configuration files of the nodes: `base` with the common registry and each node's own settings.
 
-    All have one public URL: that of the first, as if a load balancer stood there.
+    All nodes have the public URL of the first, as behind a load balancer.
     """
     text = base.read_text(encoding="utf-8")
     found = re.search(r'^bind = \["(.+):(\d+)"\]$', text, re.MULTILINE)
-    assert found is not None, f"{base} says nowhere where to listen"
+    assert found is not None, f"{base} has no line `bind`"
     host, port = found[1], int(found[2])
     made = []
     for number in range(1, nodes + 1):
@@ -173,7 +173,7 @@ def node_configs(base: Path, var: Path, nodes: int, database_url: str) -> list[P
             "node_name": f"node-{number}",
         }
         lines = [line for line in text.splitlines() if line.partition(" = ")[0] not in own]
-        # Before the first table, or TOML would take them for that table's.
+        # The lines stand before the first table; after it they would belong to that table.
         place = next(i for i, line in enumerate(lines) if line.startswith("[") or not line)
         lines[place:place] = [f"{name} = {json.dumps(value)}" for name, value in own.items()]
         file = folder / "kms-jwks.toml"
@@ -199,12 +199,12 @@ class Postgres:
         self.child = Child("PostgreSQL", command)
 
     def url(self, database: str) -> str:
-        """How to connect; holds the password."""
+        """The URL of a database; it holds the password."""
         password = (self._folder / "password").read_text(encoding="ascii").strip()
         return f"postgresql://{USER}:{password}@127.0.0.1:{self._port}/{database}"
 
-    def start(self, asked: _Asked) -> None:
-        """Make the server's data and the database where they are missing, start, and wait until it answers."""
+    def start(self, stop: _StopSignal) -> None:
+        """Make the data folder and the database where they are missing, start the server, and wait until it answers."""
         if not (self._folder / "data" / "PG_VERSION").exists():
             self._make()
         say(f"PostgreSQL in {self._folder}, on port {self._port}")
@@ -213,7 +213,7 @@ class Postgres:
         assert self.child.process is not None
         end = time.monotonic() + STARTS_WITHIN
         while True:
-            asked.look()
+            stop.check()
             if self.child.process.poll() is not None or time.monotonic() > end:
                 raise Failure(f"PostgreSQL did not start; its log is {self._folder}/log")
             with contextlib.suppress(psycopg.OperationalError):
@@ -222,7 +222,7 @@ class Postgres:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Stop without waiting for sessions to end by themselves."""
+        """Stop the server; open sessions are ended."""
         self.child.signal(signal.SIGINT)
         self.child.wait()
 
@@ -236,7 +236,7 @@ class Postgres:
         shutil.rmtree(self._folder / "data", ignore_errors=True)
         password = self._folder / "password"
         write_secret(password, secrets.token_urlsafe(24) + "\n")
-        self._give_away(password)
+        self._chown(password)
         made = subprocess.run(  # noqa: S603
             [
                 self._programs / "initdb",
@@ -258,26 +258,29 @@ class Postgres:
             raise Failure(f"initdb failed:\n{made.stdout}")
 
     def _place(self, var: Path) -> Path:
-        """Its folder. Where the unprivileged user cannot get into `var`, one elsewhere, and `var` says which."""
+        """The server's folder: in `var`, or elsewhere where the unprivileged user cannot enter `var`.
+
+        The file `postgres.folder` in `var` then holds the path.
+        """
         folder, elsewhere = var / "postgres", var / "postgres.folder"
         if elsewhere.exists():
             folder = Path(elsewhere.read_text(encoding="utf-8").strip())
         if self._owner is not None and not elsewhere.exists() and not folder.exists():
-            var.chmod(0o711)  # the way through, not the sight of it; everything in there has modes of its own
-            if not self._gets_into(var):
+            var.chmod(0o711)  # others may pass through, not list it; every file in it has its own mode
+            if not self._can_enter(var):
                 var.chmod(0o700)
                 folder = Path(tempfile.mkdtemp(prefix="kms-jwks-postgres-", dir="/var/tmp"))
                 write_secret(elsewhere, f"{folder}\n")
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._give_away(folder)
+        self._chown(folder)
         if self._owner is not None and not elsewhere.exists():
             var.chmod(0o711)
         return folder
 
-    def _gets_into(self, folder: Path) -> bool:
+    def _can_enter(self, folder: Path) -> bool:
         return subprocess.run(["/usr/bin/test", "-x", folder], check=False, **self._as_owner()).returncode == 0  # noqa: S603
 
-    def _give_away(self, path: Path) -> None:
+    def _chown(self, path: Path) -> None:
         if self._owner is not None:
             os.chown(path, self._owner.pw_uid, self._owner.pw_gid)
 
@@ -301,7 +304,7 @@ def _free_port() -> int:
 
 
 def write_secret(file: Path, text: str) -> None:
-    """Write a file that its owner alone reads."""
+    """Write a file that only its owner can read."""
     part = file.with_name(f".{file.name}.part")
     part.unlink(missing_ok=True)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
@@ -310,7 +313,7 @@ def write_secret(file: Path, text: str) -> None:
 
 
 def say(text: str) -> None:
-    """One line, as ./dev says it."""
+    """Print one line in the form of ./dev."""
     print(f"dev: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
 """The part of `init-token` that talks to the module: PKCS#11 calls through ctypes, standard library alone.
 
-`softhsm2-util --pin` would show the PINs to everybody who can list processes. Here they never leave this process and
-the two files they are kept in.
+`softhsm2-util --pin` would show the PINs in the list of processes. Here they stay in this process and in their two
+files.
 """
 
 import ctypes
@@ -39,11 +39,11 @@ class TokenInfo(ctypes.Structure):
 
 
 class Unusable(Exception):
-    """What is wrong, and what to do about it."""
+    """The message says what is wrong and what to do about it."""
 
 
 class Module:
-    """The few calls that making a token takes."""
+    """SoftHSM's module, with the calls that making a token needs."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -52,7 +52,7 @@ class Module:
             raise Unusable(f"{path} cannot be loaded: {error}") from error
 
     def call(self, name: str, *arguments: object) -> None:
-        """Call a function of the module; anything but CKR_OK is an error."""
+        """Call a function of the module. Raises Unusable for any result but CKR_OK."""
         function = getattr(self._library, name)
         function.restype = CK_ULONG
         if (code := function(*arguments)) != CKR_OK:
@@ -60,7 +60,7 @@ class Module:
 
     @contextmanager
     def initialised(self) -> Iterator[None]:
-        """Between C_Initialize and C_Finalize, which also makes the module read its folder anew."""
+        """Run between C_Initialize and C_Finalize; each time the module reads its folder again."""
         self.call("C_Initialize", None)
         try:
             yield
@@ -68,7 +68,7 @@ class Module:
             self.call("C_Finalize", None)
 
     def tokens(self) -> list[tuple[int, str, int]]:
-        """Slot, label and flags of each token; the last one is the blank that SoftHSM always offers."""
+        """Slot, label and flags of each token; the last one is the blank token that SoftHSM always offers."""
         count = CK_ULONG()
         self.call("C_GetSlotList", ctypes.c_ubyte(1), None, ctypes.byref(count))
         slots = (CK_ULONG * count.value)()
@@ -90,8 +90,8 @@ class Module:
 
 
 def make_token(module: Module, folder: Path, label: str) -> None:
-    """Keep, finish or make the token `label` in `folder`."""
-    found = look(module, label, folder)
+    """Make the token `label` in `folder`; keep a complete one, and complete one that an earlier run began."""
+    found = find_token(module, label, folder)
     if found is not None and found[1] & CKF_USER_PIN_INITIALIZED:
         if not (folder / "pin").is_file():
             raise Unusable(
@@ -108,14 +108,14 @@ def make_token(module: Module, folder: Path, label: str) -> None:
             padded = label.encode().ljust(LABEL_BYTES)
             module.call("C_InitToken", CK_ULONG(slot), so_pin, CK_ULONG(len(so_pin)), padded)
         module.set_user_pin(slot, so_pin, pin)
-    keep(folder / "tokens")
+    sync(folder / "tokens")
 
 
-def look(module: Module, label: str, folder: Path) -> tuple[int, int] | None:
-    """Slot and flags of the token, None where there is none yet.
+def find_token(module: Module, label: str, folder: Path) -> tuple[int, int] | None:
+    """Slot and flags of the token; None where there is none yet.
 
-    A process that logs in rewrites the token's files, and whoever reads them meanwhile sees a token that is gone or has
-    no PIN: so a token on the disk that does not look finished is looked at again before it is believed.
+    A process that logs in rewrites the token's files. A process that reads them meanwhile finds no token, or one
+    without a PIN. So a token on the disk that seems incomplete is read again, up to four times.
     """
     for delay in (0.05, 0.1, 0.2, 0.3, None):
         with module.initialised():
@@ -137,7 +137,7 @@ def look(module: Module, label: str, folder: Path) -> tuple[int, int] | None:
 
 
 def pin_in(file: Path) -> bytes:
-    """The PIN in a file; a new random one where there is none."""
+    """The PIN in a file; without the file a new random PIN, which is written there."""
     try:
         pin = file.read_bytes().strip()
     except FileNotFoundError:
@@ -149,7 +149,7 @@ def pin_in(file: Path) -> bytes:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Whole or not at all, mode 0600, on the disk when this returns."""
+    """Write a file atomically, with mode 0600; it is on the disk when this returns."""
     part = file.with_name(file.name + ".part")
     part.unlink(missing_ok=True)
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -160,8 +160,8 @@ def write(file: Path, content: bytes) -> None:
     part.replace(file)
 
 
-def keep(folder: Path) -> None:
-    """Sync what is below a folder to the disk, which SoftHSM does not."""
+def sync(folder: Path) -> None:
+    """Sync a folder and its files to the disk, which SoftHSM does not do."""
     for path in (*folder.rglob("*"), folder, folder.parent):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -169,7 +169,7 @@ def keep(folder: Path) -> None:
 
 
 def main(module_path: str, directory: str, label: str, template: str) -> None:
-    """Make the folder and what is in it, one run at a time."""
+    """Make the folder and its files; a lock lets one run at a time do so."""
     if not 0 < len(label.encode()) <= LABEL_BYTES:
         raise Unusable(f"a label has 1 to {LABEL_BYTES} bytes")
     folder = Path(directory).absolute()

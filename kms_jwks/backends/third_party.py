@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import structlog
 
 from kms_jwks.backends.base import Backend, StoredKey
+from kms_jwks.config import BACKEND_TYPES
 from kms_jwks.errors import BackendError, BackendRefused, ConfigurationError
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ log = structlog.get_logger(__name__)
 
 GROUP: Final = "kms_jwks.backends"
 """The entry-point group: a name in it is a configuration's `type`, its object a `BackendFactory`."""
-RESERVED: Final = frozenset({"pkcs11", "aws-kms"})
-"""Types that come with this package, whatever others are installed."""
-
 _MEMBERS: Final = tuple(
     sorted({name for name in {**vars(Backend), **Backend.__annotations__} if not name.startswith("_")})
 )
@@ -62,12 +60,12 @@ def make_third_party(name: str, options: ThirdPartyBackend, state_dir: Path, man
 
 
 def _entry_point(place: str, kind: str) -> EntryPoint:
-    if kind in RESERVED:
+    if kind in BACKEND_TYPES:
         raise ConfigurationError(f"{place}.type: {kind!r} comes with kms-jwks alone, and this one does not have it.")
     # One package may be found twice, along two entries of the path.
     found = {entry.value + _package(entry): entry for entry in entry_points(group=GROUP, name=kind)}
     if not found:
-        known = sorted(RESERVED | {entry.name for entry in entry_points(group=GROUP)})
+        known = sorted(BACKEND_TYPES | {entry.name for entry in entry_points(group=GROUP)})
         raise ConfigurationError(
             f"{place}.type: no installed package offers {kind!r}; there are {', '.join(known)}.",
             next_step=f"Install the package with the entry point {kind!r} of the group {GROUP}, or correct the type.",

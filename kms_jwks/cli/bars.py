@@ -1,7 +1,7 @@
-"""Time as lines of text: the states of versions side by side, and both sides of an invariant. No colour is needed.
+"""Bars of time as lines of text: the states of a key's versions, and both sides of each invariant.
 
-Everything takes the width in columns and answers lines that are no longer; on a terminal without block characters the
-same is drawn in ASCII.
+Every function takes a width in columns and returns lines that are not longer. A terminal without block characters gets
+the same in ASCII.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+
+from kms_jwks.cli.output import clean
 
 if TYPE_CHECKING:
     from kms_jwks import wire
@@ -26,23 +28,25 @@ _BLOCKS = {
     "destroyed": " ",
 }
 _ASCII = {**_BLOCKS, "published": "-", "active": "#", "retiring": "=", "retired": ".", "creating": "'"}
+_UNKNOWN = "?"
+"""The mark of a state that this program does not know."""
 _MEANING = {
     "creating": "being made",
     "published": "published, waits",
     "active": "signs",
-    "retiring": "published till its tokens expire",
+    "retiring": "published until its tokens expire",
     "retired": "out of the JWKS, still in the module",
     "revoked": "revoked, still in the module",
 }
 
 
 def width() -> int:
-    """The columns there are: the terminal's, COLUMNS', or 100 where neither says."""
+    """The columns of the output: COLUMNS, else the terminal's, else 100; within 40 and 160."""
     return max(_LEAST, min(_MOST, shutil.get_terminal_size((100, 24)).columns))
 
 
 def key_bars(found: wire.Timeline, columns: int, *, ascii_only: bool | None = None) -> list[str]:
-    """A line of states for each version that is not gone, under an axis on which `now` is marked."""
+    """A line of states for each version that is not destroyed, under an axis with a mark at `now`."""
     plain = _is_plain() if ascii_only is None else ascii_only
     marks = _ASCII if plain else _BLOCKS
     shown = [v for v in found.versions if v.state != "destroyed"]
@@ -51,7 +55,7 @@ def key_bars(found: wire.Timeline, columns: int, *, ascii_only: bool | None = No
     label = max(len(_label(v)) for v in shown)
     room = columns - label - 2
     start = min(span.start for v in shown for span in v.spans)
-    # As far as something is planned, and a little further; what has no end goes on to the edge.
+    # The axis ends a little after the last planned instant; a span without an end goes on to the edge.
     known = [
         found.now,
         *(s.due for s in found.steps if s.due is not None),
@@ -63,10 +67,10 @@ def key_bars(found: wire.Timeline, columns: int, *, ascii_only: bool | None = No
     for each in shown:
         cells, cursor = [" "] * room, 0
         for span in each.spans:
-            # A span that is too short for the scale still has one column: nothing is left out.
+            # A span that is too short for the scale still gets one column.
             first = min(max(scale.cell(span.start), cursor), room - 1)
             last = room if span.end is None else min(room, max(first + 1, scale.cell(span.end)))
-            cells[first:last] = marks[span.state] * (last - first)
+            cells[first:last] = marks.get(span.state, _UNKNOWN) * (last - first)
             cursor = last
         lines.append(f"{_label(each):<{label}}  {''.join(cells)}".rstrip())
     used = {span.state for v in shown for span in v.spans}
@@ -74,7 +78,7 @@ def key_bars(found: wire.Timeline, columns: int, *, ascii_only: bool | None = No
 
 
 def check_bars(found: wire.Safety, columns: int, *, ascii_only: bool | None = None) -> list[str]:
-    """A line for each invariant whose sides are known: from when it is allowed, and when it was or is."""
+    """A line for each invariant with two known sides: from when the step is allowed, and when it was or is made."""
     plain = _is_plain() if ascii_only is None else ascii_only
     allowed, taken, fill, gap = ("[", "*", "=", "-") if plain else ("├", "●", "━", "╌")
     known = [(c, c.left, c.right) for c in found.checks if c.left is not None and c.right is not None]
@@ -91,13 +95,13 @@ def check_bars(found: wire.Safety, columns: int, *, ascii_only: bool | None = No
         cells[low : high + 1] = (fill if check.holds else gap) * (high + 1 - low)
         cells[a] = allowed
         cells[b] = taken
-        lines.append(f"{check.invariant:<{max(label, 2)}}  {''.join(cells)}".rstrip())
+        lines.append(f"{clean(check.invariant):<{max(label, 2)}}  {''.join(cells)}".rstrip())
     legend = [f"{allowed} allowed from here on", f"{taken} when it was done, or now", f"{gap} too early by this much"]
     return [*lines, "", *_legend(legend, columns)]
 
 
 class _Scale:
-    """Instants onto columns 0 to `room` - 1."""
+    """Maps instants to columns 0 to `room` - 1."""
 
     def __init__(self, start: datetime, end: datetime, room: int) -> None:
         self.start, self.room = start, room
@@ -110,7 +114,7 @@ class _Scale:
         return max(0, min(self.room - 1, round(place)))
 
     def axis(self, now: datetime, *, plain: bool) -> list[str]:
-        """Where the line begins and ends, and a mark at `now`."""
+        """The dates at both ends of the line, and under them a mark at `now`."""
         left, right = _stamp(self.start, self.seconds), _stamp(self.end, self.seconds)
         dates = left + " " * max(1, self.room - len(left) - len(right)) + right
         place = self.cell(now)
@@ -121,7 +125,7 @@ class _Scale:
 
 
 def _label(version: wire.TimelineVersion) -> str:
-    return f"{version.number} {version.state}"
+    return clean(f"{version.number} {version.state}")
 
 
 def _stamp(at: datetime, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`kms-jwks revoke`, and how a revocation is shown: what happened, and which verifiers may go on trusting the key."""
+"""`kms-jwks revoke`, and how a revocation is shown: what it did, and which verifiers may go on trusting the key."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import click
 from msgspec import UNSET
 
 from kms_jwks import wire
-from kms_jwks.cli.api import api_command, confirm, dry_run_option, yes_option
-from kms_jwks.cli.text import details, duration, note, table, when
+from kms_jwks.cli.api import api_command
+from kms_jwks.cli.options import confirm, dry_run_option, yes_option
+from kms_jwks.cli.output import details, duration, note, print_line, table, when
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @api_command(None, "revoke")
-@click.option("--backend", metavar="NAME", help="Everything that has its key pair in this module.")
-@click.option("--key-set", metavar="NAME", help="Everything of this key set.")
+@click.option("--backend", metavar="NAME", help="Every version that has its key pair in this module.")
+@click.option("--key-set", metavar="NAME", help="Every version of this key set.")
 @click.option("--reason", required=True, help="Why; stays on the versions.")
 @click.option(
     "--disable-keys/--no-disable-keys",
@@ -40,7 +41,7 @@ def revoke(
 ) -> None:
     """Emergency: revoke every version of a module or a key set at once, all or none.
 
-    One version alone: `kms-jwks version revoke`. Who calls needs the permission for every key that is touched.
+    One version alone: `kms-jwks version revoke`. The caller needs the permission for every key that is touched.
     """
     if (backend is None) == (key_set is None):
         raise click.UsageError("Give exactly one of --backend and --key-set.")
@@ -56,38 +57,34 @@ def revoke(
             dry_run=dry_run,
         )
     )
-    api.show(lambda: _show_everything(done))
+    api.show(done, _print_revocation)
     _warn(done.unconfirmed)
 
 
 def show_revoked(api: Api, done: wire.Revoked) -> None:
-    """The revocation of one version."""
-
-    def render() -> None:
-        verb = "was revoked before" if not done.changed else "would be revoked" if done.dry_run else "is revoked"
-        click.echo(f"Version {done.version.number} ({done.version.kid or 'without a key pair'}) {verb}.")
-        if done.successor is not None:
-            signs = "would sign" if done.dry_run else "signs now"
-            seen = done.successor_visible_for
-            age = (
-                "not every worker publishes it yet"
-                if seen is None
-                else f"verifiers could fetch it for {duration(seen)}"
-            )
-            click.echo(f"Version {done.successor.number} ({done.successor.kid}) {signs}; {age}.")
-            for breach in done.successor.breaches:
-                note(f"Warning: {breach.invariant} is overridden: {breach.reason}")
-        if done.without_successor:
-            note("Warning: there is no standby; the key does not sign until its next version is active.")
-        if done.exposure is not None:
-            show_exposure(done.exposure)
-
-    api.show(render)
+    """Print the revocation of one version, and warn of workers that have not confirmed it."""
+    api.show(done, _print_revoked)
     _warn(done.unconfirmed)
 
 
-def show_exposure(found: wire.Exposure) -> None:
-    """Who may go on trusting a revoked kid."""
+def _print_revoked(done: wire.Revoked) -> None:
+    verb = "was revoked before" if not done.changed else "would be revoked" if done.dry_run else "is revoked"
+    print_line(f"Version {done.version.number} ({done.version.kid or 'without a key pair'}) {verb}.")
+    if done.successor is not None:
+        signs = "would sign" if done.dry_run else "signs now"
+        seen = done.successor_visible_for
+        age = "not every worker publishes it yet" if seen is None else f"verifiers could fetch it for {duration(seen)}"
+        print_line(f"Version {done.successor.number} ({done.successor.kid}) {signs}; {age}.")
+        for breach in done.successor.breaches:
+            note(f"Warning: {breach.invariant} is overridden: {breach.reason}")
+    if done.without_successor:
+        note("Warning: there is no standby; the key does not sign until its next version is active.")
+    if done.exposure is not None:
+        _print_exposure(done.exposure)
+
+
+def _print_exposure(found: wire.Exposure) -> None:
+    """Which verifiers may go on trusting a revoked kid, and until when."""
     click.echo()
     details(
         ("out of the JWKS by", when(found.withdrawn_at)),
@@ -134,10 +131,10 @@ def _limit(until: datetime | None, ends: str) -> str:
     return "not known" if ends == "unknown" else "no limit"
 
 
-def _show_everything(done: wire.Revocation) -> None:
+def _print_revocation(done: wire.Revocation) -> None:
     verb = "would be revoked" if done.dry_run else "revoked"
     changed = sum(v.changed for v in done.versions)
-    click.echo(f"{changed} {'version' if changed == 1 else 'versions'} {verb}, {len(done.versions) - changed} before.")
+    print_line(f"{changed} {'version' if changed == 1 else 'versions'} {verb}, {len(done.versions) - changed} before.")
     table(
         ("KEY SET", "KEY", "NUMBER", "KID", "SUCCESSOR"),
         (
@@ -152,8 +149,9 @@ def _show_everything(done: wire.Revocation) -> None:
     for place in done.without_successor:
         note(f"Warning: key {place.key_set} {place.key} does not sign until its next version is active.")
     for each in done.exposures:
-        click.echo(f"\n{each.key_set}")
-        show_exposure(each.exposure)
+        click.echo()
+        print_line(each.key_set)
+        _print_exposure(each.exposure)
 
 
 def _warn(workers: Iterable[wire.UnconfirmedWorker]) -> None:

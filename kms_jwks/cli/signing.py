@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from kms_jwks.cli.api import api_command, key_arguments, write
-from kms_jwks.cli.text import clean
-from kms_jwks.cli.values import DURATION, content, json_object
+from kms_jwks.cli.api import api_command
+from kms_jwks.cli.options import DURATION, content, json_object, key_arguments
+from kms_jwks.cli.output import note, print_json, print_line
 
 if TYPE_CHECKING:
+    from kms_jwks import wire
     from kms_jwks.cli.api import Api
 
 DEFAULT_KEY_SET = "default"
@@ -22,8 +23,7 @@ DEFAULT_KEY_SET = "default"
 @click.option("--post-quantum", is_flag=True, help="The document of its ML-DSA keys.")
 def jwks(api: Api, key_set: str | None, post_quantum: bool) -> None:
     """Print the JWKS of a key set, or of the default one."""
-    found = api.client.jwks(key_set, post_quantum=post_quantum)
-    api.show(lambda: write(msgspec.json.format(msgspec.json.encode(found))))
+    api.show(api.client.jwks(key_set, post_quantum=post_quantum), _print_indented)
 
 
 @api_command(None, "sign")
@@ -36,26 +36,34 @@ def jwks(api: Api, key_set: str | None, post_quantum: bool) -> None:
 def sign(api: Api, key_set: str, key: str, claims: str, expires_in: int | None, profile: str | None) -> None:
     """Sign a JWT and print it."""
     made = api.client.sign_jwt(key_set, key, json_object(claims, "--claims"), expires_in=expires_in, profile=profile)
-    api.show(lambda: click.echo(made.token))
+    api.show(made, lambda made: print_line(made.token))
 
 
 @api_command(None, "verify", options_metavar="[OPTIONS] [KEY_SET] TOKEN|-")
 @click.argument("words", nargs=-1, metavar="")
-@click.option("--audience", metavar="AUDIENCE", required=True, help="Whom the token must be meant for; any: nobody.")
+@click.option(
+    "--audience",
+    metavar="AUDIENCE",
+    required=True,
+    help="The audience it must have; any: not checked.",
+)
 @click.option("--typ", metavar="TYP", help="The typ it must have.")
 def verify(api: Api, words: tuple[str, ...], audience: str, typ: str | None) -> None:
     """Verify a token and print its claims; `-` reads it from standard input.
 
-    Without KEY_SET the key set `default` counts. Exits with 1 when the token is not good.
+    Without KEY_SET it is verified against the key set `default`. Exits with 1 when the token is not valid.
     """
     if not 1 <= len(words) <= 2:
         raise click.UsageError("Give [KEY_SET] and TOKEN, or - to read the token from standard input.")
     token = words[-1] if words[-1] != "-" else content("-", "TOKEN").strip()
     key_set = words[0] if len(words) == 2 else DEFAULT_KEY_SET
-    found = api.client.verify(key_set, token, audience, typ)
+    api.show(api.client.verify(key_set, token, audience, typ), _print_verified)
 
-    def render() -> None:
-        click.echo(f"Good: signed by {clean(found.kid)}", err=True)
-        write(msgspec.json.format(msgspec.json.encode(found.claims)))
 
-    api.show(render)
+def _print_verified(found: wire.Verified) -> None:
+    note(f"Valid: signed by {found.kid}")
+    _print_indented(found.claims)
+
+
+def _print_indented(value: object) -> None:
+    print_json(msgspec.json.format(msgspec.json.encode(value)))

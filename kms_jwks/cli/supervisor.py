@@ -1,7 +1,7 @@
-"""`serve`: the parent of gunicorn and of the custodian. It starts, watches and ends these two, and does nothing else.
+"""`serve`: the parent process of gunicorn and of the custodian, which starts, watches and stops the two.
 
-The custodian is started again when it dies, ever more slowly while it keeps dying; gunicorn's end is the end of all.
-On Linux the kernel ends the children when the parent is killed.
+The supervisor restarts a custodian that dies, with growing pauses while it keeps dying. When gunicorn exits, the
+supervisor stops the custodian and exits too. On Linux the kernel sends the children TERM when the parent is killed.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 """Seconds between two starts of a custodian that keeps dying."""
 LONG_LIFE = 60.0
-"""Seconds after which a custodian's death is not counted with the ones before."""
+"""A custodian that ran for so many seconds is restarted after the first pause again."""
 CUSTODIAN_GRACE = 15.0
-"""Seconds a custodian has to finish its step when the service ends."""
+"""Seconds for the custodian to finish its step when the service stops."""
 
 _WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _PR_SET_PDEATHSIG: Final = 1
 _OVERRIDABLE: Final = ("bind", "routes", "workers", "threads", "log_level", "log_format")
-"""Settings that the command line may change; the children get them by environment variable."""
+"""Settings that the command line may change; the children get them in environment variables."""
 
 
 def serve(settings: Settings, config_path: Path | None) -> int:
-    """Run the service until it is told to end. Returns the exit code: gunicorn's, or 128 + the signal it died of."""
+    """Run the service until a signal stops it. Returns gunicorn's exit code, or 128 + the signal that killed it."""
     logs.configure(settings.log_level, settings.log_format)
     return _Supervisor(settings, _environment(settings, config_path)).run()
 
 
 def _environment(settings: Settings, config_path: Path | None) -> dict[str, str]:
-    """The children's environment: the same file, and whatever the command line changed."""
+    """The environment of the children: the same settings file, and the settings that the command line changed."""
     environment = dict(os.environ)
     if config_path is not None:
         environment[CONFIG_VARIABLE] = str(config_path.absolute())
-    filed = load_settings(config_path)
+    from_file = load_settings(config_path)
     for name in _OVERRIDABLE:
         value = getattr(settings, name)
-        if value != getattr(filed, name):
+        if value != getattr(from_file, name):
             text = ",".join(value) if isinstance(value, tuple) else str(value)
             environment[variable_name([name])] = text
     return environment
@@ -65,7 +65,7 @@ def _environment(settings: Settings, config_path: Path | None) -> dict[str, str]
 
 @dataclass
 class _Child:
-    """One role and its process. `pause` is how long the next start waits if this one dies early."""
+    """One child process. `pause` is the wait before the next start, in seconds, if this process dies early."""
 
     name: str
     arguments: tuple[str, ...]
@@ -73,12 +73,13 @@ class _Child:
     started: float = 0.0
     pause: float = FIRST_PAUSE
     start_at: float | None = None
-    """When to start it again; None while it runs or is not wanted."""
+    """When to start it again, on the monotonic clock; None while it runs or must not run."""
     expected: bool = False
-    """Whether its end was asked for."""
+    """Whether the supervisor asked it to exit."""
     returncode: int | None = field(default=None)
 
     def signal(self, number: signal.Signals) -> None:
+        """Send it a signal if it runs."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
@@ -91,52 +92,52 @@ class _Supervisor:
         self._http = _Child("http", ("serve", "--role", "http"))
         self._custodian = _Child("custodian", ("custodian",)) if settings.routes != "public" else None
         self._children = [c for c in (self._http, self._custodian) if c is not None]
-        self._ending = False
+        self._stopping = False
         self._pin: bytes | None = None
-        """The line that standard input gave, for each child that is to find it on its own."""
+        """The PIN line from standard input; each child gets it on its own standard input."""
 
     def run(self) -> int:
-        """Until gunicorn has ended."""
+        """Start the children, watch them until gunicorn has exited, and stop the custodian."""
         if any(backend.reads_stdin for backend in self._settings.backends.values()):
             self._pin = sys.stdin.buffer.readline()
-        # Blocked and waited for, so that none gets lost between two looks.
+        # Blocked signals stay pending until sigtimedwait takes them, so none is lost between two calls.
         before = self._child_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
         try:
             for child in self._children:
                 self._start(child)
             while self._http.process is not None:
-                self._wait(self._http_or_restart())
-            self._end_custodian()
+                self._handle_signal(within=self._start_what_is_due())
+            self._stop_custodian()
         finally:
             for child in self._children:
-                child.signal(signal.SIGKILL)  # reached with a child alive only when we fail ourselves
+                child.signal(signal.SIGKILL)  # a child is still alive only after an error in this process
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = self._http.returncode or 0
         return 128 - code if code < 0 else code
 
-    # --- one look
+    # --- watching
 
-    def _http_or_restart(self) -> float:
-        """Start what is due; seconds until the next thing is."""
+    def _start_what_is_due(self) -> float:
+        """Restart the custodian if that is due. Returns the seconds until it will be."""
         custodian = self._custodian
-        if custodian is None or custodian.start_at is None or self._ending:
+        if custodian is None or custodian.start_at is None or self._stopping:
             return 3600.0
         if (remaining := custodian.start_at - time.monotonic()) > 0:
             return remaining
         self._start(custodian)
         return 3600.0
 
-    def _wait(self, seconds: float) -> None:
-        """Wait for one signal and act on it."""
-        info = signal.sigtimedwait(_WATCHED, max(seconds, 0.0))
+    def _handle_signal(self, *, within: float) -> None:
+        """Wait up to `within` seconds for a signal, act on it, and reap the processes that exited."""
+        info = signal.sigtimedwait(_WATCHED, max(within, 0.0))
         number = signal.Signals(info.si_signo) if info is not None else None
         if number in (signal.SIGTERM, signal.SIGINT):
-            # Ctrl-C means the same as TERM; a second one does not wait for answers that are under way.
-            log.info("ending", signal=number.name)
-            self._http.signal(signal.SIGINT if self._ending else signal.SIGTERM)
-            self._ending = True
+            # INT (Ctrl-C) means the same as TERM; the second one stops gunicorn without waiting for running requests.
+            log.info("service_stopping", signal=number.name)
+            self._http.signal(signal.SIGINT if self._stopping else signal.SIGTERM)
+            self._stopping = True
         elif number == signal.SIGHUP:
-            log.info("reloading")
+            log.info("service_reloading")
             self._http.signal(signal.SIGHUP)
             if self._custodian is not None and self._custodian.process is not None:
                 self._custodian.expected = True
@@ -144,7 +145,7 @@ class _Supervisor:
         self._reap()
 
     def _reap(self) -> None:
-        """Take note of every process that ended, orphans that PID 1 inherited included."""
+        """Reap every process that exited; as PID 1 also the orphans that this process inherited."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -154,14 +155,15 @@ class _Supervisor:
                 return
             for child in self._children:
                 if child.process is not None and child.process.pid == pid:
-                    self._ended(child, os.waitstatus_to_exitcode(status))
+                    self._note_exit(child, os.waitstatus_to_exitcode(status))
 
-    def _ended(self, child: _Child, code: int) -> None:
+    def _note_exit(self, child: _Child, code: int) -> None:
+        """Record and log the exit of a child, and set when it is started again."""
         assert child.process is not None
         child.process.returncode = code
         child.process, child.returncode = None, code
-        if child is self._http or self._ending:
-            log.info("process_ended", role=child.name, code=code)
+        if child is self._http or self._stopping:
+            log.info("process_exited", role=child.name, code=code)
             return
         now = time.monotonic()
         if child.expected:
@@ -174,28 +176,28 @@ class _Supervisor:
             log.error("process_died", role=child.name, code=code, restart_in=wait)
         child.start_at = now + wait
 
-    # --- starting and ending
+    # --- starting and stopping
 
     def _start(self, child: _Child) -> None:
         child.start_at = None
         child.started = time.monotonic()
-        child.process = subprocess.Popen(  # noqa: S603 - our own program
+        child.process = subprocess.Popen(  # noqa: S603 - this program itself
             [sys.executable, "-m", "kms_jwks", *child.arguments],
             env=self._environment,
             stdin=subprocess.DEVNULL if self._pin is None else subprocess.PIPE,
-            process_group=0,  # a Ctrl-C of the terminal reaches them through us alone
-            preexec_fn=_Prepare(os.getpid(), self._child_mask),  # noqa: PLW1509 - this process has one thread
+            process_group=0,  # a Ctrl-C of the terminal reaches this process alone, which passes it on
+            preexec_fn=_ChildSetup(os.getpid(), self._child_mask),  # noqa: PLW1509 - this process has one thread
         )
         if child.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError), child.process.stdin as stdin:
                 stdin.write(self._pin or b"")
         log.info("process_started", role=child.name, pid=child.process.pid)
 
-    def _end_custodian(self) -> None:
+    def _stop_custodian(self) -> None:
         custodian = self._custodian
         if custodian is None or custodian.process is None:
             return
-        self._ending = True
+        self._stopping = True
         custodian.signal(signal.SIGTERM)
         end = time.monotonic() + CUSTODIAN_GRACE
         while custodian.process is not None:
@@ -207,18 +209,18 @@ class _Supervisor:
             self._reap()
 
 
-class _Prepare:
-    """Runs in the child between fork and exec: the signals of before, and an end when the parent ends."""
+class _ChildSetup:
+    """Runs in the child between fork and exec: restores the signal mask, and lets the child die with its parent."""
 
     def __init__(self, parent: int, mask: set[int | signal.Signals]) -> None:
         self._parent = parent
         self._mask = mask
-        # Loaded before the fork: the child may not import.
+        # Loaded before the fork: a child must not import.
         self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def __call__(self) -> None:
         if self._prctl is not None:
             self._prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-            if os.getppid() != self._parent:  # it ended before the kernel was asked
+            if os.getppid() != self._parent:  # the parent exited before the kernel was asked
                 os._exit(1)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)

@@ -11,25 +11,26 @@ import click
 import msgspec
 
 from kms_jwks import wire
-from kms_jwks.cli.adopting import adopt_options, adoption
-from kms_jwks.cli.api import (
-    api_command,
+from kms_jwks.cli.api import api_command
+from kms_jwks.cli.bars import check_bars, width
+from kms_jwks.cli.options import (
+    INSTANT,
+    adopt_options,
     break_glass_options,
     confirm,
+    confirmed,
     dry_run_option,
-    glass,
+    given,
+    group_adopt,
     key_arguments,
     version_arguments,
     yes_option,
 )
-from kms_jwks.cli.bars import check_bars, width
+from kms_jwks.cli.output import details, duration, note, print_json, table, when, yes
 from kms_jwks.cli.revocation import show_revoked
-from kms_jwks.cli.text import details, note, table, when, yes
-from kms_jwks.cli.values import INSTANT, given
+from kms_jwks.timeline import MIN_DESTROY_AFTER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kms_jwks.cli.api import Api
 
 
@@ -42,18 +43,14 @@ def version() -> None:
 @key_arguments
 def list_versions(api: Api, key_set: str, key: str) -> None:
     """List the versions of a key, destroyed ones included."""
-    api.show_list(
-        api.client.versions(key_set, key),
-        lambda items: table(*version_rows([(key, v) for v in items], named=False)),
-    )
+    api.show_list(api.client.versions(key_set, key), VERSION_COLUMNS, version_row)
 
 
 @api_command(version, "show")
 @version_arguments
 def show_version(api: Api, key_set: str, key: str, version: str) -> None:
     """Show a version and when it became what it is."""
-    found = api.client.version(key_set, key, version)
-    api.show(lambda: _show(found))
+    api.show(api.client.version(key_set, key, version), _print_version)
 
 
 @api_command(version, "create")
@@ -62,35 +59,27 @@ def show_version(api: Api, key_set: str, key: str, version: str) -> None:
 def create_version(api: Api, key_set: str, key: str, **fields: Any) -> None:
     """Make a standby version, where there is none.
 
-    With --adopt it is a key pair that the module holds already, beside the standby; `version activate` has it sign.
+    With --adopt it is a key pair that the module holds already, beside the standby; `version activate` lets it sign.
     """
-    adopted = adoption(given(fields)).get("adopt")
-    made = api.client.create_version(key_set, key, adopt=wire.convert(adopted, wire.Adopt) if adopted else None)
-    api.show(lambda: _show(made))
+    adopt = group_adopt(given(fields)).get("adopt")
+    request = wire.convert(adopt, wire.Adopt) if adopt else None
+    api.show(api.client.create_version(key_set, key, adopt=request), _print_version)
 
 
 @api_command(version, "activate")
 @version_arguments
 @break_glass_options
-def activate_version(
-    api: Api, key_set: str, key: str, version: str, break_glass: bool, reason: str | None, sure: bool
-) -> None:
+def activate_version(api: Api, key_set: str, key: str, version: str, break_glass: str | None) -> None:
     """Let a published version sign."""
-    why = glass(break_glass, reason, sure=sure)
-    changed = api.client.activate(key_set, key, version, break_glass=why)
-    api.show(lambda: _show(changed))
+    api.show(api.client.activate(key_set, key, version, break_glass=break_glass), _print_version)
 
 
 @api_command(version, "retire")
 @version_arguments
 @break_glass_options
-def retire_version(
-    api: Api, key_set: str, key: str, version: str, break_glass: bool, reason: str | None, sure: bool
-) -> None:
+def retire_version(api: Api, key_set: str, key: str, version: str, break_glass: str | None) -> None:
     """Take a retiring version out of the JWKS. The custodian does so by itself once its tokens have expired."""
-    why = glass(break_glass, reason, sure=sure)
-    changed = api.client.retire(key_set, key, version, break_glass=why)
-    api.show(lambda: _show(changed))
+    api.show(api.client.retire(key_set, key, version, break_glass=break_glass), _print_version)
 
 
 @api_command(version, "revoke")
@@ -106,85 +95,81 @@ def revoke_version(api: Api, key_set: str, key: str, version: str, reason: str, 
     """
     if not dry_run:
         confirm(f"Revoke version {version} of {key_set} {key}? That cannot be undone.", sure=sure)
-    done = api.client.revoke(key_set, key, version, reason=reason, dry_run=dry_run)
-    show_revoked(api, done)
+    show_revoked(api, api.client.revoke(key_set, key, version, reason=reason, dry_run=dry_run))
 
 
 @api_command(version, "destroy")
 @version_arguments
-@click.option("--at", "destroy_at", type=INSTANT, help="When, 7 days ahead at least. [default: the key's policy]")
-@yes_option
-def destroy_version(
-    api: Api,
-    key_set: str,
-    key: str,
-    version: str,
-    destroy_at: str | None,
-    sure: bool,
-) -> None:
+@click.option(
+    "--at",
+    "destroy_at",
+    type=INSTANT,
+    help=f"When, at least {duration(MIN_DESTROY_AFTER)} ahead. [default: the key's policy]",
+)
+@confirmed("Destroy the key pair of version {version} of {key_set} {key} at that time?")
+def destroy_version(api: Api, key_set: str, key: str, version: str, destroy_at: str | None) -> None:
     """Set when the key pair of a retired or revoked version is destroyed in its module."""
-    confirm(f"Have version {version} of {key_set} {key} destroyed?", sure=sure)
     at = datetime.fromisoformat(destroy_at) if destroy_at else None
-    changed = api.client.destroy(key_set, key, version, destroy_at=at)
-    api.show(lambda: _show(changed))
+    api.show(api.client.destroy(key_set, key, version, destroy_at=at), _print_version)
 
 
 @api_command(version, "cancel-destroy")
 @version_arguments
 def cancel_destroy(api: Api, key_set: str, key: str, version: str) -> None:
-    """Take a dated destruction back."""
-    changed = api.client.cancel_destroy(key_set, key, version)
-    api.show(lambda: _show(changed))
+    """Cancel a destruction that has not happened yet."""
+    api.show(api.client.cancel_destroy(key_set, key, version), _print_version)
 
 
 @api_command(version, "safety")
 @version_arguments
 def show_safety(api: Api, key_set: str, key: str, version: str) -> None:
     """Show each invariant of a version with both its sides, and what happens next."""
-    found = api.client.safety(key_set, key, version)
+    api.show(api.client.safety(key_set, key, version), _print_safety)
 
-    def render() -> None:
-        details(
-            ("kid", found.kid or "-"),
-            ("state", found.state),
-            ("now", when(found.now)),
-            ("next", found.next),
-            ("next at", when(found.next_at)),
-        )
-        click.echo()
-        table(
-            ("INVARIANT", "HOLDS", "LEFT", "RIGHT", "STATEMENT"),
-            ((c.invariant, yes(c.holds), when(c.left), when(c.right), c.statement) for c in found.checks),
-        )
-        if bars := check_bars(found, width()):
-            click.echo("\n" + "\n".join(bars))
 
-    api.show(render)
+def _print_safety(found: wire.Safety) -> None:
+    details(
+        ("kid", found.kid or "-"),
+        ("state", found.state),
+        ("now", when(found.now)),
+        ("next", found.next),
+        ("next at", when(found.next_at)),
+    )
+    click.echo()
+    table(
+        ("INVARIANT", "HOLDS", "LEFT", "RIGHT", "STATEMENT"),
+        ((c.invariant, yes(c.holds), when(c.left), when(c.right), c.statement) for c in found.checks),
+    )
+    if bars := check_bars(found, width()):
+        click.echo("\n" + "\n".join(bars))
 
 
 @api_command(version, "attributes")
 @version_arguments
 def show_attributes(api: Api, key_set: str, key: str, version: str) -> None:
-    """Show the module's evidence that the private key is its own and stays there."""
-    found = api.client.attributes(key_set, key, version)
+    """Show the module's evidence that the private key was made in it and stays there."""
+    api.show(api.client.attributes(key_set, key, version), _print_attributes)
 
-    def render() -> None:
-        details(
-            ("kid", found.kid),
-            ("backend", found.backend),
-            ("made in the module", yes(found.generated_in_module)),
-            ("not extractable", yes(found.non_extractable)),
-            ("signs only", yes(found.sign_only)),
-        )
-        click.echo()
-        recorded = found.recorded.get("attributes", found.recorded)
-        then: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
-        table(
-            ("ATTRIBUTE", "NOW", "WHEN IT WAS MADE"),
-            ((name, _word(value), _word(then.get(name, "-"))) for name, value in sorted(found.attributes.items())),
-        )
 
-    api.show(render)
+def _print_attributes(found: wire.Attributes) -> None:
+    details(
+        ("kid", found.kid),
+        ("backend", found.backend),
+        ("made in the module", yes(found.generated_in_module)),
+        ("not extractable", yes(found.non_extractable)),
+        ("signs only", yes(found.sign_only)),
+    )
+    click.echo()
+    recorded = found.recorded.get("attributes", found.recorded)
+    then: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    table(
+        ("ATTRIBUTE", "NOW", "WHEN IT WAS MADE"),
+        ((name, _as_text(value), _as_text(then.get(name, "-"))) for name, value in sorted(found.attributes.items())),
+    )
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 @api_command(version, "public-key")
@@ -200,40 +185,39 @@ def show_attributes(api: Api, key_set: str, key: str, version: str) -> None:
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of the screen.")
 def public_key(api: Api, key_set: str, key: str, version: str, form: str, output: Path | None) -> None:
     """Print the public key of a version."""
+    if form == "der" and output is None and sys.stdout.isatty():
+        raise click.UsageError("DER is binary and would control the terminal: give --output FILE, or redirect it.")
     if form == "jwk":
         body = msgspec.json.encode(api.client.public_jwk(key_set, key, version)) + b"\n"
     elif form == "pem":
         body = api.client.public_pem(key_set, key, version).encode()
     else:
         body = api.client.public_der(key_set, key, version)
-    if output is None:
+    if output is not None:
+        try:
+            output.write_bytes(body)
+        except OSError as error:
+            raise click.UsageError(f"--output: {output} cannot be written: {error.strerror}.") from None
+    elif form == "jwk":
+        print_json(body)
+    elif form == "pem":
+        click.echo(body.decode(), nl=False)
+    else:
         sys.stdout.buffer.write(body)
         sys.stdout.buffer.flush()
-        return
-    try:
-        output.write_bytes(body)
-    except OSError as error:
-        raise click.UsageError(f"--output: {output} cannot be written: {error.strerror}.") from None
 
 
-def version_rows(
-    versions: Sequence[tuple[str, wire.Version]], *, named: bool
-) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
-    """Columns and rows of a table of versions, each with its key's name where they are of several keys."""
-    columns = ("NUMBER", "STATE", "ALG", "SINCE", "ORIGIN", "KID", "NOTES")
-    rows = [(v.number, v.state, v.alg, when(_since(v)), _origin(v), v.kid or "-", _notes(v)) for _, v in versions]
-    if not named:
-        return columns, list(rows)
-    return ("KEY", *columns), [(name, *row) for (name, _), row in zip(versions, rows, strict=True)]
+VERSION_COLUMNS = ("NUMBER", "STATE", "ALG", "SINCE", "ORIGIN", "KID", "NOTES")
 
 
-def _origin(found: wire.Version) -> str:
-    """Who made the pair, and what was accepted of it."""
-    return f"{found.origin}: {', '.join(found.weaknesses)}" if found.weaknesses else found.origin
+def version_row(v: wire.Version) -> tuple[object, ...]:
+    """The row of a version in a table with the columns `VERSION_COLUMNS`."""
+    origin = f"{v.origin}: {', '.join(v.weaknesses)}" if v.weaknesses else v.origin
+    return v.number, v.state, v.alg, when(_since(v)), origin, v.kid or "-", _notes(v)
 
 
 def _notes(found: wire.Version) -> str:
-    """What every listing shows of a version: overridden invariants, an emergency, why its pair is not there."""
+    """What every list shows of a version: overridden invariants, an emergency, why its key pair is not made yet."""
     notes = [f"{breach.invariant} overridden" for breach in found.breaches]
     if found.emergency:
         notes.append("emergency")
@@ -243,7 +227,7 @@ def _notes(found: wire.Version) -> str:
 
 
 def _since(found: wire.Version) -> datetime | None:
-    """When the version came into its state."""
+    """When the version entered its state."""
     entered = {
         "creating": found.created_at,
         "published": found.published_at,
@@ -256,7 +240,7 @@ def _since(found: wire.Version) -> datetime | None:
     return entered.get(found.state)
 
 
-def _show(found: wire.Version) -> None:
+def _print_version(found: wire.Version) -> None:
     details(
         ("number", found.number),
         ("kid", found.kid or "-"),
@@ -283,7 +267,3 @@ def _show(found: wire.Version) -> None:
         note(f"Warning: {breach.invariant} was overridden at {when(breach.at)}{by}: {breach.reason}")
     if found.emergency:
         note("It took over in an emergency: a second rotation follows for verifiers that cache for ever.")
-
-
-def _word(value: object) -> str:
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

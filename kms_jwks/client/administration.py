@@ -1,7 +1,7 @@
 """The client's calls for administrators and operators: key sets, keys, versions, callers, operation.
 
-Lists are iterators that fetch page after page. Calls that hold their answer until every worker works under the change
-wait for it: up to a minute longer than the usual timeout.
+Lists are iterators that fetch page after page. The service answers some changes only when every worker works under
+them; these calls wait up to a minute longer than the usual timeout.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Administration:
         return decode(self._get(_key(key_set, key)), wire.Key)
 
     def timeline(self, key_set: str, key: str) -> wire.Timeline:
-        """What was, what is, and what is planned for a key's versions."""
+        """The past, present and planned states of a key's versions."""
         return decode(self._get(f"{_key(key_set, key)}/timeline"), wire.Timeline)
 
     def create_key(self, key_set: str, request: wire.KeyCreate) -> wire.Key:
@@ -137,7 +137,7 @@ class Administration:
     ) -> wire.Revoked:
         """Emergency: when this returns no worker signs with the version, and its successor is active.
 
-        With `dry_run` it says what would happen, and changes nothing.
+        With `dry_run` it returns what would happen, and changes nothing.
         """
         path = f"{_version(key_set, key, version)}/revoke"
         return decode(self._change("POST", path, wire.RevokeRequest(reason=reason, dry_run=dry_run)), wire.Revoked)
@@ -152,12 +152,12 @@ class Administration:
     def destroy(
         self, key_set: str, key: str, version: str | int, *, destroy_at: datetime | None = None
     ) -> wire.Version:
-        """Date the destruction of a retired or revoked version's key pair; by the key's policy without a date."""
+        """Set when a retired or revoked version's key pair is destroyed; by default the key's policy decides."""
         request = wire.DestroyRequest(destroy_at=UNSET if destroy_at is None else destroy_at)
         return decode(self._change("POST", f"{_version(key_set, key, version)}/destroy", request), wire.Version)
 
     def cancel_destroy(self, key_set: str, key: str, version: str | int) -> wire.Version:
-        """Take a dated destruction back."""
+        """Cancel a destruction that has not happened yet."""
         return decode(self._change("POST", f"{_version(key_set, key, version)}/cancel-destroy"), wire.Version)
 
     def safety(self, key_set: str, key: str, version: str | int) -> wire.Safety:
@@ -214,7 +214,7 @@ class Administration:
         return decode(self._get(_client(name)), wire.Client)
 
     def create_client(self, name: str) -> wire.Client:
-        """Create a client, which may do nothing until it has a grant."""
+        """Create a client. It has no permission until it gets a grant."""
         return decode(self._change("POST", "/v1/clients", wire.ClientCreate(name=name)), wire.Client)
 
     def delete_client(self, name: str) -> None:
@@ -222,11 +222,11 @@ class Administration:
         self._change("DELETE", _client(name))
 
     def tokens(self, client: str) -> Iterator[wire.Token]:
-        """A client's API tokens, never the secrets themselves."""
+        """A client's API tokens without the secrets."""
         return self._pages(f"{_client(client)}/tokens", _Page[wire.Token])
 
     def create_token(self, client: str, *, expires_in: int | None = None) -> wire.TokenCreated:
-        """Make an API token; `expires_in` in seconds, 90 days without it. It is shown this once."""
+        """Make an API token; `expires_in` in seconds, by default 90 days. It is not shown again."""
         request = wire.TokenCreate() if expires_in is None else wire.TokenCreate(expires_in=expires_in)
         return decode(self._change("POST", f"{_client(client)}/tokens", request), wire.TokenCreated)
 
@@ -247,7 +247,7 @@ class Administration:
         return decode(self._change("POST", "/v1/grants", request), wire.Grant)
 
     def delete_grant(self, grant_id: str) -> None:
-        """Take a grant back; true on every worker once this returns."""
+        """Delete a grant; every worker has applied that once this returns."""
         self._change("DELETE", f"/v1/grants/{segment(grant_id, 'grant')}")
 
     # --- operation
@@ -257,7 +257,7 @@ class Administration:
         return self._pages("/v1/nodes", _Page[wire.Node])
 
     def custodian(self) -> wire.Custodian:
-        """Who makes, rotates and destroys keys now, and since when."""
+        """The custodian that makes, rotates and destroys keys now, and since when."""
         return decode(self._get("/v1/custodian"), wire.Custodian)
 
     def forget_worker(self, worker: str) -> None:
@@ -265,7 +265,7 @@ class Administration:
         self._change("DELETE", f"/v1/nodes/{segment(worker, 'worker')}")
 
     def backends(self) -> list[wire.Backend]:
-        """Every backend of the node that answers, and how it finds it."""
+        """Every backend of the node that answers, with its state."""
         return decode(self._get("/v1/backends"), _Page[wire.Backend]).items
 
     def backend(self, name: str) -> wire.Backend:

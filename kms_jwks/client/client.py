@@ -1,4 +1,4 @@
-"""The client as one class: where the service is, who calls, and every call."""
+"""The client as one class: the address, the credentials, and every call."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8080"
-"""Where the service listens when nobody says otherwise."""
+"""The service's default address."""
 
 
 class Client(Signing, Administration):
-    """A connection pool to one service. Thread-safe, and safe to keep across a fork; close it, or use it in a `with`.
+    """A pool of connections to one service. Thread-safe, and usable after a fork; close it, or use it in a `with`.
 
     Every call raises the `kms_jwks.errors` class that the answer's problem type names, with `detail`, `next_step`,
-    `fields`, `retry_after` (seconds), and as attributes `status` (HTTP) and `request_id`; UnexpectedAnswer for what
-    this client does not understand; ServiceUnreachable where no answer came.
+    `fields`, `retry_after` (seconds), `status` (HTTP) and `request_id`; UnexpectedAnswer for an answer that this client
+    does not understand; ServiceUnreachable where no answer came.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Client(Signing, Administration):
         allow_insecure_http: bool = False,
         on_answer: Callable[[Reply], None] | None = None,
     ) -> None:
-        """`token`: an API token, or what returns one for each call; none is needed for a public JWKS.
+        """`token`: an API token, or a function that returns one for each call; a public JWKS needs none.
 
         `timeout`: seconds to wait for an answer; `retries`: further attempts where repeating is safe; `pool_size`:
-        connections kept open; `ca_cert`, `client_cert`, `client_key`: PEM files. Plain http is refused for other
-        machines than this one unless `allow_insecure_http`. `on_answer` sees each success as it came.
+        connections kept open; `ca_cert`, `client_cert`, `client_key`: PEM files. Plain http to another machine is
+        refused unless `allow_insecure_http`. `on_answer` is called with each successful answer.
         Raises ConfigurationError. No connection is made yet.
         """
         self._transport = Transport(
             base_url,
-            # A function's repr does not show what it holds.
+            # Wrapped in a function, whose repr does not show the token.
             (lambda: token) if isinstance(token, str) else token,
             ca_cert=ca_cert,
             client_cert=client_cert,
@@ -72,7 +72,7 @@ class Client(Signing, Administration):
         pool_size: int = 10,
         allow_insecure_http: bool = False,
     ) -> Self:
-        """The client that the environment describes; empty variables count as unset.
+        """A client with the settings of the environment; empty variables count as unset.
 
         KMS_JWKS_ADDR (default http://127.0.0.1:8080), KMS_JWKS_TOKEN or KMS_JWKS_TOKEN_FILE (read for each call),
         KMS_JWKS_CACERT, KMS_JWKS_CLIENT_CERT, KMS_JWKS_CLIENT_KEY.
@@ -108,7 +108,7 @@ class Client(Signing, Administration):
 
 
 def token_file(path: str | Path) -> Callable[[], str]:
-    """Reads the API token from a file at each call, so that a replaced file counts at once."""
+    """A function that reads the API token from a file at each call, so that a replaced file is used at once."""
 
     def read() -> str:
         try:

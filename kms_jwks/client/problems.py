@@ -1,4 +1,4 @@
-"""Problem documents (RFC 9457) back to the domain's errors: the counterpart of http/problems.py."""
+"""From problem documents (RFC 9457) to the domain's errors: the counterpart of http/problems.py."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 TYPE_PREFIX: Final = "urn:kms-jwks:problem:"
 _BASE: Final = frozenset({"type", "title", "status", "detail", "request_id", "next_step"})
 _LONGEST: Final = 2000
-"""Characters of a text that is taken over from an answer."""
+"""Characters that are kept of a text from an answer."""
 
 
 def error_of(status: int, body: bytes, *, request_id: str | None, retry_after: int | None) -> errors.Error:
-    """The error of an answer that is no success.
+    """The error of an answer without success.
 
-    It carries the problem's detail, next step and further members (`fields`), and as attributes `status` (the HTTP
-    status) and `request_id`. An answer that is not one of the service's problems becomes UnexpectedAnswer.
+    It has the problem's detail, next step and further members (`fields`), the HTTP `status` and the `request_id`. An
+    answer that is not one of the service's problems becomes UnexpectedAnswer.
     """
     problem = _problem(body)
     if problem is None:
@@ -43,7 +43,7 @@ def from_problem(
     fields = {name: value for name, value in problem.items() if name not in _BASE}
     cls = errors.BY_CODE.get(code)
     if cls is None or issubclass(cls, errors.ClientError):
-        # A service newer than this client: what it says is passed on, under a class every caller knows.
+        # A newer service sent a code that this client does not know: its text is passed on in UnexpectedAnswer.
         error: errors.Error = errors.UnexpectedAnswer(
             f"{code or 'a problem without a type'}: {detail or title}",
             next_step=next_step,
@@ -58,7 +58,7 @@ def from_problem(
 
 
 def marked(error: errors.Error, status: int | None, request_id: str | None) -> errors.Error:
-    """`error` with the attributes `status` and `request_id`, which errors that never crossed HTTP do not have."""
+    """`error` with the attributes `status` and `request_id` set."""
     error.status, error.request_id = status, request_id
     return error
 
@@ -68,8 +68,9 @@ def _problem(body: bytes) -> dict[str, Any] | None:
         found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    ours = isinstance(found, dict) and _text(found, "type").startswith(TYPE_PREFIX)
-    return found if ours else None
+    if not isinstance(found, dict) or not _text(found, "type").startswith(TYPE_PREFIX):
+        return None
+    return found
 
 
 def _text(problem: Mapping[str, Any], name: str) -> str:

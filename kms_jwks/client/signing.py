@@ -49,7 +49,7 @@ class Signing:
     def sign_jwt_batch(
         self, key_set: str, key: str, requests: Iterable[wire.JwtRequest]
     ) -> list[wire.SignedJwt | errors.Error]:
-        """Up to 256 JWTs in one call: for each request, in order, its token or the error it met (not raised)."""
+        """Up to `wire.MAX_BATCH` JWTs in one call: for each request, in order, its token or its error (not raised)."""
         return self._sign_batch(key_set, key, "jwt", requests, wire.SignedJwt)
 
     def sign_input(self, key_set: str, key: str, signing_input: str, kid: str) -> wire.Signature:
@@ -64,7 +64,7 @@ class Signing:
     def sign_input_batch(
         self, key_set: str, key: str, requests: Iterable[wire.SigningInputRequest]
     ) -> list[wire.Signature | errors.Error]:
-        """Up to 256 signing inputs in one call."""
+        """Up to `wire.MAX_BATCH` signing inputs in one call."""
         return self._sign_batch(key_set, key, "signature", requests, wire.Signature)
 
     # --- in key sets with purpose raw
@@ -88,7 +88,7 @@ class Signing:
     def sign_jws_batch(
         self, key_set: str, key: str, requests: Iterable[wire.JwsRequest]
     ) -> list[wire.SignedJws | errors.Error]:
-        """Up to 256 payloads in one call."""
+        """Up to `wire.MAX_BATCH` payloads in one call."""
         return self._sign_batch(key_set, key, "jws", requests, wire.SignedJws)
 
     def sign_raw(
@@ -108,20 +108,20 @@ class Signing:
     def sign_raw_batch(
         self, key_set: str, key: str, requests: Iterable[wire.RawSignatureRequest]
     ) -> list[wire.Signature | errors.Error]:
-        """Up to 256 inputs or digests in one call."""
+        """Up to `wire.MAX_BATCH` inputs or digests in one call."""
         return self._sign_batch(key_set, key, "signature", requests, wire.Signature)
 
     # --- reading
 
     def active(self, key_set: str, key: str) -> wire.Active:
-        """The version that signs now, the next one, and when to ask again: for callers that pin a kid."""
+        """The version that signs now, the next one, and when to read this again: for callers that pin a kid."""
         reply = self._transport.call("GET", f"{_key_path(key_set, key)}/active", repeat=Repeat.READ)
         return decode(reply, wire.Active)
 
     def verify(self, key_set: str, token: str, audience: str, typ: str | None = None) -> wire.Verified:
-        """The header and claims of a token that is good for `audience` (`"any"`: whatever it says).
+        """The header and claims of a token that is valid for `audience` (`"any"`: the audience is not checked).
 
-        Raises TokenRejected subclasses for one that is not.
+        Raises a subclass of TokenRejected for a token that is not.
         """
         request = wire.VerifyRequest(token=token, audience=audience, typ=_or_unset(typ))
         path = f"/v1/key-sets/{segment(key_set, 'key_set')}/verify"

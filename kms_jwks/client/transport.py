@@ -1,31 +1,29 @@
-"""HTTP for the client: pooled connections, what is repeated and what is not, and nothing about routes.
+"""HTTP for the client: one call, its attempts, and its answer. It knows no routes.
 
-A call is sent again only where that cannot do a thing twice: reads whatever happened, signatures when the connection
-never stood or the service itself said that it signed nothing, changes only when the connection never stood.
-Redirects are never followed: they would carry the token to another place.
+A call is repeated only where that cannot have an effect twice: a read after any failure; a signature when no connection
+was made or the service itself answered that it signed nothing; a change only when no connection was made. Redirects are
+not followed: they would send the token to another place.
 """
 
 from __future__ import annotations
 
 import email.utils
-import ipaddress
 import json
-import os
 import re
 import secrets
 import ssl
-import threading
 import time
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, TypeVar
-from urllib.parse import SplitResult, quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 import urllib3
 from urllib3 import exceptions as http
 
 from kms_jwks import errors
+from kms_jwks.client.connections import Connections, failure_reason
 from kms_jwks.client.problems import error_of, marked
 
 if TYPE_CHECKING:
@@ -33,38 +31,37 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONNECT_TIMEOUT: Final = 5.0
-"""Seconds until a connection must stand."""
+"""Seconds to wait for a connection."""
 MAX_ANSWER: Final = 32 * 1024 * 1024
-"""Bytes of an answer that are read at most."""
+"""Bytes that are read of an answer at most."""
 FIRST_PAUSE: Final = 0.1
 LONGEST_PAUSE: Final = 10.0
 """Seconds between two attempts; an answer whose Retry-After is longer is raised instead of waited for."""
 
 _VISIBLE: Final = re.compile(r"[!-~]+")
-_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 
 
 class Repeat(Enum):
-    """Which failures of a call may be answered by sending it again."""
+    """The failures after which a call may be sent again."""
 
     READ = auto()
-    """It changes nothing: any."""
+    """A call that changes nothing: after any failure."""
     SIGN = auto()
-    """The connection never stood, or the service said 429 or 503 itself: nothing was signed."""
+    """After a failure to connect, and when the service itself answered 429 or 503: nothing was signed."""
     CHANGE = auto()
-    """The connection never stood."""
+    """Only after a failure to connect."""
 
 
 class _Stage(Enum):
-    """How far an attempt got."""
+    """How far a failed attempt got."""
 
     UNSENT = auto()
     LOST = auto()
-    """Sent; no answer, or not the whole of it."""
+    """It was sent; no answer came, or not the whole answer."""
     REFUSED = auto()
     """The service itself answered 429 or 503."""
     OBSTRUCTED = auto()
-    """Something between answered 429, 502, 503 or 504."""
+    """Something between client and service answered 429, 502, 503 or 504."""
 
 
 _MAY_REPEAT: Final[Mapping[Repeat, frozenset[_Stage]]] = {
@@ -75,7 +72,7 @@ _MAY_REPEAT: Final[Mapping[Repeat, frozenset[_Stage]]] = {
 
 
 class _Failed(Exception):
-    """An attempt that another one may mend; `error` is what the caller gets when none does."""
+    """A failed attempt that may be repeated; the caller gets `error` if no further attempt succeeds."""
 
     def __init__(self, stage: _Stage, error: errors.Error) -> None:
         self.stage = stage
@@ -84,7 +81,7 @@ class _Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A success as it came: for programs that want the service's own JSON."""
+    """A successful answer as it came, with the service's own JSON."""
 
     method: str
     path: str
@@ -98,7 +95,7 @@ class Reply:
 
 
 class Transport:
-    """One service's address with its pool of connections. Thread-safe; a forked child gets a pool of its own."""
+    """Calls to one service: credentials, attempts, answers. Thread-safe."""
 
     def __init__(
         self,
@@ -115,17 +112,21 @@ class Transport:
         on_answer: Callable[[Reply], None] | None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._url = _checked_url(base_url, allow_insecure_http=allow_insecure_http)
+        self._connections = Connections(
+            base_url,
+            ca_cert=ca_cert,
+            client_cert=client_cert,
+            client_key=client_key,
+            pool_size=pool_size,
+            allow_insecure_http=allow_insecure_http,
+        )
+        self._url = self._connections.url
         self._prefix = quote(self._url.path.rstrip("/"), safe="/%~")
-        self._tls = _tls(ca_cert, client_cert, client_key) if self._url.scheme == "https" else None
         self._token = token
         self._timeout = timeout
         self._retries = retries
-        self._pool_size = pool_size
         self._on_answer = on_answer
         self._sleep = sleep
-        self._lock = threading.Lock()
-        self._open: tuple[int, urllib3.HTTPConnectionPool] | None = None
 
     @property
     def address(self) -> str:
@@ -134,10 +135,7 @@ class Transport:
 
     def close(self) -> None:
         """Close the pooled connections; the next call opens new ones."""
-        with self._lock:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = None
+        self._connections.close()
 
     def call(
         self,
@@ -150,7 +148,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         patience: float = 0.0,
     ) -> Reply:
-        """Send a request and return its success. `patience`: seconds to wait for the answer beyond the usual timeout.
+        """Send a request and return its answer. `patience`: seconds to wait for it beyond the usual timeout.
 
         Raises the problem's error, ServiceUnreachable or UnexpectedAnswer.
         """
@@ -185,7 +183,7 @@ class Transport:
             headers["Content-Type"] = "application/json"
         response: urllib3.BaseHTTPResponse | None = None
         try:
-            response = self._pool().urlopen(
+            response = self._connections.pool().urlopen(
                 method,
                 target,
                 body=content or None,
@@ -209,7 +207,7 @@ class Transport:
         return _judge(method, path, response, received)
 
     def _read(self, response: urllib3.BaseHTTPResponse, timeout: float) -> bytes:
-        """The whole body within `timeout` seconds, however slowly it trickles."""
+        """Read the whole body; raise TimeoutError when that takes longer than `timeout` seconds in all."""
         assert isinstance(response, urllib3.HTTPResponse)
         end = time.monotonic() + timeout
         received = bytearray()
@@ -227,35 +225,21 @@ class Transport:
         if self._token is None:
             return {}
         token = self._token()
-        # http.client would repeat the whole value in its own complaint.
+        # Checked here: the error of http.client would repeat the whole value.
         if not _VISIBLE.fullmatch(token):
             raise errors.CredentialsMalformed("The API token is empty, or holds spaces or characters outside ASCII.")
         return {"Authorization": f"Bearer {token}"}
 
-    def _pool(self) -> urllib3.HTTPConnectionPool:
-        pid = os.getpid()
-        with self._lock:
-            if self._open is None or self._open[0] != pid:
-                # Sockets shared with a parent process would hand out the parent's answers: they are left alone.
-                self._open = (pid, self._new_pool())
-            return self._open[1]
-
-    def _new_pool(self) -> urllib3.HTTPConnectionPool:
-        host, port = self._url.hostname or "", self._url.port
-        if self._tls is None:
-            return urllib3.HTTPConnectionPool(host, port or 80, maxsize=self._pool_size)
-        return urllib3.HTTPSConnectionPool(host, port or 443, maxsize=self._pool_size, ssl_context=self._tls)
-
     def _lost(self, error: Exception, method: str) -> _Failed:
         where = f"{self._url.scheme}://{self._url.netloc}"
         if isinstance(error, http.SSLError | ssl.SSLError):
-            # Not worth another attempt: certificates do not mend themselves.
+            # A failure of TLS is not repeated: a wrong certificate stays wrong.
             raise errors.ServiceUnreachable(
-                f"{where}: TLS failed: {_why(error)}.",
+                f"{where}: TLS failed: {failure_reason(error)}.",
                 next_step="Check KMS_JWKS_CACERT, the client certificate and the host name in KMS_JWKS_ADDR.",
             ) from error
         if isinstance(error, http.NewConnectionError | http.ConnectTimeoutError | http.NameResolutionError):
-            return _Failed(_Stage.UNSENT, errors.ServiceUnreachable(f"{where}: {_why(error)}."))
+            return _Failed(_Stage.UNSENT, errors.ServiceUnreachable(f"{where}: {failure_reason(error)}."))
         timed_out = isinstance(error, http.TimeoutError)
         what = "no answer came in time" if timed_out else "the connection ended before the whole answer had come"
         if method == "GET":
@@ -264,13 +248,13 @@ class Transport:
             _Stage.LOST,
             errors.ServiceUnreachable(
                 f"{where}: {what}; whether the call took effect is not known.",
-                next_step="Look whether it took effect before you repeat it.",
+                next_step="Check whether it took effect before you repeat it.",
             ),
         )
 
 
 def _judge(method: str, path: str, response: urllib3.BaseHTTPResponse, body: bytes) -> Reply:
-    """Success, an attempt that another may mend, or the error itself."""
+    """Return a success; raise _Failed for an answer after which the call may be repeated, else the error."""
     status, headers = response.status, response.headers
     request_id = _plain(headers.get("X-Request-Id"))
     if 200 <= status < 300:
@@ -293,7 +277,7 @@ def _judge(method: str, path: str, response: urllib3.BaseHTTPResponse, body: byt
 
 
 def segment(value: str, field: str) -> str:
-    """One segment of a path, percent-encoded. Raises InvalidField for what would make another path of it."""
+    """One segment of a path, percent-encoded. Raises InvalidField for a value that would change the path."""
     if value in ("", ".", ".."):
         raise errors.InvalidField(f"{field}: {value!r} names nothing", fields={"field": field})
     return quote(value, safe="")
@@ -302,57 +286,8 @@ def segment(value: str, field: str) -> str:
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _checked_url(url: str, *, allow_insecure_http: bool) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        sound = parts.port is None or parts.port > 0
-    except ValueError:
-        parts, sound = urlsplit(""), False
-    host = parts.hostname or ""
-    sound = sound and parts.scheme in ("http", "https") and _HOST.fullmatch(host) is not None and url.isprintable()
-    if not sound or "@" in parts.netloc or "?" in url or "#" in url or " " in url:
-        # Not repeated: somebody may have put a password into it.
-        raise errors.ConfigurationError(
-            "The service's address must be an http or https URL without user, query or fragment.",
-            next_step="Set KMS_JWKS_ADDR, for example to https://keys.example.com.",
-        )
-    if parts.scheme == "http" and not allow_insecure_http and not _is_loopback(host):
-        raise errors.ConfigurationError(
-            f"{host} is not this machine, and over plain http anybody on the way could read the API token.",
-            next_step="Use https, or allow plain http explicitly (--allow-insecure-http, allow_insecure_http=True).",
-        )
-    return parts
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def _tls(ca_cert: str | Path | None, client_cert: str | Path | None, client_key: str | Path | None) -> ssl.SSLContext:
-    """Certificates are read now, so that a wrong path is an error of the configuration and not of every call."""
-    if client_key is not None and client_cert is None:
-        raise errors.ConfigurationError("A client key needs its client certificate (KMS_JWKS_CLIENT_CERT).")
-    try:
-        context = ssl.create_default_context(cafile=None if ca_cert is None else os.fspath(ca_cert))
-    except (OSError, ssl.SSLError) as error:
-        raise errors.ConfigurationError(f"KMS_JWKS_CACERT: {ca_cert} cannot be used: {_why(error)}.") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if client_cert is not None:
-        try:
-            # The password is never asked for on the terminal of a service.
-            context.load_cert_chain(client_cert, client_key, password=lambda: b"")
-        except (OSError, ssl.SSLError) as error:
-            raise errors.ConfigurationError(
-                f"KMS_JWKS_CLIENT_CERT: {client_cert} cannot be used: {_why(error)}."
-            ) from None
-    return context
-
-
 def _encode(body: object) -> bytes:
-    """JSON that never turns a value into another one silently, as `null` for NaN would be."""
+    """The body as JSON. Raises MalformedBody for a value that JSON cannot hold, such as NaN."""
     try:
         return json.dumps(msgspec.to_builtins(body), allow_nan=False, separators=(",", ":")).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -364,15 +299,12 @@ T = TypeVar("T")
 
 
 def decode(reply: Reply, into: type[T]) -> T:
-    """The body of a success as a struct; members this client does not know are ignored. Raises UnexpectedAnswer."""
+    """The body of an answer as a struct; unknown members are ignored. Raises UnexpectedAnswer."""
     try:
         return msgspec.json.decode(reply.body, type=into)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise marked(
-            errors.UnexpectedAnswer(
-                f"{reply.method} {reply.path}: the body is not what this route answers: {error}.",
-                next_step="Check that KMS_JWKS_ADDR names the service, and that client and service fit each other.",
-            ),
+            errors.UnexpectedAnswer(f"{reply.method} {reply.path}: the body is not what this route answers: {error}."),
             reply.status,
             reply.request_id,
         ) from None
@@ -401,7 +333,7 @@ def _retry_after(header: str | None) -> int | None:
 
 
 def _elsewhere(location: str | None) -> str:
-    """Scheme and host of a Location, whose rest may hold anything."""
+    """Scheme and host of a Location; its other parts are not shown."""
     try:
         parts = urlsplit(location or "")
     except ValueError:
@@ -412,19 +344,3 @@ def _elsewhere(location: str | None) -> str:
 
 def _plain(value: str | None) -> str | None:
     return value if value is not None and len(value) <= 200 and value.isprintable() else None
-
-
-def _why(error: BaseException) -> str:
-    """The innermost reason, in the system's words."""
-    inner: BaseException = error
-    while (deeper := inner.__cause__ or inner.__context__) is not None:
-        inner = deeper
-    if isinstance(inner, ssl.SSLCertVerificationError):
-        return inner.verify_message
-    if isinstance(inner, ssl.SSLError):
-        return (inner.reason or "handshake failed").lower().replace("_", " ")
-    if isinstance(inner, TimeoutError | http.TimeoutError):
-        return "it did not answer in time"
-    if isinstance(inner, OSError) and inner.strerror:
-        return inner.strerror[:1].lower() + inner.strerror[1:]
-    return type(inner).__name__

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 import kms_jwks
-from kms_jwks import errors
+from kms_jwks import errors, wire
 from kms_jwks.http import openapi, problems
 from kms_jwks.http.routes import ROUTES, Route
 
@@ -61,6 +61,7 @@ def rendered(public_url: str) -> tuple[bytes, str]:
         style=style,
         public_url=public_url,
         version=kms_jwks.__version__,
+        max_batch=wire.MAX_BATCH,
         sections=_sections(description["components"]["schemas"]),
         problems=_problems(),
         prefix=problems.TYPE_PREFIX,

@@ -14,14 +14,14 @@ from kms_jwks import errors, wire
 from kms_jwks.http import problems
 from kms_jwks.http.exchange import CURSOR, JSON, MAX_PAGE, PROBLEM_JSON
 from kms_jwks.http.routes import ROUTES, Route
+from kms_jwks.model import NAME_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REF = "#/components/schemas/{name}"
-MAX_BATCH = 256
 
-_NAME = {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,62}$"}
+_NAME = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
 _ID = {"type": "string", "minLength": 1, "maxLength": 64}
 _KID = {"type": "string", "minLength": 1, "maxLength": 255}
 _PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -167,7 +167,7 @@ def _batch(items: dict[str, Any], minimum: int = 0) -> dict[str, Any]:
         "type": "object",
         "required": ["batch"],
         "additionalProperties": False,
-        "properties": {"batch": {"type": "array", "minItems": minimum, "maxItems": MAX_BATCH, "items": items}},
+        "properties": {"batch": {"type": "array", "minItems": minimum, "maxItems": wire.MAX_BATCH, "items": items}},
     }
 
 

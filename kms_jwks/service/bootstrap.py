@@ -9,7 +9,7 @@ from kms_jwks import authn, errors, wire
 from kms_jwks.access import Role
 from kms_jwks.backends.calling import Backends
 from kms_jwks.config import Settings
-from kms_jwks.model import Client, Id
+from kms_jwks.model import DEFAULT_API_TOKEN_LIFETIME, Client, Id
 from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import Guard
@@ -17,8 +17,6 @@ from kms_jwks.service.key_sets import add_key_set
 from kms_jwks.store import Store, WriteTx
 from kms_jwks.worker.confirmation import Confirmation
 
-TOKEN_LIFETIME = 90 * 86_400
-"""Seconds the tokens made here live."""
 ADMIN = "admin-bootstrap"
 
 
@@ -76,7 +74,7 @@ def _token_file(tx: WriteTx, name: str, role: Role, key_set: Id | None, key: Id 
     add_grant(tx, owner, role, key_set, key)
     if _holds_good_token(tx, owner, file):
         return f"client {name!r} ({role.value}): token in {file} reused"
-    made, _ = add_token(tx, owner, TOKEN_LIFETIME)
+    made, _ = add_token(tx, owner, DEFAULT_API_TOKEN_LIFETIME)
     _write_secret(file, made.token)
     return f"client {name!r} ({role.value}): new token in {file}"
 

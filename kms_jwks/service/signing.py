@@ -31,7 +31,6 @@ from kms_jwks.times import to_datetime
 from kms_jwks.worker.snapshot import PublishedSet, SigningKey, Snapshot
 from kms_jwks.worker.sync import RegistrySync
 
-MAX_BATCH = 256
 BATCH_SECONDS = 20
 """How long a batch may take; an item that is not signed by then is answered with an error."""
 
@@ -111,8 +110,8 @@ class Signing:
         if set(body) != {"batch"}:
             raise errors.InvalidField("A batch stands alone in its body.", fields={"field": "batch"})
         items = body["batch"]
-        if not isinstance(items, list) or not 1 <= len(items) <= MAX_BATCH:
-            raise errors.InvalidBatch(f"A batch is a list of 1 to {MAX_BATCH} items.")
+        if not isinstance(items, list) or not 1 <= len(items) <= wire.MAX_BATCH:
+            raise errors.InvalidBatch(f"A batch is a list of 1 to {wire.MAX_BATCH} items.")
         return (yield from self._many(_Attempt(call, prepare, snapshot, found_key), items))
 
     def active(self, context: RequestContext, key_set: str, key: str) -> wire.Active:

@@ -540,11 +540,11 @@ def test_tls_to_something_else_is_said_to_be_tls(pauses: list[float]) -> None:
 def test_a_forked_child_does_not_read_its_parents_answers() -> None:
     with serving(answer(200, SIGNED)) as server, client_of(server) as client:
         client.sign_jwt("s", "k", {})
-        inherited = client._transport._pool()
+        inherited = client._transport._connections.pool()
         pid = os.getpid()
-        client._transport._open = (pid + 1, inherited)
+        client._transport._connections._open = (pid + 1, inherited)
         client.sign_jwt("s", "k", {})
-        assert client._transport._pool() is not inherited
+        assert client._transport._connections.pool() is not inherited
         inherited.close()
     assert server.connections == 2
 

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from kms_jwks import access, errors, wire
-from kms_jwks.cli import failures, text, values
-from kms_jwks.cli.api import confirm
+from kms_jwks.cli import options, output
 from kms_jwks.cli.app import cli
-from kms_jwks.cli.failures import ExitCode, exit_code
+from kms_jwks.cli.options import confirm
+from kms_jwks.cli.output import ExitCode, exit_code
 
 
 def commands(group: click.Group = cli, *path: str) -> Iterator[tuple[str, click.Command]]:
@@ -177,7 +177,7 @@ def test_a_report_is_short_and_cannot_steer_the_terminal(capsys: pytest.CaptureF
         "Version 2 is \x1b[2Jtoo young.", retry_after=9, fields={"usable_at": "2026-11-24T00:00:00Z", "n": 3}
     )
     error.request_id = "req-1"
-    failures.report(error, as_json=False)
+    output.report(error, as_json=False)
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == [
@@ -189,7 +189,7 @@ def test_a_report_is_short_and_cannot_steer_the_terminal(capsys: pytest.CaptureF
 
 def test_errors_for_programs_are_problem_documents() -> None:
     error = errors.NotYetUsable("Too young.", fields={"usable_at": "x", "type": "never"})
-    assert failures.document(error) == {
+    assert output.document(error) == {
         "type": "urn:kms-jwks:problem:not_yet_usable",
         "title": errors.NotYetUsable.title,
         "detail": "Too young.",
@@ -206,13 +206,13 @@ def test_errors_for_programs_are_problem_documents() -> None:
     [("0", 0), ("90", 90), ("60s", 60), ("5m", 300), ("24h", 86_400), ("90d", 7_776_000), ("1w", 604_800)],
 )
 def test_durations(written: str, seconds: int) -> None:
-    assert values.DURATION.convert(written, None, None) == seconds
+    assert options.DURATION.convert(written, None, None) == seconds
 
 
 @pytest.mark.parametrize("written", ["", "-1", "1.5h", "h", "5 m", "1h30m", "٣", "99999999999"])
 def test_what_is_no_duration(written: str) -> None:
     with pytest.raises(click.BadParameter):
-        values.DURATION.convert(written, None, None)
+        options.DURATION.convert(written, None, None)
 
 
 @pytest.mark.parametrize(
@@ -224,41 +224,41 @@ def test_what_is_no_duration(written: str) -> None:
     ],
 )
 def test_instants(written: str, instant: str) -> None:
-    assert values.INSTANT.convert(written, None, None) == instant
+    assert options.INSTANT.convert(written, None, None) == instant
 
 
 def test_an_instant_from_now_on() -> None:
-    found = datetime.fromisoformat(values.INSTANT.convert("30d", None, None))
+    found = datetime.fromisoformat(options.INSTANT.convert("30d", None, None))
     assert 29.99 < (found - datetime.now(UTC)).total_seconds() / 86_400 <= 30
 
 
 @pytest.mark.parametrize("written", ["", "tomorrow", "2026-13-01", "2026-12-31T23:00:00", "20261231", "30"])
 def test_what_is_no_instant(written: str) -> None:
     with pytest.raises(click.BadParameter):
-        values.INSTANT.convert(written, None, None)
+        options.INSTANT.convert(written, None, None)
 
 
 def test_keys_to_create() -> None:
-    assert values.KEY_SPEC.convert("a:ES256", None, None) == {"name": "a", "alg": "ES256"}
-    assert values.KEY_SPEC.convert("a:RS256:3072", None, None) == {"name": "a", "alg": "RS256", "rsa_bits": 3072}
+    assert options.KEY_SPEC.convert("a:ES256", None, None) == {"name": "a", "alg": "ES256"}
+    assert options.KEY_SPEC.convert("a:RS256:3072", None, None) == {"name": "a", "alg": "RS256", "rsa_bits": 3072}
 
 
 @pytest.mark.parametrize("written", ["a", "a:", ":ES256", "a:RS256:big", "a:RS256:1:2"])
 def test_what_is_no_key_to_create(written: str) -> None:
     with pytest.raises(click.BadParameter):
-        values.KEY_SPEC.convert(written, None, None)
+        options.KEY_SPEC.convert(written, None, None)
 
 
 def test_values_from_files(tmp_path: Path) -> None:
     file = tmp_path / "claims.json"
     file.write_text('{"sub": "ä"}', encoding="utf-8")
-    assert values.json_object(f"@{file}", "--claims") == {"sub": "ä"}
+    assert options.json_object(f"@{file}", "--claims") == {"sub": "ä"}
     file.write_bytes(b'{"sub": "\xff"}')
     with pytest.raises(click.UsageError, match="not UTF-8"):
-        values.json_object(f"@{file}", "--claims")
+        options.json_object(f"@{file}", "--claims")
     file.write_bytes(b" " * 3_000_000)
     with pytest.raises(click.UsageError, match="not read"):
-        values.json_object(f"@{file}", "--claims")
+        options.json_object(f"@{file}", "--claims")
 
 
 # --- what people see --------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_values_from_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0s"), (61, "61s"), (300, "5m"), (7200, "2h"), (86_400, "1d")])
 def test_durations_are_shown_in_their_largest_unit(seconds: int, shown: str) -> None:
-    assert text.duration(seconds) == shown
+    assert output.duration(seconds) == shown
 
 
 def test_tables_fit_80_columns_and_lose_nothing(
@@ -275,19 +275,19 @@ def test_tables_fit_80_columns_and_lose_nothing(
     kid = "k" * 43
     row = ("orders", "jwt", "public", "default, other", "https://issuer.example.com/orders", kid)
     monkeypatch.setenv("COLUMNS", "80")
-    text.table(("A", "B", "C", "D", "E", "F"), [row])
+    output.table(("A", "B", "C", "D", "E", "F"), [row])
     narrow = capsys.readouterr().out
     assert max(map(len, narrow.splitlines())) <= 80
     assert narrow.count("k") == 43
     monkeypatch.delenv("COLUMNS")
-    text.table(("A", "B", "C", "D", "E", "F"), [row])
+    output.table(("A", "B", "C", "D", "E", "F"), [row])
     assert "  ".join(row) in capsys.readouterr().out.splitlines()[1].replace("   ", "  ")
 
 
 def test_output_that_is_no_terminal_has_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
-    text.table(("A",), [("\x1b[31mred",)])
-    text.details(("name", "value\x07"))
-    text.table(("A",), [])
+    output.table(("A",), [("\x1b[31mred",)])
+    output.details(("name", "value\x07"))
+    output.table(("A",), [])
     assert capsys.readouterr().out == "A\n?[31mred\nname  value?\n(none)\n"
 
 

@@ -27,7 +27,6 @@ EXPECTED = {
     "revision_mismatch": 412,
     "revision_required": 428,
     "registry_stale": 503,
-    "custodian_unavailable": 503,
     "backend_unavailable": 503,
     "backend_throttled": 503,
     "backend_timeout": 504,

@@ -15,8 +15,8 @@ from kms_jwks import errors
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends import make_backend
 from kms_jwks.backends.base import KeyRef, Message, stuck_in
-from kms_jwks.backends.third_party import RESERVED, make_third_party
-from kms_jwks.config import ThirdPartyBackend, load_settings
+from kms_jwks.backends.third_party import make_third_party
+from kms_jwks.config import BACKEND_TYPES, ThirdPartyBackend, load_settings
 
 SECRET = "hunter2"
 GOOD = """
@@ -196,7 +196,7 @@ def test_one_package_that_is_found_twice_is_one(installed: Installer, monkeypatc
         sys.path.pop()
 
 
-@pytest.mark.parametrize("kind", sorted(RESERVED))
+@pytest.mark.parametrize("kind", sorted(BACKEND_TYPES))
 def test_the_types_that_come_with_the_package_are_never_a_third_partys(installed: Installer, kind: str) -> None:
     installed(f"def make(*_): raise AssertionError('{kind}')", kind=kind)
     with pytest.raises(errors.ConfigurationError, match="comes with kms-jwks alone"):

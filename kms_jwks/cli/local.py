@@ -1,4 +1,4 @@
-"""Commands that work on the node itself, with its configuration: init, serve, custodian, doctor, db."""
+"""Commands that work on the node itself, with its settings and without the API: init, serve, custodian, doctor, db."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kms_jwks import errors
-from kms_jwks.cli.api import confirm, yes_option
-from kms_jwks.cli.failures import ExitCode
-from kms_jwks.cli.text import clean, note
+from kms_jwks.cli.options import confirm, yes_option
+from kms_jwks.cli.output import ExitCode, clean, note, print_json, print_line, print_styled, raw_output
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -64,7 +63,7 @@ def init(
 ) -> None:
     """Bring the registry up to date and make the first administrator and key set.
 
-    What is there is kept, so it can be run at every start. The key pair is made once the service runs.
+    Existing things are kept, so it can be run at every start. The key pair is made once the service runs.
     """
     from kms_jwks import wiring
     from kms_jwks.config import prepare_state_dir
@@ -92,7 +91,7 @@ def init(
         finally:
             backends.close()
     for line in lines:
-        click.echo(line)
+        print_line(line)
 
 
 # --- serve and custodian ----------------------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ def init(
 @click.option(
     "--routes",
     type=click.Choice(["public", "private", "all"]),
-    help="What is answered: JWKS, discovery and health (public), the rest (private), or all. [default: the settings']",
+    help="What to answer: JWKS, discovery and health (public), the rest (private), or all. [default: the settings']",
 )
 @click.option(
     "--bind", metavar="HOST:PORT", multiple=True, help="Where to listen; repeatable. [default: the settings']"
@@ -111,9 +110,9 @@ def init(
 @click.option("--workers", type=click.IntRange(min=1), help="Signing processes. [default: the settings']")
 @click.option("--role", type=click.Choice(["all", "http"]), default="all", hidden=True)
 def serve(config: Path | None, routes: str | None, bind: tuple[str, ...], workers: int | None, role: str) -> None:
-    """Serve until told to stop: the workers and, unless only public routes are served, the custodian.
+    """Run the service: the workers and, unless only public routes are served, the custodian.
 
-    TERM and INT end it gracefully; HUP reads the settings again.
+    TERM and INT stop it gracefully; HUP reads the settings again.
     """
     changes = {"ROUTES": routes, "BIND": ",".join(bind) or None, "WORKERS": workers}
     settings = _settings(config, {name: str(value) for name, value in changes.items() if value is not None})
@@ -122,23 +121,26 @@ def serve(config: Path | None, routes: str | None, bind: tuple[str, ...], worker
         from kms_jwks.http.server import run_gunicorn
 
         if config is not None:
-            # The workers read the settings for themselves.
+            # Each worker reads the settings itself.
             os.environ[f"{_PREFIX}CONFIG"] = str(config.absolute())
-        run_gunicorn(settings)
+        with raw_output():
+            run_gunicorn(settings)
         return
     from kms_jwks.cli import supervisor
     from kms_jwks.config import prepare_state_dir
 
     prepare_state_dir(settings)
-    click.get_current_context().exit(supervisor.serve(settings, config))
+    with raw_output():
+        code = supervisor.serve(settings, config)
+    click.get_current_context().exit(code)
 
 
 @click.command()
 @_config_option
 def custodian(config: Path | None) -> None:
-    """Make, rotate and destroy keys until told to stop. `serve` runs one already.
+    """Make, rotate and destroy keys until TERM or INT. `serve` runs a custodian already.
 
-    One custodian of an installation acts; others stand by.
+    One custodian of an installation acts; the others stand by.
     """
     from kms_jwks import wiring
     from kms_jwks.config import prepare_state_dir
@@ -146,7 +148,6 @@ def custodian(config: Path | None) -> None:
 
     settings = _settings(config)
     _refuse_wrong_schema(settings)
-    logs.configure(settings.log_level, settings.log_format)
     prepare_state_dir(settings)
     stop = threading.Event()
 
@@ -155,7 +156,9 @@ def custodian(config: Path | None) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    wiring.custodian(settings).run(stop)
+    with raw_output():
+        logs.configure(settings.log_level, settings.log_format)
+        wiring.custodian(settings).run(stop)
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
@@ -166,11 +169,11 @@ def custodian(config: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the state and all checks.")
 @click.option("--strict", is_flag=True, help="Warnings count as failures.")
 @click.option("--remove-orphans", is_flag=True, help="Destroy the key pairs that no key version refers to; asks first.")
-@click.option("--yes", "-y", "sure", is_flag=True, help="Do not ask.")
+@yes_option
 def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: bool, sure: bool) -> None:
-    """Examine this node: module, PIN, keys, registry, files, clocks; and say how to mend what is wrong.
+    """Examine this node: module, PIN, keys, registry, files, clocks; and say how to repair what is wrong.
 
-    Changes nothing, unless --remove-orphans is given. Exits with 1 when something is wrong; warnings alone exit with 0.
+    Changes nothing, unless --remove-orphans is given. Exits with 1 when a check fails; warnings alone exit with 0.
     """
     import msgspec
 
@@ -178,7 +181,7 @@ def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: boo
     from kms_jwks import wiring
 
     settings = _settings(config)
-    # Looking needs the rights that signing has; what destroys needs the custodian's.
+    # The checks need the rights that signing needs; removing orphans needs the custodian's.
     backends = wiring.make_backends(settings, management=remove_orphans)
     checks: list[Check] = []
     with _registry(settings) as store:
@@ -193,10 +196,10 @@ def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: boo
             backends.close()
     worst = examination.worst(checks)
     if as_json:
-        click.echo(msgspec.json.encode({"state": worst, "checks": checks}))
+        print_json(msgspec.json.encode({"state": worst, "checks": checks}))
     else:
         bad = [sum(check.state == state for check in checks) for state in ("failure", "warning")]
-        click.echo(f"{len(checks)} checks: {bad[0]} failed, {bad[1]} with a warning.")
+        print_line(f"{len(checks)} checks: {bad[0]} failed, {bad[1]} with a warning.")
     failed = worst is examination.State.FAILURE or (strict and worst is not examination.State.OK)
     click.get_current_context().exit(ExitCode.REFUSED if failed else ExitCode.DONE)
 
@@ -206,11 +209,10 @@ _MARKS = {"ok": ("ok", None), "warning": ("WARNING", "yellow"), "failure": ("FAI
 
 def _print_check(check: Check) -> None:
     word, colour = _MARKS[check.state]
-    click.echo(
-        f"{click.style(f'{word:8}', fg=colour, bold=colour is not None)} {clean(f'{check.name}: {check.detail}')}"
-    )
+    mark = click.style(f"{word:8}", fg=colour, bold=colour is not None)
+    print_styled(f"{mark} {clean(f'{check.name}: {check.detail}')}")
     if check.next_step:
-        click.echo(f"         → {clean(check.next_step)}")
+        print_line(f"         → {check.next_step}")
 
 
 def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool) -> None:
@@ -243,7 +245,7 @@ def upgrade(config: Path | None) -> None:
     _make_registry_folder(settings)
     with _registry(settings) as store:
         store.upgrade()
-        click.echo(f"The schema of {store.url} is up to date.")
+        print_line(f"The schema of {store.url} is up to date.")
 
 
 @db.command()
@@ -254,35 +256,35 @@ def check(config: Path | None) -> None:
         store.check_schema()
         with store.read() as tx:
             epoch = tx.epoch()
-        click.echo(f"The schema of {store.url} is right; epoch {epoch.counter} of {epoch.incarnation}.")
+        print_line(f"The schema of {store.url} is right; epoch {epoch.counter} of {epoch.incarnation}.")
 
 
 @db.command()
 @_config_option
 @yes_option
 def restored(config: Path | None, sure: bool) -> None:
-    """Say that the registry was restored from a backup: nothing signs until somebody enables each key.
+    """Declare that the registry was restored from a backup: disable every key until an operator enables it.
 
-    To be run before the service is started on it. A backup may know keys as active that were revoked since.
+    Run it before the service starts on the restored registry: a backup may hold keys as active that were revoked since.
     """
     from kms_jwks.custodian import transitions
 
     settings = _settings(config)
-    confirm("Begin a new incarnation and disable every key until somebody enables it?", sure=sure)
+    confirm("Begin a new incarnation and disable every key until an operator enables it?", sure=sure)
     with _registry(settings) as store:
         store.check_schema()
         with store.write() as tx:
             disabled = transitions.start_new_incarnation(tx)
             names = [f"{tx.key_set_by_id(k.key_set_id).name}/{k.name}" for k in disabled]  # type: ignore[union-attr]
-        click.echo(f"{len(names)} key(s) are disabled: {', '.join(names) or 'none'}.")
-        note("Compare each with what you know of revocations since the backup, then: kms-jwks key enable SET KEY")
+        print_line(f"{len(names)} key(s) are disabled: {', '.join(names) or 'none'}.")
+        note("Compare each with the revocations since the backup, then: kms-jwks key enable KEY_SET KEY")
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
 def _settings(config: Path | None, changes: dict[str, str] | None = None) -> Settings:
-    """The settings, with what the command line changes validated as everything else is."""
+    """The settings, with the values of the command line; these are validated like all others."""
     from kms_jwks.config import load_settings
 
     with _variables({f"{_PREFIX}{name}": value for name, value in (changes or {}).items()}):
@@ -315,7 +317,7 @@ def _registry(settings: Settings) -> Iterator[Store]:
 
 
 def _refuse_wrong_schema(settings: Settings) -> None:
-    """Raise SchemaMismatch. A registry that is away is no obstacle: the last JWKS is served until it is back."""
+    """Raise SchemaMismatch. Only warn when the registry cannot be reached: the last JWKS is served until it can."""
     with _registry(settings) as store:
         try:
             store.check_schema()
@@ -324,7 +326,7 @@ def _refuse_wrong_schema(settings: Settings) -> None:
 
 
 def _make_registry_folder(settings: Settings) -> None:
-    """The folder of an SQLite registry, readable by its owner alone."""
+    """Make the folder of an SQLite registry, readable by its owner alone."""
     from kms_jwks.doctor import registry_file
 
     file = registry_file(settings)

@@ -10,17 +10,23 @@ import click
 
 from kms_jwks import wire
 from kms_jwks.access import Role
-from kms_jwks.cli.api import api_command, confirm, yes_option
-from kms_jwks.cli.text import details, note, table, when
-from kms_jwks.cli.values import DURATION
+from kms_jwks.cli.api import api_command
+from kms_jwks.cli.options import DURATION, confirmed
+from kms_jwks.cli.output import details, duration, note, print_line, when
+from kms_jwks.model import DEFAULT_API_TOKEN_LIFETIME, MAX_API_TOKEN_LIFETIME
 
 if TYPE_CHECKING:
     from kms_jwks.cli.api import Api
 
 
+_VALID = (
+    f"How long it is valid, up to {duration(MAX_API_TOKEN_LIFETIME)}. [default: {duration(DEFAULT_API_TOKEN_LIFETIME)}]"
+)
+
+
 @click.group()
 def client() -> None:
-    """Clients: who may call, and their API tokens."""
+    """Clients: the callers of the API, and their API tokens."""
 
 
 @api_command(client, "list")
@@ -28,7 +34,8 @@ def list_clients(api: Api) -> None:
     """List the clients."""
     api.show_list(
         api.client.clients(),
-        lambda items: table(("NAME", "CREATED", "ID"), ((c.name, when(c.created_at), c.id) for c in items)),
+        ("NAME", "CREATED", "ID"),
+        lambda c: (c.name, when(c.created_at), c.id),
     )
 
 
@@ -36,29 +43,26 @@ def list_clients(api: Api) -> None:
 @click.argument("name")
 def show_client(api: Api, name: str) -> None:
     """Show a client."""
-    found = api.client.client(name)
-    api.show(lambda: _show(found))
+    api.show(api.client.client(name), _print_client)
 
 
 @api_command(client, "create")
 @click.argument("name")
 def create_client(api: Api, name: str) -> None:
     """Create a client. It may do nothing until it has a grant, and needs a token to call."""
-    made = api.client.create_client(name)
-    api.show(lambda: _show(made))
+    api.show(api.client.create_client(name), _print_client)
 
 
 @api_command(client, "delete")
 @click.argument("name")
-@yes_option
-def delete_client(api: Api, name: str, sure: bool) -> None:
+@confirmed("Delete client {name} with its tokens and grants? Its name stays taken.")
+def delete_client(api: Api, name: str) -> None:
     """Delete a client with its tokens and grants."""
-    confirm(f"Delete client {name} with its tokens and grants? Its name stays taken.", sure=sure)
     api.client.delete_client(name)
     api.done(f"Client {name} is deleted.")
 
 
-def _show(found: wire.Client) -> None:
+def _print_client(found: wire.Client) -> None:
     details(("name", found.name), ("id", found.id), ("created", when(found.created_at)))
 
 
@@ -72,45 +76,42 @@ def token() -> None:
 
 @api_command(token, "create")
 @click.argument("client")
-@click.option("--expires-in", type=DURATION, help="How long it is good for: up to 366d. [default: 90d]")
+@click.option("--expires-in", type=DURATION, help=_VALID)
 @click.option(
     "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write it to a file (mode 0600) instead."
 )
 def create_token(api: Api, client: str, expires_in: int | None, output: Path | None) -> None:
-    """Make an API token and print it, this once."""
+    """Make an API token and print it; it is not shown again."""
     if output is not None:
-        # Made first: a token that cannot be written would be lost.
+        # The file is made first: a token that cannot be written would be lost.
         _write_secret(output, "")
     made = api.client.create_token(client, expires_in=expires_in)
     if output is not None:
         _write_secret(output, made.token + "\n")
-        api.done(f"Token {made.id} of {client} is in {output}, good until {when(made.expires_at)}.")
+        api.done(f"Token {made.id} of {client} is in {output}, valid until {when(made.expires_at)}.")
         return
-    api.show(lambda: click.echo(made.token))
+    api.show(made, lambda made: print_line(made.token))
     if not api.json:
-        note(f"Token {made.id}, good until {when(made.expires_at)}. It is not shown again.")
+        note(f"Token {made.id}, valid until {when(made.expires_at)}. It is not shown again.")
 
 
 @api_command(token, "list")
 @click.argument("client")
 def list_tokens(api: Api, client: str) -> None:
-    """List the tokens of a client, never the secrets themselves."""
+    """List the tokens of a client; the secrets are not shown."""
     api.show_list(
         api.client.tokens(client),
-        lambda items: table(
-            ("ID", "CREATED", "EXPIRES", "REVOKED", "LAST USED"),
-            ((t.id, when(t.created_at), when(t.expires_at), when(t.revoked_at), when(t.last_used_at)) for t in items),
-        ),
+        ("ID", "CREATED", "EXPIRES", "REVOKED", "LAST USED"),
+        lambda t: (t.id, when(t.created_at), when(t.expires_at), when(t.revoked_at), when(t.last_used_at)),
     )
 
 
 @api_command(token, "revoke")
 @click.argument("client")
 @click.argument("token_id", metavar="ID")
-@yes_option
-def revoke_token(api: Api, client: str, token_id: str, sure: bool) -> None:
+@confirmed("Revoke token {token_id} of {client}?")
+def revoke_token(api: Api, client: str, token_id: str) -> None:
     """Revoke a token; no worker accepts it once this returns."""
-    confirm(f"Revoke token {token_id} of {client}?", sure=sure)
     api.client.revoke_token(client, token_id)
     api.done(f"Token {token_id} is revoked.")
 
@@ -139,12 +140,11 @@ def list_grants(api: Api, of: str | None) -> None:
     """List the grants."""
     if of is not None and api.json:
         raise click.UsageError("--client and --json do not go together: choose among the items yourself.")
+    grants = api.client.grants()
     api.show_list(
-        api.client.grants(),
-        lambda items: table(
-            ("CLIENT", "ROLE", "SCOPE", "ID"),
-            ((g.client, g.role, _scope(g), g.id) for g in items if of in (None, g.client)),
-        ),
+        grants if of is None else (g for g in grants if g.client == of),
+        ("CLIENT", "ROLE", "SCOPE", "ID"),
+        lambda g: (g.client, g.role, _scope(g), g.id),
     )
 
 
@@ -164,29 +164,28 @@ def create_grant(
 ) -> None:
     """Give a client a role."""
     if everything == (key_set is not None):
-        raise click.UsageError("Say where the role counts: --key-set NAME [--key NAME], or --everything.")
+        raise click.UsageError("Give the scope of the role: --key-set NAME [--key NAME], or --everything.")
     if key is not None and key_set is None:
         raise click.UsageError("--key needs --key-set.")
     scope = {name: value for name, value in (("key_set", key_set), ("key", key)) if value is not None}
     request = wire.convert({"client": client, "role": role, "scope": scope}, wire.GrantCreate)
-    made = api.client.create_grant(request)
     api.show(
-        lambda: details(
+        api.client.create_grant(request),
+        lambda made: details(
             ("id", made.id),
             ("client", made.client),
             ("role", made.role),
             ("scope", _scope(made)),
             ("created", when(made.created_at)),
-        )
+        ),
     )
 
 
 @api_command(grant, "delete")
 @click.argument("grant_id", metavar="ID")
-@yes_option
-def delete_grant(api: Api, grant_id: str, sure: bool) -> None:
-    """Take a grant back."""
-    confirm(f"Delete grant {grant_id}?", sure=sure)
+@confirmed("Delete grant {grant_id}?")
+def delete_grant(api: Api, grant_id: str) -> None:
+    """Delete a grant."""
     api.client.delete_grant(grant_id)
     api.done(f"Grant {grant_id} is deleted.")
 
