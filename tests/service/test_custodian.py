@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import structlog.testing
 
 from kms_jwks import errors, wire
-from kms_jwks.custodian import leader_lease
+from kms_jwks.custodian import leader_lease, loop
 from kms_jwks.custodian.leader_lease import Fenced
 from kms_jwks.custodian.loop import Custodian
 from kms_jwks.doctor import find_orphans
@@ -329,3 +331,98 @@ def test_labels_fit_and_name_the_installation(quiet: World) -> None:
     for stored in quiet.backend.list_keys("kj-"):
         assert stored.label.startswith(prefix)
         assert len(stored.label.encode("ascii")) <= 40
+
+
+# --- what the log says
+
+
+def test_the_custodian_logs_loss_and_recovery_of_the_database_once_with_the_duration(
+    quiet: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    custodian, stop = quiet.custodian(), threading.Event()
+    monkeypatch.setattr(loop, "PACE", 0.01)
+    refused = 0
+
+    def refuse() -> Any:
+        nonlocal refused
+        refused += 1
+        raise errors.StoreUnavailable("away", retry_after=1)
+
+    def recovered() -> list[Any]:
+        return [line for line in logs if line["event"] == "database_recovered" and line["process"] == "custodian"]
+
+    with structlog.testing.capture_logs() as logs:
+        running = threading.Thread(target=custodian.run, args=(stop,))
+        running.start()
+        quiet.until(lambda: custodian._leader_lease.term)
+        with monkeypatch.context() as patched:
+            for way in ("write", "read"):
+                patched.setattr(custodian._store, way, refuse)
+            quiet.until(lambda: refused > 3)
+            quiet.offset += 7 * SECOND
+        quiet.until(recovered)
+        stop.set()
+        running.join(10)
+    ours = [line for line in logs if line.get("process") == "custodian"]
+    assert [(line["event"], line["log_level"]) for line in ours] == [
+        ("database_lost", "warning"),
+        ("database_recovered", "info"),
+    ]
+    assert (ours[0]["code"], ours[0]["detail"]) == ("store_unavailable", "away")
+    assert 7 <= ours[1]["seconds"] < 17
+
+
+def test_a_tick_that_is_refused_for_another_reason_is_logged_once(
+    quiet: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    custodian, stop = quiet.custodian(), threading.Event()
+    monkeypatch.setattr(loop, "PACE", 0.01)
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks > 3:
+            stop.set()
+        raise errors.SchemaMismatch("of tomorrow")
+
+    monkeypatch.setattr(custodian, "tick", tick)
+    with structlog.testing.capture_logs() as logs:
+        custodian.run(stop)
+    assert [(line["event"], line["code"], line["detail"]) for line in logs] == [
+        ("custodian_tick_refused", errors.SchemaMismatch.code, "of tomorrow")
+    ]
+
+
+def test_the_leader_lease_is_logged_when_it_is_acquired_lost_and_released(quiet: World) -> None:
+    first, second = quiet.custodian(), quiet.custodian(node="node-2")
+
+    def happened(step: Callable[[], object]) -> list[tuple[str, str, int]]:
+        with structlog.testing.capture_logs() as logs:
+            step()
+            step()
+        found.extend(logs)
+        return [(line["event"], line["log_level"], line["term"]) for line in logs if "leader_lease" in line["event"]]
+
+    found: list[Any] = []
+    assert happened(first.tick) == [("leader_lease_acquired", "info", 1)]
+    assert happened(second.tick) == []
+    quiet.advance(11)
+    assert happened(second.tick) == [("leader_lease_acquired", "info", 2)]
+    assert happened(first.tick) == [("leader_lease_lost", "warning", 1)]
+    assert [line["holder_node"] for line in found if line["event"] == "leader_lease_lost"] == ["node-2"]
+    assert happened(second._leader_lease.release) == [("leader_lease_released", "info", 2)]
+
+
+def test_a_custodian_that_halts_for_its_clocks_logs_that_and_its_return(quiet: World) -> None:
+    shift = 0
+    custodian = quiet.custodian(boot=lambda: quiet.boot() - shift)
+    custodian.tick()
+    with structlog.testing.capture_logs() as logs:
+        quiet.offset, shift = quiet.offset + 120 * SECOND, 120 * SECOND
+        custodian.tick()
+        custodian.tick()
+        quiet.offset, shift = quiet.offset - 120 * SECOND, 0
+        custodian.tick()
+    events = [line["event"] for line in logs if line["event"] in ("custodian_halted", "custodian_resumed")]
+    assert events == ["custodian_halted", "custodian_resumed"]
