@@ -23,11 +23,11 @@ S = VersionState
 
 
 class Crash(BaseException):
-    """Ends a custodian as kill -9 would: nothing of it runs any more."""
+    """Ends a custodian as kill -9 would."""
 
 
 def ask(world: World) -> None:
-    """A key set with one key, asked for but not waited for."""
+    """Request a key set with one key, without waiting for it."""
     from kms_jwks.service.key_sets import add_key_set
 
     with world.store().write() as tx:
@@ -61,7 +61,7 @@ def test_the_whole_way(quiet: World) -> None:
 
 
 @pytest.mark.parametrize("point", ["generate", "generated", "attributes"])
-def test_a_crash_during_a_generation_is_abandoned_and_made_good(quiet: World, point: str) -> None:
+def test_an_attempt_that_a_crash_interrupted_is_abandoned_and_repeated(quiet: World, point: str) -> None:
     ask(quiet)
     first = quiet.custodian()
 
@@ -84,7 +84,7 @@ def test_a_crash_during_a_generation_is_abandoned_and_made_good(quiet: World, po
     with quiet.registry.read() as tx:
         states = [i.state for i in tx.intents()]
     assert states.count(IntentState.ABANDONED) == 1
-    # A pair that was made and never recorded is surplus: listed, never adopted.
+    # A key pair that was made and not recorded is surplus: doctor lists it, no version adopts it.
     assert len(surplus(quiet)) == (0 if point == "generate" else 1)
     with pytest.raises(Fenced):
         first._intents._record(*_made(quiet))
@@ -121,16 +121,16 @@ def test_a_crash_before_a_destruction_is_recorded_is_repeated(quiet: World) -> N
     assert quiet.version(1).state is S.REVOKED
     quiet.backend.before = lambda _: None
     quiet.advance(11)
-    successor = quiet.custodian()
+    second = quiet.custodian()
 
     def destroyed() -> bool:
-        successor.tick()
+        second.tick()
         return quiet.version(1).state is S.DESTROYED
 
     quiet.until(destroyed)
 
 
-def test_one_acts_and_the_other_takes_over_when_it_resigns(quiet: World) -> None:
+def test_one_acts_and_the_other_takes_over_when_it_releases_the_lease(quiet: World) -> None:
     first, second = quiet.custodian(), quiet.custodian()
     first.tick()
     second.tick()
@@ -201,7 +201,7 @@ def test_a_database_clock_that_steps_halts_it_until_it_agrees_again(quiet: World
 
 
 @pytest.mark.parametrize("failure", [errors.BackendUnavailable("away"), RuntimeError("a backend's own defect")])
-def test_what_fails_after_the_making_leaves_no_pair_and_no_intent_open(quiet: World, failure: Exception) -> None:
+def test_a_failure_after_the_generation_leaves_no_pair_and_no_open_intent(quiet: World, failure: Exception) -> None:
     ask(quiet)
     custodian = quiet.custodian()
 
@@ -221,7 +221,7 @@ def test_what_fails_after_the_making_leaves_no_pair_and_no_intent_open(quiet: Wo
     settle(quiet, custodian)
 
 
-def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
+def test_an_attempt_whose_end_could_not_be_recorded_is_repeated_by_the_same_custodian(
     quiet: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask(quiet)
@@ -236,13 +236,13 @@ def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
         with pytest.raises(errors.StoreUnavailable):
             custodian.tick()
     settle(quiet, custodian)
-    # Whether the first pair was written could not be known then, so it was not destroyed: it is surplus, and listed.
+    # The custodian could not know whether the first pair was recorded, so it kept it: it is surplus, and listed.
     left = surplus(quiet)
     assert len(left) == 1
     assert left == {orphan.label for orphan in find_orphans(quiet.registry, {"memory": quiet.backend})}
 
 
-def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
+def test_a_module_slower_than_the_lease_does_not_lose_it(quiet: World) -> None:
     ask(quiet)
     first, second = quiet.custodian(lease=1), quiet.custodian(lease=1)
 
@@ -263,14 +263,14 @@ def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
     assert surplus(quiet) == set()
 
 
-def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
+def test_a_step_that_hangs_is_logged_loses_the_lease_and_is_abandoned(
     quiet: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leader_lease, "LONG_STEP", 1.0)
     monkeypatch.setattr(leader_lease, "LONGEST_STEP", 3.0)
     ask(quiet)
-    released, given_up = threading.Event(), threading.Event()
-    first, second = quiet.custodian(lease=1, on_stuck_step=given_up.set), quiet.custodian(lease=1)
+    released, abandoned = threading.Event(), threading.Event()
+    first, second = quiet.custodian(lease=1, on_stuck_step=abandoned.set), quiet.custodian(lease=1)
     assert first._leader_lease.acquire_or_renew(first._intents.abandon_started)
     term = first._leader_lease.term
 
@@ -282,7 +282,7 @@ def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
     with structlog.testing.capture_logs() as logs:
         ticking = threading.Thread(target=pytest.raises, args=(Fenced, first.tick))
         ticking.start()
-        assert given_up.wait(30)
+        assert abandoned.wait(30)
         quiet.until(lambda: second._leader_lease.acquire_or_renew(second._intents.abandon_started))
     events = [(line["event"], line["log_level"], line["term"]) for line in logs if line["event"].startswith("module_")]
     assert events[0] == ("module_step_takes_long", "warning", term)
@@ -294,19 +294,19 @@ def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
 
 
 @pytest.mark.parametrize("stuck", [0, 1])
-def test_a_step_that_was_answered_without_its_module_is_given_up(quiet: World, stuck: int) -> None:
-    """Not one that only came too late."""
+def test_a_step_that_timed_out_in_its_module_is_abandoned(quiet: World, stuck: int) -> None:
+    """But not one whose call has left the module by then."""
     ask(quiet)
-    given_up: list[bool] = []
+    abandoned: list[bool] = []
     second = quiet.custodian()
     first = quiet.custodian(
-        on_stuck_step=lambda: given_up.append(second._leader_lease.acquire_or_renew(second._intents.abandon_started))
+        on_stuck_step=lambda: abandoned.append(second._leader_lease.acquire_or_renew(second._intents.abandon_started))
     )
     quiet.backend.stuck = stuck  # type: ignore[attr-defined]
     quiet.backend.fail = errors.BackendTimeout("late")
     with structlog.testing.capture_logs() as logs, contextlib.suppress(Fenced):
         first.tick()
-    assert given_up == [True] * stuck, "and another one may act at once"
+    assert abandoned == [True] * stuck, "and another custodian may act at once"
     assert len([line for line in logs if line["event"] == "module_step_abandoned"]) == stuck
     quiet.backend.fail = None
     settle(quiet, second if stuck else first)

@@ -1,4 +1,4 @@
-"""A worker's view: lease, confirmation, pins, and what is served while the database is away."""
+"""A worker's sync with the registry: lease, confirmation, what is served without the database, and what is logged."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_a_revocation_waits_for_an_answer_under_way_but_not_beyond_the_lease(tmp
         world.close()
 
 
-def test_without_the_database_documents_go_on_and_signing_ends_with_the_lease(world: World, tmp_path: Path) -> None:
+def test_without_the_database_documents_are_served_and_signing_ends(
+    world: World, tmp_path: Path
+) -> None:
     world.create()
     world.service.sync.poll()
     registry = tmp_path / "registry.sqlite3"
@@ -120,7 +122,7 @@ def test_a_restricted_set_needs_a_grant(world: World) -> None:
     assert not document.public
 
 
-def test_a_dead_worker_is_struck_off_by_its_free_lock(two_workers: World) -> None:
+def test_a_dead_worker_is_deregistered_because_its_lock_is_free(two_workers: World) -> None:
     world = two_workers
     world.create()
     dead = world.workers[1].sync
@@ -128,14 +130,14 @@ def test_a_dead_worker_is_struck_off_by_its_free_lock(two_workers: World) -> Non
     dead._kick.set()
     assert dead._thread is not None
     dead._thread.join()
-    life = dead._registration._lock
-    assert life is not None
+    lock = dead._registration._lock
+    assert lock is not None
     folder = world.settings.state_dir / "workers"
     assert not registration.is_dead(folder, dead.worker_id or "")  # type: ignore[arg-type]
     import os
 
-    os.close(life._fd)  # what the kernel does when a process ends
-    life._fd = -1
+    os.close(lock._fd)  # what the kernel does when a process ends
+    lock._fd = -1
     world.standby()
     answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
     assert answer.unconfirmed == []
