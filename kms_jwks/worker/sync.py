@@ -149,7 +149,7 @@ class RegistrySync:
         """Whether this worker reaches the database but could not confirm an epoch for 15 minutes."""
         return self._trouble is None and self.clock.boot() - self._confirmed_at > _OVERDUE
 
-    # --- life
+    # --- start and stop
 
     def start(self) -> None:
         """Start polling in a thread of this process. Does not raise if the database is away. Idempotent."""
