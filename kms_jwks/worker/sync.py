@@ -149,7 +149,7 @@ class RegistrySync:
         """Whether this worker reaches the database but could not confirm an epoch for 15 minutes."""
         return self._trouble is None and self.clock.boot() - self._confirmed_at > _OVERDUE
 
-    # --- life
+    # --- start and stop
 
     def start(self) -> None:
         """Start polling in a thread of this process. Does not raise if the database is away. Idempotent."""
@@ -218,7 +218,8 @@ class RegistrySync:
         Reads alone do not renew it: a worker that cannot send heartbeats counts as dead and must not sign.
         """
         now = self.clock.boot()
-        self._log_expired_lease(now)
+        if self._lease_until <= now:
+            self._log_expired_lease(now)
         self._lease_until = min(before, self._registration.last_heartbeat) + self._lease * SECOND
         if self._lease_lost_at is not None and now < self._lease_until:
             log.info("lease_regained", seconds=round((now - self._lease_lost_at) / SECOND, 3))

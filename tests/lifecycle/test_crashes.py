@@ -32,7 +32,7 @@ IDLE = {"read", "poll"}
 
 
 def a_life(plant: Plant) -> None:
-    """Made, rotated by schedule, withdrawn, told, revoked, rotated again after the emergency, destroyed."""
+    """Made, rotated by schedule, retired, told, revoked, rotated again after the emergency, destroyed."""
 
     def state(number: int, *wanted: S) -> bool:
         return any(v.number == number and v.state in wanted for v in plant.versions())
@@ -51,7 +51,7 @@ def a_life(plant: Plant) -> None:
     plant.until(lambda: state(4, S.ACTIVE) and state(5, S.PUBLISHED))
     plant.advance(7 * DAY)
     plant.until(lambda: state(1, S.DESTROYED) and state(2, S.DESTROYED))
-    # Past a dead custodian's lease, so that its successor has looked at what it left.
+    # Past a dead custodian's lease, so that the next one has abandoned its attempts.
     plant.settle(60)
 
 
@@ -102,7 +102,7 @@ def crash(node: Node, point: str) -> None:
 def overtake(node: Node, point: str) -> None:
     """The process stands still past its lease, another node acts, and then it goes on where it stood."""
     if point == "commit":
-        return  # it holds the registry's lock: nobody can act until it is gone
+        return  # it holds the registry's lock: no other custodian can act until it has ended
     plant = node.plant
     others = [n for n in plant.nodes if n is not node]
     node.down = True
@@ -149,7 +149,7 @@ def test_a_custodian_overtaken_at_every_point_changes_nothing_more(figure: Calla
 
 
 def usurp(node: Node, point: str) -> None:
-    """Another node takes the office and does nothing with it yet."""
+    """Another node acquires the leader lease and does nothing with it yet."""
     node.plant.pass_(11)
     other = next(n for n in node.plant.nodes if n is not node)
     before, node.plant.acting = node.plant.acting, other
@@ -161,15 +161,15 @@ def writes(points: list[str]) -> list[int]:
     return [at for at, point in enumerate(points, 1) if point == "write"]
 
 
-def test_who_lost_the_office_writes_nothing() -> None:
+def test_a_custodian_that_lost_its_lease_writes_nothing() -> None:
     for at in writes(play(0, usurp).seen)[3::6]:
         play(at, usurp)
 
 
 def test_without_fencing_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def unfenced(office: LeaderLease) -> Iterator[WriteTx]:
-        with office._store.write() as tx:
+    def unfenced(leader_lease: LeaderLease) -> Iterator[WriteTx]:
+        with leader_lease._store.write() as tx:
             yield tx
 
     places = writes(play(0, usurp).seen)
@@ -179,21 +179,21 @@ def test_without_fencing_it_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
         try:
             play(at, usurp)
         except Broken as broken:
-            found += "out of office" in str(broken)
+            found += "without the leader lease" in str(broken)
     assert found > 0
 
 
-def test_the_last_word_to_a_module_is_the_truth() -> None:
-    """A custodian stands still with a destruction date on its lips; meanwhile the destruction is taken back."""
+def test_the_last_date_that_a_module_is_told_is_the_registry_s() -> None:
+    """A custodian stands still while it tells a module a destruction date; meanwhile the destruction is cancelled."""
     with simulated(nodes=2) as plant:
         plant.backend.puts_off = 7 * DAY
-        taken_back = 0
+        cancelled = 0
 
         def act(node: Node, point: str) -> None:
-            nonlocal taken_back
-            if point != "schedule_destroy" or taken_back:
+            nonlocal cancelled
+            if point != "schedule_destroy" or cancelled:
                 return
-            taken_back += 1
+            cancelled += 1
             overtake(node, point)
             api = plant.api()
             assert api is not None
@@ -208,7 +208,7 @@ def test_the_last_word_to_a_module_is_the_truth() -> None:
         plant.advance(740, rounds=6)
         plant.settle(60)
         version = plant.versions()[0]
-        assert taken_back == 1
+        assert cancelled == 1
         assert (version.state, version.destroy_at, version.destroy_told) == (S.RETIRED, None, None)
         assert plant.backend.told == {}
 

@@ -1,4 +1,4 @@
-"""The custodian keeps the calendar: rotations, emergencies and destructions happen by themselves, once each."""
+"""The custodian follows the plan: rotations, emergencies and destructions happen by themselves, once each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.service.world import UNSAFE, World
 
 S = VersionState
 RETIRE = 60 + 10 + 3600 + 300
-"""Seconds from a deactivation to the withdrawal, at the defaults."""
+"""Seconds from a deactivation to the retirement, at the defaults."""
 
 
 def states(world: World) -> dict[int, str]:
@@ -28,7 +28,7 @@ def intents(world: World, kind: IntentKind) -> list[IntentState]:
         return [i.state for i in tx.intents() if i.kind is kind]
 
 
-def test_a_key_rotates_withdraws_and_destroys_by_itself(world: World) -> None:
+def test_a_key_rotates_retires_and_destroys_by_itself(world: World) -> None:
     first = world.create().keys[0].active_kid
     standby = world.standby()
     world.advance(90 * DAY - 3601)
@@ -146,7 +146,7 @@ def test_after_a_revocation_the_second_rotation_comes_by_itself(world: World) ->
     assert world.version(3).breaches == ()
 
 
-def test_a_successor_that_was_made_after_the_revocation_counts_as_an_emergency_too(world: World) -> None:
+def test_a_standby_that_was_made_after_the_revocation_counts_as_an_emergency_too(world: World) -> None:
     world.create()
     world.standby()
     revoke(world, 2)
@@ -192,7 +192,7 @@ def test_a_module_that_puts_a_destruction_off_is_asked_again_when_it_said(world:
         failed, waiting = (i for i in tx.intents() if i.kind is IntentKind.DESTROY)
     assert failed.finished_at is not None
     assert waiting.not_before - failed.finished_at == 7 * DAY * 1_000_000
-    # The module may have begun: nobody can be promised any more that the key stays.
+    # The module may have destroyed the key already, so the destruction cannot be cancelled any more.
     with pytest.raises(errors.TransitionRefused, match="has begun"):
         world.service.versions.cancel_destroy(world.admin, "main", "default", "1")
     world.backend.puts_off = 0

@@ -22,7 +22,7 @@ ROTATIONS = 1000 if os.environ.get("KMS_JWKS_TEST_LONG") == "1" else 20
 SOONEST = DAY + 3600 + 300 + 10
 S = VersionState
 AROUND = (0.1, 0.4, 2, 8, 20, 28, 2, 5, 60, 180, 300, 900, 2000, 460, 5, 30, 60)
-"""Seconds between signatures from an activation on: past the handover, the end of the old tokens, the withdrawal."""
+"""Seconds between signatures from an activation on: past the handover, the end of the old tokens, the retirement."""
 HOUR = 3600
 
 

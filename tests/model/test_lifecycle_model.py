@@ -1,6 +1,6 @@
 """Random histories of an installation: whatever people, modules, clocks and crashes do, the promises hold.
 
-Two nodes, real use cases, watchers and custodians in virtual time (`tests/simulation`), judged by an oracle that knows
+Two nodes, real use cases, workers and custodians in virtual time (`tests/simulation`), judged by an oracle that knows
 the promises and not the code. 100 histories; 10,000 with KMS_JWKS_TEST_LONG=1.
 """
 
@@ -61,7 +61,7 @@ played: Counter[str] = Counter()
 
 
 class Histories(RuleBasedStateMachine):
-    """One installation with one key set, and everybody who works on it."""
+    """One installation with one key set, its operators and its callers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import structlog.testing
 
 from kms_jwks import errors, wire
-from kms_jwks.custodian import leader_lease
+from kms_jwks.custodian import leader_lease, loop
 from kms_jwks.custodian.leader_lease import Fenced
 from kms_jwks.custodian.loop import Custodian
 from kms_jwks.doctor import find_orphans
@@ -21,11 +23,11 @@ S = VersionState
 
 
 class Crash(BaseException):
-    """Ends a custodian as kill -9 would: nothing of it runs any more."""
+    """Ends a custodian as kill -9 would."""
 
 
 def ask(world: World) -> None:
-    """A key set with one key, asked for but not waited for."""
+    """Request a key set with one key, without waiting for it."""
     from kms_jwks.service.key_sets import add_key_set
 
     with world.store().write() as tx:
@@ -59,7 +61,7 @@ def test_the_whole_way(quiet: World) -> None:
 
 
 @pytest.mark.parametrize("point", ["generate", "generated", "attributes"])
-def test_a_crash_during_a_generation_is_abandoned_and_made_good(quiet: World, point: str) -> None:
+def test_an_attempt_that_a_crash_interrupted_is_abandoned_and_repeated(quiet: World, point: str) -> None:
     ask(quiet)
     first = quiet.custodian()
 
@@ -82,7 +84,7 @@ def test_a_crash_during_a_generation_is_abandoned_and_made_good(quiet: World, po
     with quiet.registry.read() as tx:
         states = [i.state for i in tx.intents()]
     assert states.count(IntentState.ABANDONED) == 1
-    # A pair that was made and never recorded is surplus: listed, never adopted.
+    # A key pair that was made and not recorded is surplus: doctor lists it, no version adopts it.
     assert len(surplus(quiet)) == (0 if point == "generate" else 1)
     with pytest.raises(Fenced):
         first._intents._record(*_made(quiet))
@@ -119,16 +121,16 @@ def test_a_crash_before_a_destruction_is_recorded_is_repeated(quiet: World) -> N
     assert quiet.version(1).state is S.REVOKED
     quiet.backend.before = lambda _: None
     quiet.advance(11)
-    successor = quiet.custodian()
+    second = quiet.custodian()
 
     def destroyed() -> bool:
-        successor.tick()
+        second.tick()
         return quiet.version(1).state is S.DESTROYED
 
     quiet.until(destroyed)
 
 
-def test_one_acts_and_the_other_takes_over_when_it_resigns(quiet: World) -> None:
+def test_one_acts_and_the_other_takes_over_when_it_releases_the_lease(quiet: World) -> None:
     first, second = quiet.custodian(), quiet.custodian()
     first.tick()
     second.tick()
@@ -199,7 +201,7 @@ def test_a_database_clock_that_steps_halts_it_until_it_agrees_again(quiet: World
 
 
 @pytest.mark.parametrize("failure", [errors.BackendUnavailable("away"), RuntimeError("a backend's own defect")])
-def test_what_fails_after_the_making_leaves_no_pair_and_no_intent_open(quiet: World, failure: Exception) -> None:
+def test_a_failure_after_the_generation_leaves_no_pair_and_no_open_intent(quiet: World, failure: Exception) -> None:
     ask(quiet)
     custodian = quiet.custodian()
 
@@ -219,7 +221,7 @@ def test_what_fails_after_the_making_leaves_no_pair_and_no_intent_open(quiet: Wo
     settle(quiet, custodian)
 
 
-def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
+def test_an_attempt_whose_end_could_not_be_recorded_is_repeated_by_the_same_custodian(
     quiet: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask(quiet)
@@ -234,13 +236,13 @@ def test_an_end_that_could_not_be_written_is_made_good_by_the_same_custodian(
         with pytest.raises(errors.StoreUnavailable):
             custodian.tick()
     settle(quiet, custodian)
-    # Whether the first pair was written could not be known then, so it was not destroyed: it is surplus, and listed.
+    # The custodian could not know whether the first pair was recorded, so it kept it: it is surplus, and listed.
     left = surplus(quiet)
     assert len(left) == 1
     assert left == {orphan.label for orphan in find_orphans(quiet.registry, {"memory": quiet.backend})}
 
 
-def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
+def test_a_module_slower_than_the_lease_does_not_lose_it(quiet: World) -> None:
     ask(quiet)
     first, second = quiet.custodian(lease=1), quiet.custodian(lease=1)
 
@@ -261,14 +263,14 @@ def test_a_module_slower_than_the_office_does_not_lose_it(quiet: World) -> None:
     assert surplus(quiet) == set()
 
 
-def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
+def test_a_step_that_hangs_is_logged_loses_the_lease_and_is_abandoned(
     quiet: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leader_lease, "LONG_STEP", 1.0)
     monkeypatch.setattr(leader_lease, "LONGEST_STEP", 3.0)
     ask(quiet)
-    released, given_up = threading.Event(), threading.Event()
-    first, second = quiet.custodian(lease=1, on_stuck_step=given_up.set), quiet.custodian(lease=1)
+    released, abandoned = threading.Event(), threading.Event()
+    first, second = quiet.custodian(lease=1, on_stuck_step=abandoned.set), quiet.custodian(lease=1)
     assert first._leader_lease.acquire_or_renew(first._intents.abandon_started)
     term = first._leader_lease.term
 
@@ -280,7 +282,7 @@ def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
     with structlog.testing.capture_logs() as logs:
         ticking = threading.Thread(target=pytest.raises, args=(Fenced, first.tick))
         ticking.start()
-        assert given_up.wait(30)
+        assert abandoned.wait(30)
         quiet.until(lambda: second._leader_lease.acquire_or_renew(second._intents.abandon_started))
     events = [(line["event"], line["log_level"], line["term"]) for line in logs if line["event"].startswith("module_")]
     assert events[0] == ("module_step_takes_long", "warning", term)
@@ -292,19 +294,19 @@ def test_a_step_that_hangs_is_logged_loses_the_office_and_is_given_up(
 
 
 @pytest.mark.parametrize("stuck", [0, 1])
-def test_a_step_that_was_answered_without_its_module_is_given_up(quiet: World, stuck: int) -> None:
-    """Not one that only came too late."""
+def test_a_step_that_timed_out_in_its_module_is_abandoned(quiet: World, stuck: int) -> None:
+    """But not one whose call has left the module by then."""
     ask(quiet)
-    given_up: list[bool] = []
+    abandoned: list[bool] = []
     second = quiet.custodian()
     first = quiet.custodian(
-        on_stuck_step=lambda: given_up.append(second._leader_lease.acquire_or_renew(second._intents.abandon_started))
+        on_stuck_step=lambda: abandoned.append(second._leader_lease.acquire_or_renew(second._intents.abandon_started))
     )
     quiet.backend.stuck = stuck  # type: ignore[attr-defined]
     quiet.backend.fail = errors.BackendTimeout("late")
     with structlog.testing.capture_logs() as logs, contextlib.suppress(Fenced):
         first.tick()
-    assert given_up == [True] * stuck, "and another one may act at once"
+    assert abandoned == [True] * stuck, "and another custodian may act at once"
     assert len([line for line in logs if line["event"] == "module_step_abandoned"]) == stuck
     quiet.backend.fail = None
     settle(quiet, second if stuck else first)
@@ -329,3 +331,98 @@ def test_labels_fit_and_name_the_installation(quiet: World) -> None:
     for stored in quiet.backend.list_keys("kj-"):
         assert stored.label.startswith(prefix)
         assert len(stored.label.encode("ascii")) <= 40
+
+
+# --- what the log says
+
+
+def test_the_custodian_logs_loss_and_recovery_of_the_database_once_with_the_duration(
+    quiet: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    custodian, stop = quiet.custodian(), threading.Event()
+    monkeypatch.setattr(loop, "PACE", 0.01)
+    refused = 0
+
+    def refuse() -> Any:
+        nonlocal refused
+        refused += 1
+        raise errors.StoreUnavailable("away", retry_after=1)
+
+    def recovered() -> list[Any]:
+        return [line for line in logs if line["event"] == "database_recovered" and line["process"] == "custodian"]
+
+    with structlog.testing.capture_logs() as logs:
+        running = threading.Thread(target=custodian.run, args=(stop,))
+        running.start()
+        quiet.until(lambda: custodian._leader_lease.term)
+        with monkeypatch.context() as patched:
+            for way in ("write", "read"):
+                patched.setattr(custodian._store, way, refuse)
+            quiet.until(lambda: refused > 3)
+            quiet.offset += 7 * SECOND
+        quiet.until(recovered)
+        stop.set()
+        running.join(10)
+    ours = [line for line in logs if line.get("process") == "custodian"]
+    assert [(line["event"], line["log_level"]) for line in ours] == [
+        ("database_lost", "warning"),
+        ("database_recovered", "info"),
+    ]
+    assert (ours[0]["code"], ours[0]["detail"]) == ("store_unavailable", "away")
+    assert 7 <= ours[1]["seconds"] < 17
+
+
+def test_a_tick_that_is_refused_for_another_reason_is_logged_once(
+    quiet: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    custodian, stop = quiet.custodian(), threading.Event()
+    monkeypatch.setattr(loop, "PACE", 0.01)
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks > 3:
+            stop.set()
+        raise errors.SchemaMismatch("of tomorrow")
+
+    monkeypatch.setattr(custodian, "tick", tick)
+    with structlog.testing.capture_logs() as logs:
+        custodian.run(stop)
+    assert [(line["event"], line["code"], line["detail"]) for line in logs] == [
+        ("custodian_tick_refused", errors.SchemaMismatch.code, "of tomorrow")
+    ]
+
+
+def test_the_leader_lease_is_logged_when_it_is_acquired_lost_and_released(quiet: World) -> None:
+    first, second = quiet.custodian(), quiet.custodian(node="node-2")
+
+    def happened(step: Callable[[], object]) -> list[tuple[str, str, int]]:
+        with structlog.testing.capture_logs() as logs:
+            step()
+            step()
+        found.extend(logs)
+        return [(line["event"], line["log_level"], line["term"]) for line in logs if "leader_lease" in line["event"]]
+
+    found: list[Any] = []
+    assert happened(first.tick) == [("leader_lease_acquired", "info", 1)]
+    assert happened(second.tick) == []
+    quiet.advance(11)
+    assert happened(second.tick) == [("leader_lease_acquired", "info", 2)]
+    assert happened(first.tick) == [("leader_lease_lost", "warning", 1)]
+    assert [line["holder_node"] for line in found if line["event"] == "leader_lease_lost"] == ["node-2"]
+    assert happened(second._leader_lease.release) == [("leader_lease_released", "info", 2)]
+
+
+def test_a_custodian_that_halts_for_its_clocks_logs_that_and_its_return(quiet: World) -> None:
+    shift = 0
+    custodian = quiet.custodian(boot=lambda: quiet.boot() - shift)
+    custodian.tick()
+    with structlog.testing.capture_logs() as logs:
+        quiet.offset, shift = quiet.offset + 120 * SECOND, 120 * SECOND
+        custodian.tick()
+        custodian.tick()
+        quiet.offset, shift = quiet.offset - 120 * SECOND, 0
+        custodian.tick()
+    events = [line["event"] for line in logs if line["event"] in ("custodian_halted", "custodian_resumed")]
+    assert events == ["custodian_halted", "custodian_resumed"]

@@ -37,7 +37,7 @@ from tests.service.world import World
 
 RACES = 1000 if os.environ.get("KMS_JWKS_TEST_LONG") == "1" else 10
 IN_ONE_REGISTRY = 50
-"""Races until another registry: a custodian looks at all that is in one."""
+"""Races until another registry: a custodian reads everything in a registry."""
 LEASE = 0.2
 S = VersionState
 
@@ -136,7 +136,7 @@ def settled(world: World, name: str) -> bool:
 
 
 def stop_and_resume(world: World, processes: dict[str, BaseProcess], chance: random.Random) -> None:
-    """SIGSTOP for whoever acts, for longer than its lease, at a moment of chance."""
+    """Stop the acting custodian (SIGSTOP) at a random moment, for longer than its lease."""
     time.sleep(chance.random() * 0.3)
     with world.registry.read() as tx:
         lease = tx.custodian_lease()
@@ -170,7 +170,7 @@ def test_every_step_is_recorded_once(tmp_path: Path, postgres: Postgres, figure:
                     ask(world, name)
                     stop_and_resume(world, processes, chance)
                     world.until(partial(settled, world, name), 60)
-                    # What is recorded twice, changes twice.
+                    # A step that is recorded twice changes the epoch twice.
                     assert world.registry.poll()[0].counter - before == changes
             surplus += check(world, keys)
             with world.registry.read() as tx:
@@ -179,8 +179,8 @@ def test_every_step_is_recorded_once(tmp_path: Path, postgres: Postgres, figure:
             terms += lease.term
         finally:
             world.close()
-    assert terms > RACES / 2, "the office changed hands"
-    figure(f"{RACES} races, {terms} terms, {surplus} surplus pairs, each of an attempt that was given up")
+    assert terms > RACES / 2, "the leader lease changed hands"
+    figure(f"{RACES} races, {terms} terms, {surplus} surplus pairs, each of an abandoned attempt")
 
 
 def check(world: World, keys: Path) -> int:

@@ -55,7 +55,7 @@ def test_the_second_rotation_goes_to_a_kid_from_after_the_revocation(world: Worl
     assert not world.version(4).emergency
 
 
-def test_of_several_standbys_the_one_that_may_sign_first_succeeds() -> None:
+def test_of_several_standbys_the_one_that_may_sign_first_is_chosen() -> None:
     from tests.unit.builders import at, key, version
 
     policy = key().policy
@@ -82,7 +82,7 @@ def test_a_pair_that_is_being_made_in_a_revoked_module_is_surplus(world: World) 
         assert {i.state for i in reading.intents(version_id=coming.id)} <= {IntentState.PENDING, IntentState.ABANDONED}
 
 
-def test_a_disabled_key_holds_up_nobodys_first_document(quiet: World) -> None:
+def test_a_disabled_key_does_not_delay_the_first_document(quiet: World) -> None:
     with quiet.store().write() as tx:
         from kms_jwks.service.key_sets import add_key_set
 
@@ -102,21 +102,21 @@ def test_a_disabled_key_holds_up_nobodys_first_document(quiet: World) -> None:
     assert {v.state for v in quiet.versions() if v.key_id != first.id} == {S.CREATING}
 
 
-def test_a_node_that_was_renamed_still_strikes_off_its_dead(quiet: World) -> None:
+def test_a_node_that_was_renamed_still_deregisters_its_dead_workers(quiet: World) -> None:
     late = quiet.worker()
     late.sync.poll()
     with quiet.store().write() as tx:
         [worker] = [w for w in tx.workers() if w.id == late.sync.worker_id]
         tx.save(replace(worker, node="of-another-name"))
-    life = late.sync._registration._lock
-    assert life is not None
-    life.release(keep_file=True)
+    lock = late.sync._registration._lock
+    assert lock is not None
+    lock.release(keep_file=True)
 
-    def struck() -> bool:
+    def deregistered() -> bool:
         with quiet.registry.read() as tx:
             return [w.stop_reason for w in tx.workers(include_stopped=True) if w.node == "of-another-name"] == ["died"]
 
-    quiet.until(struck)
+    quiet.until(deregistered)
     late.store.dispose()
 
 
@@ -159,7 +159,7 @@ def test_further_standbys_leave_the_others_room_to_rotate(world: World) -> None:
         world.service.versions.create(world.admin, "main", "k0", adopt)
 
 
-def test_the_kept_documents_do_not_go_back(world: World) -> None:
+def test_the_cached_documents_do_not_go_back(world: World) -> None:
     world.create()
     world.standby()
     old = world.service.sync.snapshot()
@@ -169,10 +169,10 @@ def test_the_kept_documents_do_not_go_back(world: World) -> None:
     JwksCache(world.settings.state_dir).store(old)
     assert "other" in JwksCache(world.settings.state_dir).load()
     JwksCache(world.settings.state_dir).store(replace(old, epoch=replace(old.epoch, incarnation="restored")))
-    assert "other" not in JwksCache(world.settings.state_dir).load(), "a new incarnation begins anew"
+    assert "other" not in JwksCache(world.settings.state_dir).load(), "a new incarnation replaces the file"
 
 
-def test_who_administrates_one_set_adopts_nothing_from_the_module_of_all(world: World) -> None:
+def test_the_admin_of_one_set_cannot_adopt_from_the_shared_module(world: World) -> None:
     from kms_jwks.algorithms import ALGORITHMS
 
     world.create()

@@ -1,5 +1,5 @@
-"""The database commits and its answer is lost: what was written counts, nothing is made twice, nobody is waited for in
-vain."""
+"""The database commits and its answer is lost: the commit counts, no key pair or registration is made twice, and no
+change waits for a worker that does not exist."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_a_worker_whose_registration_was_not_answered_is_registered_once(
 
 
 @pytest.mark.parametrize("registered", [True, False])
-def test_a_worker_that_cannot_say_goodbye_is_struck_off_by_another(
+def test_a_worker_that_cannot_deregister_is_deregistered_by_another(
     world: World, monkeypatch: pytest.MonkeyPatch, registered: bool
 ) -> None:
-    """Nobody can see its death from another node, and every revocation would wait for it."""
+    """Other nodes cannot detect that it ended, and every revocation would wait for it."""
     late = world.worker()
     with monkeypatch.context() as patched:
         if not registered:
@@ -85,43 +85,43 @@ def test_a_worker_that_cannot_say_goodbye_is_struck_off_by_another(
     world.until(alone)
 
 
-def test_the_dead_are_seen_without_a_custodian(quiet: World) -> None:
-    """A node that only publishes has none, and one whose custodian stands by is no better off."""
+def test_dead_workers_are_deregistered_without_a_custodian(quiet: World) -> None:
+    """A node that only publishes has no custodian, and the custodian of another may stand by."""
     late = quiet.worker()
     late.sync.poll()
-    life = late.sync._registration._lock
-    assert life is not None
-    life.release(keep_file=True)
+    lock = late.sync._registration._lock
+    assert lock is not None
+    lock.release(keep_file=True)
 
-    def struck() -> bool:
+    def deregistered() -> bool:
         with quiet.registry.read() as tx:
             return [w.stop_reason for w in tx.workers(include_stopped=True)] == [None, "died"]
 
-    quiet.until(struck)
+    quiet.until(deregistered)
     assert registration.dead_workers(quiet.settings.state_dir / "workers") == []
     late.store.dispose()
 
 
-def test_a_registry_that_went_back_is_not_believed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_that_went_back_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A standby that took over without the last changes would bring a revoked version back to life."""
     world.create()
     world.standby()
-    watcher = world.service.sync
-    watcher.poll()
-    kids, epoch = world.kids(), watcher.snapshot().epoch
+    sync = world.service.sync
+    sync.poll()
+    kids, epoch = world.kids(), sync.snapshot().epoch
     real = world.service.store.poll
     with monkeypatch.context() as patched:
         patched.setattr(world.service.store, "poll", lambda: (Epoch(epoch.incarnation, epoch.counter - 1), real()[1]))
-        watcher.poll()
-        assert "went back" in (watcher.trouble or "")
-        assert watcher.snapshot().epoch == epoch
+        sync.poll()
+        assert "went back" in (sync.trouble or "")
+        assert sync.snapshot().epoch == epoch
         world.offset += 11_000_000
         with pytest.raises(errors.RegistryStale):
-            watcher.leased()
+            sync.leased()
         assert world.kids() == kids
-    before = watcher.snapshot()
-    world.until(watcher.has_lease)
-    assert watcher.snapshot() is not before, "the same epoch may stand for something else now"
+    before = sync.snapshot()
+    world.until(sync.has_lease)
+    assert sync.snapshot() is not before, "the same epoch may stand for something else now"
 
 
 def test_a_change_that_was_committed_is_answered_though_the_workers_cannot_be_asked(

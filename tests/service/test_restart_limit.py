@@ -1,4 +1,4 @@
-"""How often workers are replaced, across their lives and over all of a node."""
+"""The limit of worker restarts, which holds across restarts and for all workers of a node."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_even_a_module_that_hangs_for_hours_costs_few_workers(tmp_path: Path) ->
     assert any(b - a == LONGEST_PAUSE for a, b in itertools.pairwise(times))
 
 
-def test_a_quiet_hour_makes_up_for_it(tmp_path: Path) -> None:
+def test_after_an_hour_without_restarts_the_first_round_begins_again(tmp_path: Path) -> None:
     clock = Clock()
     restart_limit = RestartLimit(tmp_path, 1, clock)
     assert granted(restart_limit, clock, 30) == [0, 10]
@@ -54,7 +54,7 @@ def test_a_quiet_hour_makes_up_for_it(tmp_path: Path) -> None:
     assert granted(restart_limit, clock, 30) == [0, 10]
 
 
-def test_how_long_it_still_has_to_wait_is_told(tmp_path: Path) -> None:
+def test_the_answer_is_the_remaining_wait(tmp_path: Path) -> None:
     clock = Clock()
     restart_limit = RestartLimit(tmp_path, 1, clock)
     assert restart_limit.permit() == 0.0
@@ -64,19 +64,19 @@ def test_how_long_it_still_has_to_wait_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "{}", '["x", null]', "[99999999999999999999]"])
-def test_a_file_that_says_nothing_forbids_nothing(tmp_path: Path, text: str) -> None:
+def test_an_unreadable_file_counts_as_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "recycled.json").write_text(text)
     assert RestartLimit(tmp_path, 1, Clock()).permit() == 0.0
 
 
-def test_after_a_reboot_the_clock_starts_anew(tmp_path: Path) -> None:
+def test_after_a_reboot_the_clock_starts_again(tmp_path: Path) -> None:
     clock = Clock()
     assert RestartLimit(tmp_path, 1, clock).permit() == 0.0
     clock.now = 5 * SECOND
     assert RestartLimit(tmp_path, 1, clock).permit() == 0.0
 
 
-def test_without_a_file_nobody_is_replaced(tmp_path: Path) -> None:
+def test_without_a_file_no_worker_is_replaced(tmp_path: Path) -> None:
     restart_limit = RestartLimit(tmp_path / "missing", 1, Clock())
     assert restart_limit.permit() == LONGEST_PAUSE
     assert restart_limit.count() == 0

@@ -195,7 +195,7 @@ def test_a_pair_that_waits_for_its_publication_can_be_revoked(world: World) -> N
         row = tx.versions()[0]
         tx.save(replace(row, state=S.CREATING, published_at=None, published_epoch=None, visible_since=None))
     done = revoke(world)
-    assert (done.version.state, done.exposure) == ("revoked", None), "nobody can have seen it"
+    assert (done.version.state, done.exposure) == ("revoked", None), "no verifier can have seen it"
     world.until(lambda: any(v.number == 2 and v.visible_since for v in world.versions()))
     assert world.kids() == [world.version(2).kid]
 
@@ -262,7 +262,7 @@ def test_a_whole_module_disables_the_keys_that_it_alone_could_replace(world: Wor
     pairs = len(world.backend.keys)
     again = everything(world, backend="memory")
     assert {v.changed for v in again.versions} == {False}
-    assert len(world.backend.keys) == pairs, "nothing is made in a module that nobody trusts"
+    assert len(world.backend.keys) == pairs, "no key is made in a module that is not trusted"
     world.service.keys.enable(world.admin, "main", "default")
     assert signs(world) not in {v.version.kid for v in done.versions}
 

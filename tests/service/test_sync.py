@@ -1,10 +1,14 @@
-"""A worker's view: lease, confirmation, pins, and what is served while the database is away."""
+"""A worker's sync with the registry: lease, confirmation, what is served without the database, and what is logged."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog.testing
 
 from kms_jwks import errors, wire
 from kms_jwks.model import SECOND
@@ -58,7 +62,9 @@ def test_a_revocation_waits_for_an_answer_under_way_but_not_beyond_the_lease(tmp
         world.close()
 
 
-def test_without_the_database_documents_go_on_and_signing_ends_with_the_lease(world: World, tmp_path: Path) -> None:
+def test_without_the_database_documents_are_served_and_signing_ends(
+    world: World, tmp_path: Path
+) -> None:
     world.create()
     world.service.sync.poll()
     registry = tmp_path / "registry.sqlite3"
@@ -116,7 +122,7 @@ def test_a_restricted_set_needs_a_grant(world: World) -> None:
     assert not document.public
 
 
-def test_a_dead_worker_is_struck_off_by_its_free_lock(two_workers: World) -> None:
+def test_a_dead_worker_is_deregistered_because_its_lock_is_free(two_workers: World) -> None:
     world = two_workers
     world.create()
     dead = world.workers[1].sync
@@ -124,14 +130,14 @@ def test_a_dead_worker_is_struck_off_by_its_free_lock(two_workers: World) -> Non
     dead._kick.set()
     assert dead._thread is not None
     dead._thread.join()
-    life = dead._registration._lock
-    assert life is not None
+    lock = dead._registration._lock
+    assert lock is not None
     folder = world.settings.state_dir / "workers"
     assert not registration.is_dead(folder, dead.worker_id or "")  # type: ignore[arg-type]
     import os
 
-    os.close(life._fd)  # what the kernel does when a process ends
-    life._fd = -1
+    os.close(lock._fd)  # what the kernel does when a process ends
+    lock._fd = -1
     world.standby()
     answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
     assert answer.unconfirmed == []
@@ -148,8 +154,6 @@ def test_a_worker_that_was_forgotten_comes_back_as_another(world: World) -> None
     old = world.service.sync.worker_id
     with pytest.raises(errors.Conflict):
         world.service.operation.forget(world.admin, old or "")
-    from dataclasses import replace
-
     with world.store().write() as tx:
         row = tx.worker(old)  # type: ignore[arg-type]
         assert row is not None
@@ -191,3 +195,88 @@ def test_discovery_only_where_the_issuer_is_the_url(world: World) -> None:
     for name in ("elsewhere", None):
         with pytest.raises(errors.NotFound):
             world.service.documents.discovery(RequestContext(), name)
+
+
+# --- what the log says
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[World]:
+    """A world without threads: the test makes the only worker poll."""
+    made = World(tmp_path)
+    made.service.sync.poll()
+    yield made
+    made.close()
+
+
+def take_away(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    """The database of the only worker does not answer."""
+
+    def refuse() -> Any:
+        raise errors.StoreUnavailable("away", retry_after=1)
+
+    for way in ("write", "read", "poll"):
+        monkeypatch.setattr(world.service.store, way, refuse)
+
+
+def lines(logs: list[Any], *fields: str) -> list[tuple[Any, ...]]:
+    names = ("database_lost", "database_recovered", "lease_lost", "lease_regained")
+    return [tuple(line.get(f) for f in ("event", "log_level", *fields)) for line in logs if line["event"] in names]
+
+
+def test_loss_and_recovery_of_database_and_lease_are_logged_once_with_their_duration(
+    silent: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = silent.service.sync
+    with structlog.testing.capture_logs() as logs:
+        with monkeypatch.context() as patched:
+            take_away(patched, silent)
+            for seconds in (0, 1, 8, 4, 1):
+                silent.offset += seconds * SECOND
+                sync.poll()
+        silent.offset += 2 * SECOND
+        sync.poll()
+        sync.poll()
+    assert lines(logs, "detail", "code", "process", "lease") == [
+        ("database_lost", "warning", "away", "store_unavailable", "worker", None),
+        ("lease_lost", "warning", "away", None, None, 10),
+        ("lease_regained", "info", None, None, None, None),
+        ("database_recovered", "info", None, None, "worker", None),
+    ]
+    regained, recovered = (line["seconds"] for line in logs if "seconds" in line)
+    assert 6 <= regained < 7, "since the lease ended, not since a poll noticed it"
+    assert 16 <= recovered < 17
+
+
+def test_a_lease_that_ended_between_two_polls_is_logged_too(silent: World) -> None:
+    """As after a suspended machine: the database answers at once."""
+    with structlog.testing.capture_logs() as logs:
+        silent.offset += 15 * SECOND
+        silent.service.sync.poll()
+    assert [line[0] for line in lines(logs)] == ["lease_lost", "lease_regained"]
+    assert 5 <= logs[-1]["seconds"] < 6
+
+
+def test_a_worker_that_was_deregistered_logs_the_loss_of_its_lease(silent: World) -> None:
+    sync = silent.service.sync
+    with silent.registry.write() as tx:
+        row = tx.worker(sync.worker_id or "")  # type: ignore[arg-type]
+        assert row is not None
+        tx.save(replace(row, stopped_at=tx.now(), stop_reason="forgotten"))
+    with structlog.testing.capture_logs() as logs:
+        silent.offset += 6 * SECOND
+        sync.poll()
+        assert not sync.has_lease()
+        sync.poll()
+    assert sync.has_lease()
+    assert [line["event"] for line in logs] == ["worker_deregistered_by_other", "lease_lost", "lease_regained"]
+    assert "deregistered" in logs[1]["detail"]
+
+
+def test_a_first_poll_and_an_orderly_stop_log_no_loss(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with structlog.testing.capture_logs() as logs:
+        world.service.sync.poll()
+        world.service.sync.poll()
+        world.close()
+    assert lines(logs) == []

@@ -54,7 +54,7 @@ class Oracle:
         self.alive_until: dict[str, int] = {}
         """By kid: when the last token it can have signed has ended for every verifier."""
         self.stopped: set[str] = set()
-        """Kids that nobody may sign with: their revocation was answered."""
+        """Kids that no worker may sign with: their revocation was answered."""
         self.disabled: set[str] = set()
         """Names of keys whose disabling was answered."""
         self.served: dict[int, frozenset[str]] = {}
@@ -127,7 +127,7 @@ class Oracle:
             before.tables[t] is not after.tables[t] for t in before.tables if t is not Worker
         ):
             holder = acting.custodian._leader_lease._holder
-            hold(after.lease.holder == holder, "a custodian wrote out of office", node=acting.name)
+            hold(after.lease.holder == holder, "a custodian wrote without the leader lease", node=acting.name)
         old: Mapping[str, KeyVersion] = before.tables[KeyVersion]
         new: Mapping[str, KeyVersion] = after.tables[KeyVersion]
         if old is new:
@@ -168,7 +168,7 @@ class Oracle:
     # --- told by the test
 
     def revoked(self, kid: str) -> None:
-        """A revocation was answered: from now on nobody signs with it, and it may be gone from documents."""
+        """A revocation was answered: from now on no worker signs with it, and it may be missing from documents."""
         self.stopped.add(kid)
 
     @contextmanager

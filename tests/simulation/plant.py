@@ -63,7 +63,7 @@ class Bomb:
 
     def __call__(self, point: str) -> None:
         if self.gone_off:
-            raise Crash  # who is dead does nothing more
+            raise Crash  # a dead process does nothing more
         try:
             self._at_point(point)
         except Crash:
@@ -286,7 +286,7 @@ class Plant:
         return self.now + self.step
 
     def pass_(self, seconds: float) -> None:
-        """Let time go by in which nobody polls and nothing ticks."""
+        """Let time pass without a poll or a tick."""
         for look in self.watch:
             look()
         self.now += round(seconds * SECOND)
@@ -315,7 +315,7 @@ class Plant:
         except Crash:
             node.custodian = node.new_custodian()
         except Exception as error:
-            # What `run` does: another term has begun, or the registry is away. The next tick begins anew.
+            # What `run` does: another term has begun, or the registry is away. The next tick tries again.
             if isinstance(error, Fenced):
                 node.custodian._leader_lease.term = 0
             elif not isinstance(error, Error):

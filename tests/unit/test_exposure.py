@@ -1,4 +1,4 @@
-"""Who goes on trusting a revoked key: the table of verifiers, and the instants that come of it."""
+"""Which verifiers keep trusting a revoked key: the table of verifiers, and the instants that follow from it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_shared_cache_may_hand_out_the_older_document_while_it_cannot_reach_us
     assert "purge" in cache.words
 
 
-def test_a_young_successor_is_unknown_to_who_never_fetches_at_an_unknown_kid() -> None:
+def test_a_young_successor_is_unknown_to_verifiers_that_do_not_fetch_at_an_unknown_kid() -> None:
     young = rows(successor_visible_since=at(-60))
     assert (young["Envoy"].learns, young["Envoy"].learns_by) == (Learns.WAITS, at(-60 + 600 + 300))
     assert "reject" in young["Envoy"].words
@@ -80,19 +80,19 @@ def test_a_young_successor_is_unknown_to_who_never_fetches_at_an_unknown_kid() -
     )
 
 
-def test_who_caches_for_ever_is_reached_by_a_kid_it_cannot_hold() -> None:
+def test_a_verifier_that_caches_for_ever_fetches_at_a_kid_it_cannot_hold() -> None:
     assert rows()["go-oidc 3"].ends is Ends.SECOND_ROTATION
     fresh = rows(successor_visible_since=None, second_rotation_at=None)
     assert fresh["go-oidc 3"].ends is Ends.SUCCESSOR
     assert fresh["Authlib 1.9"].learns is Learns.FETCHES
 
 
-def test_without_a_successor_nobody_learns_anything() -> None:
+def test_without_a_successor_no_verifier_learns_a_key() -> None:
     found = rows(has_successor=False, successor_visible_since=None)
     assert {row.learns for row in found.values()} == {Learns.NOTHING}
 
 
-def test_the_sum_names_the_last_bound_and_who_has_none() -> None:
+def test_the_summary_names_the_last_limit_and_the_verifiers_without_one() -> None:
     report = exposure.report(case())
     assert exposure.trusted_until(report) == at(43_200 + 300)
     assert set(exposure.unbounded(report)) == {"Authlib", "go-oidc", "AWS Application Load Balancer"}

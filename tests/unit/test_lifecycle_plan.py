@@ -29,7 +29,7 @@ from tests.unit.builders import T0, at, external, key, key_set, version
 S = VersionState
 HOUR = 3600
 RETIRE = 60 + 10 + 3600 + 300
-"""Seconds from a deactivation to the withdrawal, at the defaults."""
+"""Seconds from a deactivation to the retirement, at the defaults."""
 EXACT = {"rotate_jitter": 0}
 PUBLISHED = key_set(first_published_at=T0, first_activated_at=T0)
 
@@ -196,7 +196,7 @@ def test_a_window_that_says_nothing_is_refused_in_words(text: str, says: str) ->
     assert says in problem
 
 
-def test_the_window_governs_rotation_withdrawal_and_destruction() -> None:
+def test_the_window_applies_to_rotation_retirement_and_destruction() -> None:
     quiet = a_key(rotate_window="mon 09:00-10:00")
     monday = 3 * DAY + HOUR
     step = activation([quiet], signing(), now=at(90 * DAY))  # a Thursday
@@ -234,7 +234,7 @@ def test_two_keys_due_at_once_go_one_after_the_other() -> None:
     assert [s.due for s in timeline.plan(PUBLISHED, keys[::-1], versions[::-1], now)] == [first.due, second.due]
 
 
-def test_the_longest_overdue_goes_first_and_one_that_cannot_go_holds_nobody_up() -> None:
+def test_the_longest_overdue_goes_first_and_one_that_has_to_wait_delays_no_other() -> None:
     keys = [a_key(id="key-1"), a_key(id="key-2")]
     now = at(100 * DAY)
     versions = [*signing("key-1", activated_at=at(DAY)), *signing("key-2")]
@@ -273,7 +273,7 @@ def test_the_second_rotation_comes_as_soon_as_its_standby_is_usable() -> None:
     assert "version 1 took over from a revoked one" in step.reason
 
 
-def test_emergencies_go_first_and_make_withdrawals_wait_for_no_window() -> None:
+def test_emergencies_go_first_and_retirements_then_ignore_the_window() -> None:
     keys = [a_key(id="key-1", rotate_window="mon 09:00-10:00"), a_key(id="key-2")]
     versions = [*signing("key-1", emergency=True), *signing("key-2")]
     now = at(100 * DAY)
@@ -284,7 +284,7 @@ def test_emergencies_go_first_and_make_withdrawals_wait_for_no_window() -> None:
     assert next(s for s in steps if s.kind is StepKind.RETIRE).due == at(100 * DAY + RETIRE)
 
 
-def test_a_successor_of_a_revoked_version_ignores_window_and_hold() -> None:
+def test_the_standby_of_a_revoked_version_ignores_window_and_hold() -> None:
     busy = a_key(rotate_window="mon 09:00-10:00", hold_until=at(400 * DAY))
     gone = version(1, S.REVOKED, activated_at=T0, deactivated_at=at(9), revoked_at=at(9))
     for seen in (None, at(8)):
@@ -362,7 +362,7 @@ def test_a_forecast_draws_what_was_and_what_comes() -> None:
     assert events == sorted(events, key=lambda e: e.at)
 
 
-def test_a_forecast_keeps_the_rhythm_over_years_and_plays_the_other_keys_too() -> None:
+def test_a_forecast_keeps_the_schedule_over_years_and_simulates_the_other_keys_too() -> None:
     keys = [a_key("a", id="key-1", rotate_every=30 * DAY), a_key("b", id="key-2", rotate_every=30 * DAY)]
     versions = [*signing("key-1"), *signing("key-2")]
     found = {
@@ -376,7 +376,7 @@ def test_a_forecast_keeps_the_rhythm_over_years_and_plays_the_other_keys_too() -
     assert found["b"][0] == at(30 * DAY + RETIRE)
 
 
-def test_a_forecast_takes_for_granted_that_modules_and_workers_answer() -> None:
+def test_a_forecast_assumes_that_modules_and_workers_answer() -> None:
     waiting = version(1, S.CREATING, kid=None)
     events = timeline.forecast(key_set(), [a_key()], [waiting], T0, a_key(), at(2 * DAY))
     assert [(e.kind, e.number) for e in events if not e.past] == [("activate", 1), ("create", 2)]

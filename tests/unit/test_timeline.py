@@ -169,7 +169,7 @@ def test_the_first_version_signs_when_it_is_usable() -> None:
     assert kinds([key()], [version(1, S.PUBLISHED, visible_since=at(1))], []) == [(StepKind.ACTIVATE, 1 + DAY)]
 
 
-def test_after_a_revocation_without_a_standby_one_is_made_and_signs_however_young() -> None:
+def test_after_a_revocation_without_a_standby_one_is_made_and_signs_at_once() -> None:
     gone = version(1, S.REVOKED, activated_at=T0, deactivated_at=at(5), revoked_at=at(5))
     assert kinds([key()], [gone], []) == [(StepKind.CREATE, 0)]
     assert kinds([key()], [gone, version(2, S.CREATING, kid=None)], []) == []
@@ -185,7 +185,7 @@ def test_a_version_revoked_after_its_rotation_is_no_emergency() -> None:
     assert [s.breach for s in steps] == [None]
 
 
-def test_a_disabled_key_is_only_withdrawn_from_and_destroyed_in() -> None:
+def test_a_disabled_key_gets_retirements_and_destructions_only() -> None:
     off = key(disabled_at=T0)
     retiring = version(1, S.RETIRING, deactivated_at=T0)
     doomed = version(2, S.RETIRED, destroy_at=at(50))
@@ -211,7 +211,7 @@ def test_safety_shows_both_sides() -> None:
     assert report.next_at == at(10 + DAY)
 
 
-def test_safety_of_a_retiring_version_names_the_date_of_its_withdrawal() -> None:
+def test_safety_of_a_retiring_version_names_the_date_of_its_retirement() -> None:
     retiring = version(1, S.RETIRING, visible_since=T0, first_fill=True, activated_at=at(1), deactivated_at=at(100))
     report = timeline.safety(retiring, key(), key_set(), at(200))
     assert [(c.invariant, c.holds) for c in report.checks] == [("I1", True), ("I2", False)]
