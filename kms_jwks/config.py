@@ -226,6 +226,13 @@ class Pkcs11Options(BackendSettings):
             raise ValueError("token_serial and expected_serial name different tokens")
         return self
 
+    def for_custodian(self) -> Self:
+        """The same options with the PIN of `management`, if there is one."""
+        own = self.management
+        if own is None:
+            return self
+        return self.model_copy(update={"pin_file": own.pin_file, "pin_env": own.pin_env, "pin_stdin": False})
+
 
 class AwsKmsManagement(BaseModel):
     """The custodian's own credentials, with the rights to make, tag and destroy keys."""

@@ -73,8 +73,8 @@ class SoftHsm:
         return Pkcs11Backend(
             "test",
             self.options(**changes),
-            pin=pin or PinSource.from_file(self.pin_file),
             lock_dir=lock_dir or self.lock_dir,
+            pin=pin,
         )
 
     def pkcs11_tool(self, *arguments: str) -> str:

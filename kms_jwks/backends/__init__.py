@@ -12,11 +12,11 @@ from kms_jwks.backends.third_party import make_third_party
 
 
 def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
-    from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
+    from kms_jwks.backends.pkcs11 import Pkcs11Backend
 
-    pin = PinSource.of(options, management=management)
+    own = options.for_custodian() if management else options
     try:
-        return Pkcs11Backend(name, options, pin=pin, lock_dir=state_dir / "pkcs11")
+        return Pkcs11Backend(name, own, lock_dir=state_dir / "pkcs11")
     except ValueError as error:
         # The options contradict each other, which shows once the URI is parsed.
         raise errors.ConfigurationError(f"backends.{name}: {error}.") from None

@@ -45,13 +45,13 @@ class Pkcs11Backend:
 
     kind = "pkcs11"
 
-    def __init__(self, name: str, options: Pkcs11Options, *, pin: PinSource, lock_dir: Path) -> None:
-        """See `TokenOpener` for `lock_dir` and for the ValueError it raises."""
+    def __init__(self, name: str, options: Pkcs11Options, *, lock_dir: Path, pin: PinSource | None = None) -> None:
+        """See `TokenOpener` for `lock_dir`, `pin` and the ValueError that it raises."""
         self.name = name
         self.sign_in_place = options.sign_in_place
         self.recovered_at = 0.0
         self._module_path = options.module
-        self._opener = TokenOpener(options, pin=pin, lock_dir=lock_dir)
+        self._opener = TokenOpener(options, lock_dir=lock_dir, pin=pin)
         self._errands = Errands()
         self._unfinished: list[bytes] = []
         """CKA_IDs of pairs that were not finished and are not destroyed yet; used under the mutation lock."""

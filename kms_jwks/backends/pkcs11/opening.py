@@ -73,13 +73,14 @@ class _Transient(Exception):
 class TokenOpener:
     """Opens the token that the options of one backend choose, with the PIN and under the locks of this node."""
 
-    def __init__(self, options: Pkcs11Options, *, pin: PinSource, lock_dir: Path) -> None:
+    def __init__(self, options: Pkcs11Options, *, lock_dir: Path, pin: PinSource | None = None) -> None:
         """`lock_dir` is made with mode 0700 where missing: lock files, and the record of refused PINs.
 
-        Raises ValueError where the options' URI is none or contradicts the other options.
+        `pin` replaces the options' source of the PIN. Raises ValueError where the options' URI is no PKCS#11 URI or
+        contradicts the other options.
         """
         self.options = options
-        self.pin = pin
+        self.pin = pin or PinSource.of(options)
         self.lock_dir = lock_dir
         self.uri = None if options.uri is None else uri.parse_for_token(options.uri, options)
         parts = (
@@ -234,12 +235,11 @@ class PinSource:
     _value: bytes = field(default=b"", repr=False)
 
     @classmethod
-    def of(cls, options: Pkcs11Options, *, management: bool) -> PinSource:
-        """The source that the options name; with `management` the custodian's own, where there is one."""
-        source = options.management if management and options.management is not None else options
-        if source.pin_file is not None:
-            return cls.from_file(source.pin_file)
-        return _standard_input() if source.pin_env is None else cls.from_env(source.pin_env)
+    def of(cls, options: Pkcs11Options) -> PinSource:
+        """The source that the options name."""
+        if options.pin_file is not None:
+            return cls.from_file(options.pin_file)
+        return _standard_input() if options.pin_env is None else cls.from_env(options.pin_env)
 
     @classmethod
     def from_file(cls, path: Path) -> PinSource:
