@@ -202,9 +202,9 @@ class Backend(Protocol):
     def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
         """Find a key pair that another program made. The caller judges it by `attributes`.
 
-        `public_jwk` replaces a public half that the module does not hold, and no other; the caller proves by a signature
-        that it belongs to the private key. Raises BackendKeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits
-        several keys, or the public half cannot be read and none is given.
+        `public_jwk` replaces a public half that the module does not hold, and no other; the caller proves by a
+        signature that it belongs to the private key. Raises BackendKeyNotFound, UnsupportedAlgorithm, and
+        BackendRefused where the locator fits several keys, or the public half cannot be read and none is given.
         """
         ...
 
