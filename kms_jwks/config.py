@@ -162,14 +162,19 @@ class Pkcs11Management(BaseModel):
         return self
 
 
-class Pkcs11Backend(BackendSettings):
-    """A token behind a PKCS#11 module: SoftHSM, or any HSM whose vendor ships such a module."""
+class Pkcs11Options(BackendSettings):
+    """A token behind a PKCS#11 module: SoftHSM, or any HSM whose vendor ships such a module.
+
+    The token is chosen by `token_label`, `token_serial`, `slot` or `uri`; where several are given, all must fit.
+    """
 
     type: Literal["pkcs11"]
     module: Path = Field(description="The vendor's shared object.")
     token_label: str | None = Field(default=None, min_length=1, max_length=32)
     token_serial: str | None = Field(default=None, min_length=1, max_length=16)
-    slot: int | None = Field(default=None, ge=0, description="The slot's number, for modules that keep them stable.")
+    slot: int | None = Field(
+        default=None, ge=0, description="The slot's number (CK_SLOT_ID), for modules that keep them stable."
+    )
     uri: str | None = Field(
         default=None,
         max_length=1024,
@@ -185,10 +190,15 @@ class Pkcs11Backend(BackendSettings):
     pin_file: Path | None = None
     pin_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     pin_stdin: bool = False
-    sessions: int = Field(default=1, ge=1, le=64, description="Sessions of one process that may sign at once.")
+    sessions: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Sessions of one process that may sign at once; one more session holds the login.",
+    )
     locking: Literal["os", "process"] = Field(
         default="os",
-        description="os: the module locks for itself (CKF_OS_LOCKING_OK); process: one call at a time.",
+        description="os: the module locks for itself (CKF_OS_LOCKING_OK) if it can; process: one call at a time.",
     )
     sign_in_place: bool = Field(
         default=True,
@@ -215,6 +225,13 @@ class Pkcs11Backend(BackendSettings):
         if self.token_serial and self.expected_serial and self.token_serial != self.expected_serial:
             raise ValueError("token_serial and expected_serial name different tokens")
         return self
+
+    def for_custodian(self) -> Self:
+        """The same options with the PIN of `management`, if there is one."""
+        own = self.management
+        if own is None:
+            return self
+        return self.model_copy(update={"pin_file": own.pin_file, "pin_env": own.pin_env, "pin_stdin": False})
 
 
 class AwsKmsManagement(BaseModel):
@@ -308,7 +325,7 @@ def _type_of(section: type[BackendSettings]) -> str:
 
 
 _THIRD_PARTY: Final = "third-party"
-BACKEND_TYPES: Final = frozenset(_type_of(section) for section in (Pkcs11Backend, AwsKmsOptions))
+BACKEND_TYPES: Final = frozenset(_type_of(section) for section in (Pkcs11Options, AwsKmsOptions))
 """The values of `type` that this package implements; any other value names another package's entry point."""
 
 
@@ -319,7 +336,7 @@ def _tag(value: Any) -> str:
 
 
 Backend = Annotated[
-    Annotated[Pkcs11Backend, Tag(_type_of(Pkcs11Backend))]
+    Annotated[Pkcs11Options, Tag(_type_of(Pkcs11Options))]
     | Annotated[AwsKmsOptions, Tag(_type_of(AwsKmsOptions))]
     | Annotated[ThirdPartyBackend, Tag(_THIRD_PARTY)],
     Discriminator(_tag),
@@ -400,7 +417,7 @@ class Settings(BaseSettings):
     def _refuse_contradicting_environments(self) -> None:
         seen: dict[str, str] = {}
         for backend in self.backends.values():
-            for variable, value in backend.environment.items() if isinstance(backend, Pkcs11Backend) else ():
+            for variable, value in backend.environment.items() if isinstance(backend, Pkcs11Options) else ():
                 if seen.setdefault(variable, value) != value:
                     raise ValueError(f"backends set {variable} to different values, and a process has one environment")
 
@@ -567,7 +584,7 @@ def _refuse_unknown(settings: Settings) -> None:
 
 def _pin_variables(settings: Settings) -> Iterator[str]:
     for backend in settings.backends.values():
-        if isinstance(backend, Pkcs11Backend):
+        if isinstance(backend, Pkcs11Options):
             management = backend.management.pin_env if backend.management else None
             yield from (name for name in (backend.pin_env, management) if name)
 

@@ -9,7 +9,7 @@ import pkcs11
 from pkcs11 import Attribute, Mechanism, MechanismFlag
 from pkcs11.util.ec import encode_named_curve_parameters
 
-from kms_jwks.backends.pkcs11 import keys
+from kms_jwks.backends.pkcs11.connection import TolerantMapper
 from tests.softhsm import SoftHsm
 
 EC, RSA = pkcs11.KeyType.EC, pkcs11.KeyType.RSA
@@ -33,7 +33,7 @@ def theirs(hsm: SoftHsm) -> Any:
     """A session as any other program of the PIN's holder has it."""
     os.environ.update(hsm.environment)
     token: Any = pkcs11.lib(str(hsm.module)).get_token(token_label=hsm.label)
-    return token.open(rw=True, user_pin=hsm.pin, attribute_mapper=keys.Mapper())
+    return token.open(rw=True, user_pin=hsm.pin, attribute_mapper=TolerantMapper())
 
 
 def make_pairs(hsm: SoftHsm, pairs: list[Pair]) -> None:

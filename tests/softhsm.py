@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, Pkcs11Options
+from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
+from kms_jwks.config import Pkcs11Options
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,20 +57,25 @@ class SoftHsm:
 
     def options(self, **changes: Any) -> Pkcs11Options:
         """Options for this token; `changes` replace some."""
-        return Pkcs11Options(
-            **{
+        return Pkcs11Options.model_validate(
+            {
+                "type": "pkcs11",
                 "module": self.module,
-                "pin": PinSource.from_file(self.pin_file),
-                "lock_dir": self.lock_dir,
+                "pin_file": self.pin_file,
                 "token_label": self.label,
                 "environment": self.environment,
                 **changes,
             }
         )
 
-    def backend(self, **changes: Any) -> Pkcs11Backend:
-        """A backend with `options(**changes)`."""
-        return Pkcs11Backend("test", self.options(**changes))
+    def backend(self, *, pin: PinSource | None = None, lock_dir: Path | None = None, **changes: Any) -> Pkcs11Backend:
+        """A backend with `options(**changes)`, and with another PIN or folder of locks where they are given."""
+        return Pkcs11Backend(
+            "test",
+            self.options(**changes),
+            lock_dir=lock_dir or self.lock_dir,
+            pin=pin,
+        )
 
     def pkcs11_tool(self, *arguments: str) -> str:
         """What OpenSC's pkcs11-tool, logged in to the token, says to these arguments, errors included."""
@@ -113,13 +119,13 @@ def sessions_in_module(backend: Pkcs11Backend) -> int:
 
     Its C_GetTokenInfo does not tell. Handles of sessions and objects come from one counter.
     """
-    access = backend._access()
-    connection = access._connection
+    recovering = backend._connection()
+    connection = recovering.current
     assert connection is not None
     probe: Any = connection.token.open()
     newest = probe.handle
     probe.close()
-    library = ctypes.CDLL(str(access.module.path))
+    library = ctypes.CDLL(str(recovering.module.path))
     room = ctypes.create_string_buffer(64)
     return sum(library.C_GetSessionInfo(ctypes.c_ulong(number), room) == 0 for number in range(1, newest + 1))
 

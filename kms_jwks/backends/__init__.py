@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +12,20 @@ from kms_jwks.backends.third_party import make_third_party
 
 
 def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
-    from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, Pkcs11Options
-    from kms_jwks.backends.pkcs11.uri import parse
+    from kms_jwks.backends.pkcs11 import Pkcs11Backend
 
-    source = options.management if management and options.management is not None else options
-    if source.pin_file is not None:
-        pin = PinSource.from_file(source.pin_file)
-    elif source.pin_env is not None:
-        pin = PinSource.from_env(source.pin_env)
-    else:
-        pin = _pin_of_standard_input()
+    own = options.for_custodian() if management else options
     try:
-        checked = Pkcs11Options(
-            module=options.module,
-            token_label=options.token_label,
-            token_serial=options.token_serial,
-            slot=options.slot,
-            uri=None if options.uri is None else parse(options.uri),
-            expected_serial=options.expected_serial,
-            pin=pin,
-            sessions=options.sessions,
-            locking=options.locking,
-            sign_in_place=options.sign_in_place,
-            lock_dir=state_dir / "pkcs11",
-            environment=options.environment,
-        )
+        return Pkcs11Backend(name, own, lock_dir=state_dir / "pkcs11")
     except ValueError as error:
-        # What contradicts itself only once the URI is read.
+        # The options contradict each other, which shows once the URI is parsed.
         raise errors.ConfigurationError(f"backends.{name}: {error}.") from None
-    return Pkcs11Backend(name, checked)
 
 
 def _aws_kms(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
     from kms_jwks.backends.aws_kms import AwsKmsBackend
 
     return AwsKmsBackend(name, options.for_custodian() if management else options)
-
-
-@cache
-def _pin_of_standard_input() -> Any:
-    """Read once per process tree: a child of a fork finds it here."""
-    from kms_jwks.backends.pkcs11 import PinSource
-
-    return PinSource.from_stdin()
 
 
 BACKENDS: Mapping[str, Callable[[str, Any, Path, bool], Backend]] = {

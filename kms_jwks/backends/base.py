@@ -1,7 +1,8 @@
-"""The backend contract: what the service asks of a module that holds private keys. No module is named here.
+"""The backend contract: the operations of a module that holds private keys. No module is named here.
 
 A backend is bound to one module (a token serial, an account and region). It is made before the fork and opens nothing
 until its first call; it is thread-safe. Every method raises `kms_jwks.errors.BackendError` subclasses and nothing else.
+backends/calling.py calls it; no other part of the service does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kms_jwks.errors import BackendError
 
 @dataclass(frozen=True, slots=True)
 class KeyRef:
-    """Where a key pair is inside its module: strings that the backend alone understands, kept in the registry.
+    """The place of a key pair in its module: strings that only the backend interprets, kept in the registry.
 
     `locator` is a sorted tuple of (name, value) pairs, so that a reference is hashable and can key a handle cache.
     """
@@ -27,7 +28,7 @@ class KeyRef:
 
     @classmethod
     def of(cls, **parts: str) -> KeyRef:
-        """A reference from its parts."""
+        """A reference made of its parts."""
         return cls(tuple(sorted(parts.items())))
 
     def __getitem__(self, name: str) -> str:
@@ -44,7 +45,7 @@ PublicJwk = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class ModuleKey:
-    """One key pair as the registry records it: what a backend signs with, and what its signature is checked against."""
+    """One key pair as the registry records it: the reference to sign with, and the public key to verify with."""
 
     kid: str
     alg: Algorithm
@@ -55,7 +56,7 @@ class ModuleKey:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedKey:
-    """A fresh or adopted key pair: its reference and the public half as read back from the module."""
+    """A new or adopted key pair: its reference, and its public half as read back from the module."""
 
     ref: KeyRef
     public_jwk: PublicJwk
@@ -68,7 +69,7 @@ class Message:
     data: bytes
 
     def digest(self, alg: Algorithm) -> bytes:
-        """The hash that `alg` signs. Raises ValueError for EdDSA, which has none."""
+        """The hash that `alg` signs. Raises ValueError for EdDSA and ML-DSA, which have none."""
         if alg.hash is None:
             raise ValueError(f"{alg.name} signs the message itself")
         return hashlib.new(alg.hash, self.data).digest()
@@ -76,16 +77,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """A hash made by the caller, of the length that the key's algorithm signs. Never used with EdDSA."""
+    """A hash made by the caller, of the length that the key's algorithm signs. Not for EdDSA and ML-DSA."""
 
     value: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Promise 1 as read back from the module: the vendor's attribute names and values, and our judgement of them.
+    """The evidence of promise 1 as read back from the module: attributes, and what follows from them.
 
-    `generated_in_module`, `non_extractable` and `sign_only` are True only when the module itself said so.
+    `generated_in_module`, `non_extractable` and `sign_only` are True only where the module's own attributes say so.
     `attributes` holds the vendor's names (CKA_…, Origin, …) with booleans, strings or integers.
     """
 
@@ -101,7 +102,7 @@ class Evidence:
 
     @property
     def weaknesses(self) -> tuple[str, ...]:
-        """What does not hold, in words that an administrator has to accept before such a key is adopted."""
+        """The parts of promise 1 that do not hold, in words. An administrator accepts them or adopts no such key."""
         claims = {
             "it was not generated in the module": self.generated_in_module,
             "it is or was extractable": self.non_extractable,
@@ -121,7 +122,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """A key pair that the module holds, as `list_keys` found it: for orphans."""
+    """A key pair that `list_keys` found in the module; the search for orphans uses it."""
 
     ref: KeyRef
     label: str
@@ -129,19 +130,19 @@ class StoredKey:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The answer of `ping`: which module answered, in words for people (`description`) and as facts."""
+    """The answer of `ping`: the module that answered, in words (`description`) and as facts."""
 
     description: str
     facts: Mapping[str, str]
 
 
 class BackendFactory(Protocol):
-    """What a third party's entry point in the group `kms_jwks.backends` names: it makes a backend and opens nothing.
+    """The object of a third party's entry point in the group `kms_jwks.backends`: it makes a backend and opens nothing.
 
     `options` are the settings of the section that are not every backend's (TOML values; strings where they come from
-    the environment). `management` is the section's table of that name for the custodian, whose credentials are to be
-    used instead of the others', and None in workers and where there is none. `state_dir` is this node's own folder.
-    Raises `kms_jwks.errors.ConfigurationError` where the options are of no use.
+    the environment). `management` is the section's table of that name, given to the custodian, which uses its
+    credentials instead of the others; it is None in workers and where there is no such table. `state_dir` is this
+    node's own folder. Raises `kms_jwks.errors.ConfigurationError` for options it cannot use.
     """
 
     def __call__(  # noqa: D102
@@ -150,13 +151,13 @@ class BackendFactory(Protocol):
 
 
 MOST_LEFT_BEHIND: Final = 8
-"""Calls that a backend may leave behind in its module; then a process is no good for anything but signing."""
+"""Calls that a backend may abandon in its module before the process is replaced, whatever its limits are."""
 
 
 def stuck_in(backend: Backend) -> int:
-    """How many calls of this process are in the module past their deadline, where the backend answers without them.
+    """How many calls a backend has abandoned in its module: it answered them by a deadline, and they did not return.
 
-    A backend may say so in an attribute `stuck`; one that has none leaves nobody behind.
+    A backend that abandons calls counts them in an attribute `stuck`; one without it abandons none.
     """
     try:
         stuck = getattr(backend, "stuck", 0)
@@ -172,20 +173,20 @@ class Backend(Protocol):
     kind: str
     """The configuration's `type`, e.g. "pkcs11"."""
     sign_in_place: bool
-    """True where a signature is so quick that the calling thread may make it; else the service uses its pool."""
+    """True where signing is so quick that the calling thread may do it; otherwise a thread of the pool does it."""
     recovered_at: float
-    """The `time.monotonic()` at which this process last opened or reopened the module, 0.0 before the first time. The
-    service checks every signature of the second after it."""
+    """The `time.monotonic()` at which this process last opened or reopened the module, 0.0 before the first opening.
+    The service verifies every signature of the second after it."""
 
     def bind(self, ref: KeyRef) -> None:
-        """Learn from the registry which module the keys are in: another one under the same name is refused from now on.
+        """Learn from the registry which module the keys are in. Another one under the same name is then refused.
 
-        Opens nothing and raises nothing. What the configuration names expressly counts more; the last call wins.
+        Opens nothing and raises nothing. A module that the configuration names takes precedence; the last call wins.
         """
         ...
 
     def capabilities(self) -> frozenset[str]:
-        """The `alg` names the module offers. Raises BackendUnavailable, BackendRefused."""
+        """The `alg` names that the module offers. Raises BackendUnavailable, BackendRefused."""
         ...
 
     def generate(
@@ -193,17 +194,17 @@ class Backend(Protocol):
     ) -> GeneratedKey:
         """Make a key pair in the module: non-extractable, sign-only, read back. `label` is ASCII, at most 40 bytes.
 
-        `purpose` says what it is for (key-set, key, version), for modules that keep tags; others ignore it.
+        `purpose` names what the pair is for (key-set, key, version), for modules that keep tags; others ignore it.
         Raises KeyExists when the label is in use, UnsupportedAlgorithm, BackendRefused, BackendUnavailable.
         """
         ...
 
     def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
-        """Find a key pair that somebody else made; what it may do is for `attributes` to say and the caller to judge.
+        """Find a key pair that another program made. The caller judges it by `attributes`.
 
-        `public_jwk` stands in for a public half that the module does not hold, and for no other; the caller proves it
-        by a signature. Raises BackendKeyNotFound, UnsupportedAlgorithm, and BackendRefused where the locator fits
-        several keys, or the public half cannot be read and none is given.
+        `public_jwk` replaces a public half that the module does not hold, and no other; the caller proves by a
+        signature that it belongs to the private key. Raises BackendKeyNotFound, UnsupportedAlgorithm, and
+        BackendRefused where the locator fits several keys, or the public half cannot be read and none is given.
         """
         ...
 
@@ -224,38 +225,38 @@ class Backend(Protocol):
         ...
 
     def distrust(self, ref: KeyRef) -> None:
-        """A signature that `sign` just gave this thread does not verify: what made it (a session) is not used again.
+        """The signature that `sign` last returned to this thread does not verify: its session is not used again.
 
-        Raises nothing; nothing to do where each call stands alone.
+        Raises nothing. A backend without sessions has nothing to do here.
         """
         ...
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
-        """Ask the module to destroy the key in `days`, 7 to 30; False where it has no waiting period of its own.
+        """Ask the module to destroy the key in `days`, 7 to 30. False where it has no waiting period of its own.
 
-        Said again it changes the date where the module lets it. `destroy` is called when the date has come, either way.
+        A further call changes the date where the module allows it. `destroy` is called at the date in either case.
         """
         return False
 
     def cancel_destroy(self, ref: KeyRef) -> None:
-        """Take `schedule_destroy` back; nothing where there is nothing scheduled."""
+        """Cancel `schedule_destroy`. Where no destruction is scheduled it does nothing."""
         ...
 
     def destroy(self, ref: KeyRef) -> None:
         """Remove both halves from the module and return when they are gone. Idempotent: a key that is gone is no error.
 
-        A module with a waiting period raises BackendUnavailable with the seconds that are left as `retry_after`.
+        In a waiting period it raises BackendUnavailable, with the seconds that are left as `retry_after`.
         """
         ...
 
     def list_keys(self, label_prefix: str) -> list[StoredKey]:
-        """Every private key whose label starts with the prefix: how orphans are found."""
+        """Every private key whose label starts with the prefix; the search for orphans uses it."""
         ...
 
     def ping(self) -> Health:
-        """Ask the module for a sign of life. Raises BackendUnavailable, BackendRefused."""
+        """Check that the module answers. Raises BackendUnavailable, BackendRefused."""
         ...
 
     def close(self) -> None:
-        """Give up sessions and threads. No method is called afterwards."""
+        """Close sessions and end threads. No method is called afterwards."""
         ...

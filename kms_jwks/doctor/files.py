@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from kms_jwks.config import Pkcs11Backend, Settings
+from kms_jwks.config import Pkcs11Options, Settings
 from kms_jwks.doctor.checks import Check, State
 
 
@@ -34,7 +34,7 @@ def files(settings: Settings) -> Iterator[Check]:
     if locks.exists():
         yield from _folder("lock directory", locks)
     for name, options in settings.backends.items():
-        if not isinstance(options, Pkcs11Backend):
+        if not isinstance(options, Pkcs11Options):
             continue
         if options.management is not None and options.management.pin_file is not None:
             yield _private(f"custodian's PIN file of {name}", options.management.pin_file)

@@ -141,12 +141,12 @@ def _through_backend(config: Path, ref: KeyRef, alg: str) -> Sign:
 def _through_session(config: Path, label: str, alg: str) -> Sign:
     import pkcs11
 
-    from kms_jwks.config import Pkcs11Backend, load_settings
+    from kms_jwks.config import Pkcs11Options, load_settings
 
     settings = load_settings(config)
     assert settings.default_backend is not None
     options = settings.backends[settings.default_backend]
-    assert isinstance(options, Pkcs11Backend)
+    assert isinstance(options, Pkcs11Options)
     assert options.pin_file is not None
     os.environ.update(options.environment)
     token = _patiently(lambda: pkcs11.lib(str(options.module)).get_token(token_label=options.token_label))

@@ -19,7 +19,7 @@ from pkcs11 import Mechanism
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, Message
 from kms_jwks.backends.pkcs11 import Pkcs11Backend
-from kms_jwks.backends.pkcs11.cryptoki import Cryptoki
+from kms_jwks.backends.pkcs11.module import Cryptoki
 from tests.contract.suite import verify
 from tests.faults.harness import FUNCTIONS, Faults, Violations
 from tests.softhsm import SoftHsm, in_child, make_token
@@ -41,7 +41,7 @@ class Raw:
     """The C functions themselves, over one session, with one key's handle: no retries between us and the module."""
 
     def __init__(self, hsm: SoftHsm, backend: Pkcs11Backend) -> None:
-        self.connection: Any = backend._access()._connection
+        self.connection: Any = backend._connection().current
         library = ctypes.CDLL(str(hsm.module))
         pointer = ctypes.POINTER(ctypes.c_void_p)()
         assert library.C_GetFunctionList(ctypes.byref(pointer)) == 0
@@ -136,8 +136,8 @@ def spoilt(hsm: SoftHsm) -> None:
     backend = through.backend(sessions=1)
     key = backend.generate("here", ES256)
     sign(backend, key)
-    connection: Any = backend._access()._connection
-    (handle,) = connection.working.take(time.monotonic()).handles.values()
+    connection: Any = backend._connection().current
+    (handle,) = connection.working.acquire(time.monotonic()).handles.values()
 
     def made() -> bytes:
         return bytes(handle.key.sign(bytes(32), mechanism=Mechanism.ECDSA))

@@ -17,8 +17,7 @@ from pkcs11 import Attribute, Mechanism, ObjectClass
 from kms_jwks import jose
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
-from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, making
-from kms_jwks.backends.pkcs11.uri import parse
+from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, generation
 from kms_jwks.errors import BackendKeyNotFound, BackendRefused, BackendUnavailable, UnsupportedAlgorithm
 from tests.contract.suite import verify
 from tests.foreign_keys import BRAINPOOL, EC, P256, P384, RSA, SIGN_ONLY, Pair, make_pairs, theirs
@@ -280,9 +279,9 @@ def restricted(hsm: SoftHsm) -> None:
     rs256 = backend.adopt("only RS256")
     with pytest.raises(UnsupportedAlgorithm, match="PS256"):
         backend.sign(rs256.ref, ALGORITHMS["PS256"], Message(b"x"), soon())
-    access = backend._access()
-    assert access._connection is not None
-    session = access._connection.token.open()
+    connection = backend._connection().current
+    assert connection is not None
+    session = connection.token.open()
     private: Any = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="only RS256")
     with pytest.raises(pkcs11.MechanismInvalid):
         private.sign(b"x", mechanism=Mechanism.SHA512_RSA_PKCS)
@@ -313,8 +312,8 @@ class Refusing:
 
 
 def without_restriction(hsm: SoftHsm) -> None:
-    make = making._make
-    making._make = lambda session, *rest: make(Refusing(session), *rest)  # type: ignore[arg-type]
+    make = generation._generate_pair
+    generation._generate_pair = lambda session, *rest: make(Refusing(session), *rest)  # type: ignore[arg-type]
     backend = hsm.backend()
     key = backend.generate("unrestricted", ALGORITHMS["ES256"])
     evidence = backend.attributes(key.ref)
@@ -344,7 +343,7 @@ def two_tokens(hsm: SoftHsm) -> None:
     pin = PinSource.from_file(hsm.directory / "pin-second")
     first = hsm.backend()
     second = other.backend(pin=pin)
-    by_uri = hsm.backend(token_label=None, uri=parse("pkcs11:token=second?module-name=softhsm2"), pin=pin)
+    by_uri = hsm.backend(token_label=None, uri="pkcs11:token=second?module-name=softhsm2", pin=pin)
     serials = {name: b.ping().facts["token_serial"] for name, b in (("1", first), ("2", second), ("uri", by_uri))}
     assert serials["2"] == serials["uri"] != serials["1"]
 
@@ -358,7 +357,7 @@ def two_tokens(hsm: SoftHsm) -> None:
     with pytest.raises(BackendRefused, match="token is 'second'"):
         second.adopt(f"pkcs11:token={hsm.label};object=same%20label")
     with pytest.raises(BackendUnavailable, match="URI 'pkcs11:token=third'"):
-        hsm.backend(token_label=None, uri=parse("pkcs11:token=third")).ping()
+        hsm.backend(token_label=None, uri="pkcs11:token=third").ping()
     # One of two backends on a token ends, the other goes on.
     second.close()
     proves(by_uri, twos, "ES256")
@@ -405,7 +404,7 @@ def test_two_tokens_of_one_module_in_one_process(own: SoftHsm) -> None:
 def two_modules(hsm: SoftHsm, copy: str) -> None:
     copied = SoftHsm(hsm.directory, Path(copy), hsm.label)
     first, second = hsm.backend(), copied.backend()
-    assert first._access().module is not second._access().module
+    assert first._connection().module is not second._connection().module
     made = first.generate("through one", ALGORITHMS["ES256"])
     # The other module's own instance, its own login and sessions, the same token.
     assert second.adopt("through one") == made

@@ -19,7 +19,7 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, KeyRef, Message, stuck_in
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, errands
 from kms_jwks.backends.pkcs11 import backend as backend_module
-from kms_jwks.backends.pkcs11.locks import locked
+from kms_jwks.backends.pkcs11.locks import file_lock
 from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendTimeout, BackendUnavailable
 from tests.contract.suite import verify
 from tests.faults.harness import Faults, Violations
@@ -142,7 +142,7 @@ def test_a_module_is_never_finalised_under_a_call_that_hangs(hsm: SoftHsm) -> No
 
 def hung_opening(hsm: SoftHsm, function: str) -> None:
     faults, backend, key = opened(hsm, sessions=2)
-    backend._access().close(time.monotonic() + 1)
+    backend._connection().close(time.monotonic() + 1)
     faults.hang(function, last=1)
     thread = started(faults, function, lambda: sign(backend, key))
     for _ in range(5):
@@ -223,7 +223,7 @@ def test_a_lock_that_the_file_system_refuses(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("kms_jwks.backends.pkcs11.locks.fcntl.flock", no_locks)
-    with pytest.raises(BackendRefused, match="No locks available"), locked(tmp_path / "lock", time.monotonic() + 5):
+    with pytest.raises(BackendRefused, match="No locks available"), file_lock(tmp_path / "lock", time.monotonic() + 5):
         pytest.fail("it is not locked")
 
 

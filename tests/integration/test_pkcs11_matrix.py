@@ -19,8 +19,8 @@ import pytest
 
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
-from kms_jwks.backends.pkcs11 import access, connection, objects, opening
-from kms_jwks.backends.pkcs11.error_map import CODES, Meaning, meaning_of, named
+from kms_jwks.backends.pkcs11 import connection, objects, opening, recovery
+from kms_jwks.backends.pkcs11.error_map import CODES, Meaning, meaning_of, name_of
 from kms_jwks.errors import BackendError, BackendRefused, BackendUnavailable
 from tests.contract.suite import verify
 from tests.faults.harness import FUNCTIONS, Faults, Violations
@@ -42,19 +42,19 @@ class Bench:
 
     def __init__(self, hsm: SoftHsm) -> None:
         # What these wait for is another process, and there is none.
-        opening._WAITS = (0.001,) * 5  # type: ignore[misc]
-        opening._WAITS_AGAIN = (0.001,)  # type: ignore[misc]
-        connection._GLANCES = (0.0, 0.001)  # type: ignore[misc,assignment]
-        objects._LOOKS = (0.0, 0.001)  # type: ignore[misc,assignment]
-        access._PAUSE = 0.001  # type: ignore[misc]
+        opening._RETRY_PAUSES = (0.001,) * 5  # type: ignore[misc]
+        opening._SHORT_RETRY_PAUSES = (0.001,)  # type: ignore[misc]
+        connection._HEALTH_PAUSES = (0.0, 0.001)  # type: ignore[misc,assignment]
+        objects._SEARCH_PAUSES = (0.0, 0.001)  # type: ignore[misc,assignment]
+        recovery._RETRY_PAUSE = 0.001  # type: ignore[misc]
         self.faults, self.hsm = Faults.over(hsm)
         self.backend = self.hsm.backend(sessions=2)
         self.key = self.backend.generate("the-key", ES256)
         self.labels = (f"passing-{number}" for number in itertools.count())
 
     @property
-    def access(self) -> Any:
-        return self.backend._access()
+    def connection(self) -> Any:
+        return self.backend._connection()
 
     # --- uses: each ends with something that was looked at --------------------------------------------------------
 
@@ -95,7 +95,7 @@ class Bench:
             assert self.backend.list_keys(key.ref["label"]) == []
 
     def replace_and_sign(self) -> None:
-        for _ in range(2):  # both seats
+        for _ in range(2):  # both sessions
             self.sign()
             self.backend.distrust(self.key.ref)
         self.arm()
@@ -108,12 +108,12 @@ class Bench:
 
     def restart_and_sign(self) -> None:
         self.drop()
-        self.access._restart = True
+        self.connection._needs_restart = True
         self.arm()
         self.sign()
 
     def load_and_sign(self) -> None:
-        self.access.module._library = None
+        self.connection.module._library = None
         self.restart_and_sign()
 
     # --- the faults -----------------------------------------------------------------------------------------------
@@ -145,13 +145,13 @@ class Bench:
         assert self.backend.ping().facts["token_label"] == self.hsm.label
 
     def drop(self) -> None:
-        self.access.close(time.monotonic() + 1)
+        self.connection.close(time.monotonic() + 1)
 
     def forgive(self) -> None:
         """As if the wait after a failure were over, and the connection older than a moment."""
-        self.access._closed_until = 0.0
-        if self.access._connection is not None:
-            self.access._connection.opened_at = 0.0
+        self.connection._retry_at = 0.0
+        if self.connection.current is not None:
+            self.connection.current.opened_at = 0.0
 
     def recovered(self) -> None:
         """All is as before: first call, no session too many, nothing done that may not be."""
@@ -159,7 +159,7 @@ class Bench:
         self.sign()
         self.read()
         self.ping()
-        if self.access.module._leftovers:  # closed before the next session is opened
+        if self.connection.module._unclosed:  # closed before the next session is opened
             self.replace_and_sign()
             self.ping()
         known = int(self.backend.ping().facts["sessions_of_process"])
@@ -263,7 +263,7 @@ def cell(bench: Bench, function: str, use: Callable[[Bench], None], code: int) -
                 bench.hsm.pin_file.write_text(bench.hsm.pin)
             bench.recovered()
         except Exception as error:  # noqa: BLE001 — every cell is told
-            yield f"{function} {named(code)} {shape}: {type(error).__name__} {error}"
+            yield f"{function} {name_of(code)} {shape}: {type(error).__name__} {error}"
 
 
 _bench: list[Bench] = []

@@ -18,12 +18,12 @@ from pkcs11 import Attribute, Mechanism
 from kms_jwks import jose
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, Evidence, Message
-from kms_jwks.backends.pkcs11 import Pkcs11Backend, keys, making, objects
+from kms_jwks.backends.pkcs11 import Pkcs11Backend, generation, mechanisms, objects
 from kms_jwks.backends.pkcs11.connection import Connection
-from kms_jwks.backends.pkcs11.cryptoki import CKR_CANT_LOCK, Cryptoki
-from kms_jwks.backends.pkcs11.error_map import CODES, Code, Meaning, code_of, meaning_of, said
-from kms_jwks.backends.pkcs11.mechanisms import prepared
-from kms_jwks.backends.pkcs11.objects import jwk_of
+from kms_jwks.backends.pkcs11.error_map import CODES, Code, Meaning, code_of, describe_error, meaning_of
+from kms_jwks.backends.pkcs11.mechanisms import prepare
+from kms_jwks.backends.pkcs11.module import CKR_CANT_LOCK, Cryptoki
+from kms_jwks.backends.pkcs11.objects import read_jwk
 from kms_jwks.errors import BackendRefused, BackendUnavailable, UnsupportedAlgorithm
 from tests.contract.suite import verify
 from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
@@ -64,7 +64,7 @@ def hashing_only(hsm: SoftHsm) -> None:
         name: backend.generate(f"k-{name}", ALGORITHMS[name], rsa_bits=2048)
         for name in ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
     }
-    connection = backend._access()._connection
+    connection = backend._connection().current
     assert connection is not None
     connection.mechanisms -= {Mechanism.RSA_PKCS, Mechanism.RSA_PKCS_PSS}
     assert made.keys() <= backend.capabilities()
@@ -130,14 +130,14 @@ def weak_keys(hsm: SoftHsm) -> None:
         def judge(_: object, judged: dict[str, bool] = judged) -> Evidence:
             return Evidence({}, **judged)
 
-        patch.setattr(keys, "evidence_of", judge)
+        patch.setattr(generation, "read_evidence", judge)
         with pytest.raises(BackendRefused, match="attributes of the new key"):
             backend.generate("weak", ES256)
     patch.undo()
     assert hsm_objects(backend) == 0
     # Failures in the middle leave nothing either, and the label stays free.
     for failure in (pkcs11.GeneralError(), pkcs11.AttributeTypeInvalid(), pkcs11.SessionHandleInvalid()):
-        patch.setattr(making, "jwk_of", fail_once(jwk_of, failure))
+        patch.setattr(generation, "read_jwk", fail_once(read_jwk, failure))
         try:
             backend.destroy(backend.generate("weak", ES256).ref)
         except BackendRefused:
@@ -160,7 +160,7 @@ def fail_once(function: Callable[..., Any], error: Exception) -> Callable[..., A
 
 
 def hsm_objects(backend: Pkcs11Backend) -> int:
-    connection = backend._access()._connection
+    connection = backend._connection().current
     assert connection is not None
     return len(list(connection.login_session.get_objects({Attribute.TOKEN: True})))
 
@@ -178,27 +178,27 @@ def failing_signatures(hsm: SoftHsm) -> None:
     for row in CODES.values():
         if row.vendor is None:
             continue
-        access = backend._access()
-        assert access._connection is not None
-        access._connection.opened_at = 0.0  # long ago: an answer that speaks of a lost token is believed again
-        patch.setattr(objects, "prepared", fail_once(prepared, row.vendor()))
+        connection = backend._connection().current
+        assert connection is not None
+        connection.opened_at = 0.0  # long ago: an answer that speaks of a lost token is believed again
+        patch.setattr(objects, "prepare", fail_once(prepare, row.vendor()))
         if row.meaning.is_final:
             with pytest.raises(row.meaning.ends_as):
                 sign(backend, key)
         else:
             sign(backend, key)
         sign(backend, key)
-    patch.setattr(objects, "prepared", fail_once(prepared, ValueError("odd")))
+    patch.setattr(objects, "prepare", fail_once(prepare, ValueError("odd")))
     sign(backend, key)
     for final in (pkcs11.FunctionRejected(), pkcs11.PKCS11Error("Unmapped error code 0x68")):
-        patch.setattr(objects, "prepared", fail_once(prepared, final))
+        patch.setattr(objects, "prepare", fail_once(prepare, final))
         with pytest.raises(BackendRefused):
             sign(backend, key)
 
     def always(*_: object) -> tuple[bytes, Mechanism]:
         raise pkcs11.DeviceError
 
-    patch.setattr(objects, "prepared", always)
+    patch.setattr(objects, "prepare", always)
     with pytest.raises(BackendUnavailable) as caught:
         sign(backend, key)
     assert caught.value.retry_after
@@ -217,10 +217,10 @@ def lost_for_a_moment(hsm: SoftHsm) -> None:
     sign(backend, key)
     patch = pytest.MonkeyPatch()
     patch.setattr(Connection, "is_healthy", lambda self: False)
-    access = backend._access()
-    assert access._connection is not None
-    with access._connection.module.gate.inside(time.monotonic() + 1):
-        access._drop(access._connection)
+    recovering = backend._connection()
+    assert recovering.current is not None
+    with recovering.module.lock.shared(time.monotonic() + 1):
+        recovering._discard(recovering.current)
     for use in (lambda: sign(backend, key), lambda: backend.destroy(key.ref), lambda: backend.public_key(key.ref)):
         with pytest.raises(BackendUnavailable):
             use()
@@ -248,13 +248,13 @@ def test_each_return_value_is_recognised_in_what_python_pkcs11_raises(code: int,
     error = row.vendor() if row.vendor else pkcs11.PKCS11Error(SPOKEN.get(code, f"Unmapped error code {code:#x}"))
     assert code_of(error) == code
     assert meaning_of(error) is meaning_of(code) is row.meaning
-    assert said(error) == row.name
+    assert describe_error(error) == row.name
 
 
 def test_answers_that_no_specification_has_are_doubtful() -> None:
     for error in (pkcs11.PKCS11Error("Unmapped error code 0x80000001"), pkcs11.PKCS11Error("?"), pkcs11.NoSuchKey()):
         assert meaning_of(error) is Meaning.DOUBTFUL
-    assert said(pkcs11.PKCS11Error("Unmapped error code 0x80000001")) == "0x80000001"
+    assert describe_error(pkcs11.PKCS11Error("Unmapped error code 0x80000001")) == "0x80000001"
 
 
 def test_every_class_of_python_pkcs11_that_a_module_can_cause_has_its_row() -> None:
@@ -263,7 +263,7 @@ def test_every_class_of_python_pkcs11_that_a_module_can_cause_has_its_row() -> N
     assert classes == {row.vendor for row in CODES.values() if row.vendor}
 
 
-@pytest.mark.parametrize(("crv", "curve"), [(crv, row.curve) for crv, row in keys.CURVES.items()])
+@pytest.mark.parametrize(("crv", "curve"), [(crv, row.curve) for crv, row in mechanisms.CURVES.items()])
 def test_public_points_are_read_bare_and_wrapped(crv: str, curve: ec.EllipticCurve | None) -> None:
     if curve is None:
         public: Any = ed25519.Ed25519PrivateKey.generate().public_key()
@@ -277,12 +277,12 @@ def test_public_points_are_read_bare_and_wrapped(crv: str, curve: ec.EllipticCur
         return bytes([tag]) + length + content
 
     for form in (point, der(4, point), der(3, b"\0" + point)):
-        assert keys.ec_jwk(crv, form) == jose.public_jwk(public)
+        assert mechanisms.ec_jwk(crv, form) == jose.public_jwk(public)
     for broken in (point[:-1], point + b"\0", b"\4\1" + point, b"", der(4, point)[:-1]):
         with pytest.raises(BackendRefused):
-            keys.ec_jwk(crv, broken)
+            mechanisms.ec_jwk(crv, broken)
 
 
 def test_curves_that_jose_does_not_know_are_unsupported() -> None:
     with pytest.raises(UnsupportedAlgorithm):
-        keys.crv_of(bytes.fromhex("06092b2403030208010107"))  # brainpoolP256r1
+        mechanisms.crv_of(bytes.fromhex("06092b2403030208010107"))  # brainpoolP256r1

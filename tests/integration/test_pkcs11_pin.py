@@ -27,7 +27,7 @@ def change_pin(hsm: SoftHsm, old: str, new: str) -> None:
     """The token's, in a process of its own."""
     backend = hsm.backend(lock_dir=hsm.directory / "other-locks", pin=PinSource.from_stdin(io.BytesIO(old.encode())))
     backend.ping()
-    connection = backend._access()._connection
+    connection = backend._connection().current
     assert connection is not None
     session = connection.token.open(rw=True)
     session.set_pin(old, new)
@@ -86,7 +86,7 @@ def test_a_running_process_takes_the_mended_pin(hsm: SoftHsm) -> None:
 
 def attempts(hsm: SoftHsm, source: PinSource, rounds: int) -> int:
     """How many C_Login this process made."""
-    from kms_jwks.backends.pkcs11.cryptoki import Cryptoki
+    from kms_jwks.backends.pkcs11.module import Cryptoki
 
     count = 0
     login = Cryptoki.login

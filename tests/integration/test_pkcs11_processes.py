@@ -78,7 +78,7 @@ def forked_with_an_open_token(hsm: SoftHsm) -> None:
                 verify(ES256, dict(key.public_jwk), message, signature)
                 # Its own sessions: the parent's are not used and, in the module started afresh, not there.
                 assert sessions_in_module(backend) == int(backend.ping().facts["sessions_of_process"])
-                assert len(backend._accesses) == 2
+                assert len(backend._connections) == 2
                 backend.close()
                 code = 0
             finally:

@@ -13,7 +13,7 @@ import pytest
 
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
-from kms_jwks.backends.pkcs11 import Pkcs11Backend
+from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
 from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendTimeout, BackendUnavailable
 from tests.contract.suite import verify
 from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
@@ -155,7 +155,7 @@ def somebody_logs_out(hsm: SoftHsm) -> None:
     backend = hsm.backend()
     key = backend.generate("here", ES256)
     sign(backend, key)
-    connection = backend._access()._connection
+    connection = backend._connection().current
     assert connection is not None
     logged_in = connection.token.open(user_pin=None)
     import ctypes
@@ -267,9 +267,9 @@ def two_tokens(hsm: SoftHsm, other: SoftHsm) -> None:
         assert hsm.backend(token_serial=serial, pin=_pin_of(hsm, other, serial)).ping().facts["token_serial"] == serial
 
 
-def _pin_of(hsm: SoftHsm, other: SoftHsm, serial: str) -> object:
+def _pin_of(hsm: SoftHsm, other: SoftHsm, serial: str) -> PinSource:
     mine = next(hsm.directory.glob(f"own-{serial}"), None)
-    return (hsm if mine else other).options().pin
+    return PinSource.from_file((hsm if mine else other).pin_file)
 
 
 def test_two_tokens_with_one_label_are_refused_until_the_serial_chooses(hsm: SoftHsm, tmp_path: Path) -> None:
@@ -334,14 +334,14 @@ def busy_sessions(hsm: SoftHsm) -> None:
     backend = hsm.backend(sessions=1)
     key = backend.generate("here", ES256)
     sign(backend, key)
-    connection = backend._access()._connection
+    connection = backend._connection().current
     assert connection is not None
-    seat = connection.working.take(time.monotonic())
+    pooled = connection.working.acquire(time.monotonic())
     began = time.monotonic()
     with pytest.raises(BackendTimeout):
         sign(backend, key, 0.2)
     assert 0.2 <= time.monotonic() - began < 0.5
-    connection.working.give_back(seat)
+    connection.working.release(pooled)
     sign(backend, key)
     with pytest.raises(BackendError):
         backend.sign(key.ref, ES256, Digest(b"short"), time.monotonic() + 1)

@@ -62,9 +62,7 @@ def test_a_revocation_waits_for_an_answer_under_way_but_not_beyond_the_lease(tmp
         world.close()
 
 
-def test_without_the_database_documents_are_served_and_signing_ends(
-    world: World, tmp_path: Path
-) -> None:
+def test_without_the_database_documents_are_served_and_signing_ends(world: World, tmp_path: Path) -> None:
     world.create()
     world.service.sync.poll()
     registry = tmp_path / "registry.sqlite3"

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from kms_jwks.config import (
     AwsKmsOptions,
-    Pkcs11Backend,
+    Pkcs11Options,
     Settings,
     ThirdPartyBackend,
     load_settings,
@@ -90,7 +90,7 @@ def test_variables_reach_into_backends(toml: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("KMS_JWKS_BACKENDS__HSM_1__MANAGEMENT__PIN_ENV", "KMS_JWKS_CUSTODIANS_PIN")
     monkeypatch.setenv("KMS_JWKS_CUSTODIANS_PIN", "1234")
     backend = load_settings(toml).backends["hsm-1"]
-    assert isinstance(backend, Pkcs11Backend)
+    assert isinstance(backend, Pkcs11Options)
     assert backend.management is not None
     assert backend.management.pin_env == "KMS_JWKS_CUSTODIANS_PIN"
     assert backend.sessions == 8
@@ -238,7 +238,7 @@ def test_the_clients_variables_and_a_pin_are_no_unknown_settings(toml: Path, mon
     for name in ("ADDR", "TOKEN", "CACERT", "CLIENT_CERT", "CLIENT_KEY", "VECTORS", "PIN"):
         monkeypatch.setenv(f"KMS_JWKS_{name}", "1234")
     backend = load_settings(toml).backends["hsm-1"]
-    assert isinstance(backend, Pkcs11Backend)
+    assert isinstance(backend, Pkcs11Options)
     assert backend.pin_env == "KMS_JWKS_PIN"
 
 
@@ -286,7 +286,7 @@ def test_the_state_folder_is_private(tmp_path: Path) -> None:
 
 # --- the example ------------------------------------------------------------------------------------------------------
 
-MODELS: dict[str, type[BaseModel]] = {"softhsm": Pkcs11Backend, "aws": AwsKmsOptions}
+MODELS: dict[str, type[BaseModel]] = {"softhsm": Pkcs11Options, "aws": AwsKmsOptions}
 
 SETTING = re.compile(r"#(\w+) = |#\[[\w.]+\]")
 """A commented setting has no space behind its '#', prose has one."""
@@ -338,7 +338,7 @@ def test_the_example_is_valid_once_one_source_of_the_pin_is_chosen(toml: Path) -
     settings = load_settings(toml)
     assert settings.default_backend == "softhsm"
     softhsm, aws = settings.backends["softhsm"], settings.backends["aws"]
-    assert isinstance(softhsm, Pkcs11Backend)
+    assert isinstance(softhsm, Pkcs11Options)
     assert softhsm.environment.keys() == {"SOFTHSM2_CONF"}
     assert isinstance(aws, AwsKmsOptions)
     assert aws.region == "eu-central-1"

@@ -1,4 +1,4 @@
-"""ML-DSA as PKCS#11 v3.2 has it, as far as it shows without a module: rows, parameter sets, public keys."""
+"""ML-DSA as PKCS#11 v3.2 has it, as far as it shows without a module: rows, parameter sets, public mechanisms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pkcs11 import KeyType, Mechanism
 from kms_jwks import jose
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, Message
-from kms_jwks.backends.pkcs11 import keys
-from kms_jwks.backends.pkcs11.mechanisms import ROWS, offered, prepared
+from kms_jwks.backends.pkcs11 import mechanisms
+from kms_jwks.backends.pkcs11.mechanisms import ROWS, prepare, supported_algorithms
 from kms_jwks.errors import BackendRefused, UnsupportedAlgorithm
 
 MlDsaKey = mldsa.MLDSA44PrivateKey | mldsa.MLDSA65PrivateKey | mldsa.MLDSA87PrivateKey
@@ -22,44 +22,44 @@ BOTH = {Mechanism.ML_DSA_KEY_PAIR_GEN, Mechanism.ML_DSA}
 def test_the_numbers_are_those_of_the_standard() -> None:
     """PKCS#11 v3.2: CKM_ML_DSA_KEY_PAIR_GEN, CKM_ML_DSA, CKK_ML_DSA, CKP_ML_DSA_44 to _87."""
     assert (Mechanism.ML_DSA_KEY_PAIR_GEN, Mechanism.ML_DSA, KeyType.ML_DSA) == (0x1C, 0x1D, 0x4A)
-    assert dict(keys.PARAMETER_SETS) == NAMES
+    assert dict(mechanisms.PARAMETER_SETS) == NAMES
 
 
 def test_it_is_offered_where_both_mechanisms_are() -> None:
-    assert offered(BOTH) == set(NAMES.values())
+    assert supported_algorithms(BOTH) == set(NAMES.values())
     for one in BOTH:
-        assert offered({one}) == set()
+        assert supported_algorithms({one}) == set()
 
 
 @pytest.mark.parametrize("number", KINDS)
 def test_a_public_key_is_read(number: int) -> None:
     public = KINDS[number].generate().public_key()
-    jwk = keys.ml_dsa_jwk(number, public.public_bytes_raw())
+    jwk = mechanisms.ml_dsa_jwk(number, public.public_bytes_raw())
     assert jwk == jose.public_jwk(public)
     alg = ALGORITHMS[NAMES[number]]
-    assert keys.fits(alg, jwk)
+    assert mechanisms.matches(alg, jwk)
     for other in set(NAMES.values()) - {alg.name} | {"ES256", "RS256", "EdDSA"}:
-        assert not keys.fits(ALGORITHMS[other], jwk)
+        assert not mechanisms.matches(ALGORITHMS[other], jwk)
 
 
 @pytest.mark.parametrize(("number", "size"), [(1, 1311), (1, 1952), (2, 1312), (3, 0)])
 def test_a_public_key_of_another_length_is_refused(number: int, size: int) -> None:
     with pytest.raises(BackendRefused, match=f"{size} bytes"):
-        keys.ml_dsa_jwk(number, bytes(size))
+        mechanisms.ml_dsa_jwk(number, bytes(size))
 
 
 @pytest.mark.parametrize("number", [0, 4, 99])
 def test_a_parameter_set_that_is_none_is_refused(number: int) -> None:
     with pytest.raises(UnsupportedAlgorithm, match="CKA_PARAMETER_SET"):
-        keys.ml_dsa_jwk(number, bytes(1312))
+        mechanisms.ml_dsa_jwk(number, bytes(1312))
 
 
 @pytest.mark.parametrize("name", NAMES.values())
 def test_the_message_itself_goes_to_the_module(name: str) -> None:
     alg = ALGORITHMS[name]
-    assert prepared(alg, Message(b"message"), BOTH) == (b"message", Mechanism.ML_DSA)
+    assert prepare(alg, Message(b"message"), BOTH) == (b"message", Mechanism.ML_DSA)
     assert ROWS[name].signing == (Mechanism.ML_DSA,)
     with pytest.raises(BackendRefused, match="the message itself"):
-        prepared(alg, Digest(bytes(64)), BOTH)
+        prepare(alg, Digest(bytes(64)), BOTH)
     with pytest.raises(UnsupportedAlgorithm):
-        prepared(alg, Message(b"message"), {Mechanism.ECDSA})
+        prepare(alg, Message(b"message"), {Mechanism.ECDSA})

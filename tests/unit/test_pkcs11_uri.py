@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kms_jwks.backends import make_backend
-from kms_jwks.backends.pkcs11.options import module_problem
-from kms_jwks.backends.pkcs11.uri import Uri, parse
-from kms_jwks.config import Pkcs11Backend
+from kms_jwks.backends.pkcs11.uri import Uri, module_mismatch, parse
+from kms_jwks.config import Pkcs11Options
 from kms_jwks.errors import ConfigurationError
 
 # RFC 7512 §3, as they stand there.
@@ -248,7 +247,7 @@ def test_what_a_token_contradicts(text: str, wrong: list[str]) -> None:
     ],
 )
 def test_whose_module_it_is(query: str, fits: bool) -> None:
-    problem: Any = module_problem(parse(f"pkcs11:token=a{query}"), Path("/usr/lib/softhsm/libsofthsm2.so"))
+    problem: Any = module_mismatch(parse(f"pkcs11:token=a{query}"), Path("/usr/lib/softhsm/libsofthsm2.so"))
     assert (problem is None) is fits
 
 
@@ -257,16 +256,16 @@ def test_whose_module_it_is(query: str, fits: bool) -> None:
 
 def make(tmp_path: Path, **settings: Any) -> Any:
     """The backend that a section of the settings makes; nothing is opened."""
-    section = Pkcs11Backend.model_validate(
+    section = Pkcs11Options.model_validate(
         {"type": "pkcs11", "module": "/usr/lib/softhsm/libsofthsm2.so", "pin_env": "PIN", **settings}
     )
     return make_backend("hsm", section, tmp_path)
 
 
 def test_a_uri_chooses_the_token(tmp_path: Path) -> None:
-    options = make(tmp_path, uri="pkcs11:token=prod;serial=00ff?module-name=softhsm2")._options
-    assert options.uri == Uri({"token": "prod", "serial": "00ff"}, module_name="softhsm2")
-    assert "pkcs11:serial=00ff;token=prod" in options.selection
+    opener = make(tmp_path, uri="pkcs11:token=prod;serial=00ff?module-name=softhsm2")._opener
+    assert opener.uri == Uri({"token": "prod", "serial": "00ff"}, module_name="softhsm2")
+    assert "pkcs11:serial=00ff;token=prod" in opener.selection
     make(tmp_path, uri="pkcs11:token=prod;slot-id=7", token_label="prod", token_serial="00ff", slot=7)
 
 

@@ -1,4 +1,4 @@
-"""The backend contract (backends/base.py) over one PKCS#11 token. Sessions, retries and attributes live beside it."""
+"""The backend contract (backends/base.py) over one PKCS#11 token."""
 
 from __future__ import annotations
 
@@ -8,60 +8,64 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from pkcs11 import Attribute, ObjectClass
-
 from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
 from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
-from kms_jwks.backends.pkcs11 import adopting, keys, making, objects
-from kms_jwks.backends.pkcs11.access import Access
+from kms_jwks.backends.pkcs11 import generation, objects
 from kms_jwks.backends.pkcs11.errands import Errands
-from kms_jwks.backends.pkcs11.error_map import Lost
-from kms_jwks.backends.pkcs11.locks import locked
-from kms_jwks.backends.pkcs11.mechanisms import offered
+from kms_jwks.backends.pkcs11.error_map import ConnectionLost
+from kms_jwks.backends.pkcs11.locks import file_lock, lock_path
+from kms_jwks.backends.pkcs11.mechanisms import supported_algorithms
 from kms_jwks.backends.pkcs11.module import module_at, serial_of
-from kms_jwks.backends.pkcs11.opening import lock_path
+from kms_jwks.backends.pkcs11.opening import TokenOpener
+from kms_jwks.backends.pkcs11.recovery import RecoveringConnection
 from kms_jwks.errors import BackendRefused, BackendTimeout, UnsupportedAlgorithm
 
 if TYPE_CHECKING:
-    from kms_jwks.backends.pkcs11.connection import Seat
-    from kms_jwks.backends.pkcs11.options import Pkcs11Options
+    from pathlib import Path
+
+    from kms_jwks.backends.pkcs11.connection import PooledSession
+    from kms_jwks.backends.pkcs11.opening import PinSource
+    from kms_jwks.config import Pkcs11Options
 
 T = TypeVar("T")
 
 _READING: Final = 10.0
-"""Seconds that calls without a deadline of their own wait for locks, sessions and the opening."""
+"""Seconds that calls without a deadline of their own wait for locks, sessions and the opening of the token."""
 _MUTATING: Final = 60.0
-"""The same for making and destroying: another process may be at an RSA key."""
+"""The same for making and destroying keys: another process may be making an RSA key."""
 _LABEL_BYTES: Final = 40
 
 
 class Pkcs11Backend:
     """A `Backend` over one token. Made before the fork; each process opens the token at its own first call.
 
-    References hold `id` (CKA_ID in hexadecimal), `label` and `serial` (the token's).
+    References hold `id` (CKA_ID in hexadecimal), `label` and `serial` (the token's). The token is the one that the
+    options choose; it is bound to `expected_serial`, or else to the serial of `bind` or of the first opening.
     """
 
     kind = "pkcs11"
 
-    def __init__(self, name: str, options: Pkcs11Options) -> None:
+    def __init__(self, name: str, options: Pkcs11Options, *, lock_dir: Path, pin: PinSource | None = None) -> None:
+        """See `TokenOpener` for `lock_dir`, `pin` and the ValueError that it raises."""
         self.name = name
         self.sign_in_place = options.sign_in_place
-        self._options = options
         self.recovered_at = 0.0
+        self._module_path = options.module
+        self._opener = TokenOpener(options, lock_dir=lock_dir, pin=pin)
         self._errands = Errands()
         self._unfinished: list[bytes] = []
-        """CKA_IDs of pairs that were not finished and not yet destroyed either; touched under the mutation lock."""
+        """CKA_IDs of pairs that were not finished and are not destroyed yet; used under the mutation lock."""
         self._bound_to: str | None = None
-        # By process: a child of a fork sees the parent's entry, keeps it alive (its locks and handles are not the
-        # child's to touch) and makes its own.
-        self._accesses: dict[int, Access] = {}
+        # By process. A forked child keeps the parent's entry, whose locks and handles it must not touch, alive and
+        # makes its own.
+        self._connections: dict[int, RecoveringConnection] = {}
 
     def bind(self, ref: KeyRef) -> None:
         """See `Backend.bind`: the token's serial."""
         serial = ref.as_dict().get("serial")
-        if serial and self._options.expected_serial is None:
+        if serial and self._opener.options.expected_serial is None:
             self._bound_to = serial
-            self._access().bind(serial)
+            self._connection().bind(serial)
 
     @property
     def stuck(self) -> int:
@@ -74,50 +78,43 @@ class Pkcs11Backend:
         """See `Backend.sign`."""
         if time.monotonic() >= deadline:
             raise BackendTimeout("The deadline had passed before the module was asked.")
-        return self._access().run(lambda seat: objects.signed(seat, ref, alg, what), deadline, doing="signing")
+        return self._connection().run(lambda pooled: objects.sign(pooled, ref, alg, what), deadline, doing="signing")
 
     def capabilities(self) -> frozenset[str]:
-        """See `Backend.capabilities`. Curves are not in a mechanism list: `generate` may still refuse ES256K."""
-        return self._read("reading the mechanisms", lambda seat: offered(seat.connection.mechanisms))
+        """See `Backend.capabilities`. A mechanism list names no curves: `generate` may still refuse ES256K."""
+        return self._read("reading the mechanisms", lambda pooled: supported_algorithms(pooled.connection.mechanisms))
 
     def public_key(self, ref: KeyRef) -> PublicJwk:
         """See `Backend.public_key`."""
         return self._read(
-            "reading a public key", lambda seat: objects.jwk_of(seat, ref, objects.private_key(seat, ref))
+            "reading a public key",
+            lambda pooled: objects.read_jwk(pooled, ref, objects.find_private_key(pooled, ref)),
         )
 
     def attributes(self, ref: KeyRef) -> Evidence:
         """See `Backend.attributes`."""
-        return self._read("reading attributes", lambda seat: keys.evidence_of(objects.private_key(seat, ref)))
+        return self._read(
+            "reading attributes", lambda pooled: generation.read_evidence(objects.find_private_key(pooled, ref))
+        )
 
     def list_keys(self, label_prefix: str) -> list[StoredKey]:
         """See `Backend.list_keys`."""
-
-        def work(seat: Seat) -> list[StoredKey]:
-            found = objects.find(seat.connection, seat.session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
-            labelled = ((str(keys.optional(key, Attribute.LABEL) or ""), key) for key in found)
-            return [
-                StoredKey(objects.ref_of(seat, label, key), label)
-                for label, key in labelled
-                if label.startswith(label_prefix)
-            ]
-
-        return self._read("listing keys", work)
+        return self._read("listing keys", lambda pooled: objects.list_keys(pooled, label_prefix))
 
     def adopt(self, locator: str, public_jwk: PublicJwk | None = None) -> GeneratedKey:
         """Find the one private key with a label, with ``id=<hexadecimal CKA_ID>``, or by a PKCS#11 URI (RFC 7512)."""
-        wanted = adopting.wanted(locator, self._options.module)
-        return self._read("adopting a key", lambda seat: adopting.adopted(seat, wanted, public_jwk))
+        parsed = objects.parse_locator(locator, self._module_path)
+        return self._read("adopting a key", lambda pooled: objects.adopt(pooled, parsed, public_jwk))
 
     def ping(self) -> Health:
-        """See `Backend.ping`. The counts of sessions are the module's, where it tells, and this process's own."""
+        """See `Backend.ping`. The counts of sessions are the module's, where it tells them, and this process's own."""
 
-        def work(seat: Seat) -> Health:
-            connection = seat.connection
+        def work(pooled: PooledSession) -> Health:
+            connection = pooled.connection
             facts = connection.facts()
             if facts is None or not connection.is_healthy():
-                raise Lost
-            token = connection.token
+                raise ConnectionLost
+            token, module = connection.token, connection.module
             return Health(
                 f"token {token.label!r}, serial {connection.serial}, {token.manufacturer_id} {token.model}",
                 {
@@ -127,11 +124,11 @@ class Pkcs11Backend:
                     "token_manufacturer": token.manufacturer_id,
                     "token_firmware": "{}.{}".format(*token.firmware_version),
                     "slot": str(token.slot.slot_id),
-                    "library": connection.module.description,
-                    "library_version": connection.module.version,
-                    "locking": "process" if connection.module.gate.serial else "os",
-                    "sessions_of_token": _known(facts.sessions),
-                    "rw_sessions_of_token": _known(facts.rw_sessions),
+                    "library": module.description,
+                    "library_version": module.version,
+                    "locking": "process" if module.lock.serial else "os",
+                    "sessions_of_token": _count(facts.sessions),
+                    "rw_sessions_of_token": _count(facts.rw_sessions),
                     "sessions_of_process": str(connection.sessions),
                 },
             )
@@ -145,79 +142,76 @@ class Pkcs11Backend:
     ) -> GeneratedKey:
         """See `Backend.generate`. The key has signed, and the signature was verified, when this returns.
 
-        `purpose` is not written anywhere: tokens keep no tags, and their labels are random.
+        `purpose` is not kept: tokens have no tags, and their labels are random.
         """
         if not label.isascii() or not label.isprintable() or not 0 < len(label) <= _LABEL_BYTES:
             raise BackendRefused(f"A key's label is 1 to {_LABEL_BYTES} printable ASCII characters.")
         if alg.is_rsa:
             rsa_bits = rsa_bits or DEFAULT_RSA_BITS
             if rsa_bits not in alg.rsa_bits:
-                raise UnsupportedAlgorithm(f"{alg.name} keys have {_either(alg.rsa_bits)} bits, not {rsa_bits}.")
+                sizes = " or ".join(str(size) for size in alg.rsa_bits)
+                raise UnsupportedAlgorithm(f"{alg.name} keys have {sizes} bits, not {rsa_bits}.")
         elif rsa_bits is not None:
             raise BackendRefused(f"{alg.name} keys have no RSA modulus.")
-        request = making.Request(label, alg, rsa_bits)
+        request = generation.KeyRequest(label, alg, rsa_bits)
         return self._mutate(
             "generating a key",
-            lambda seat: making.generated(seat, request, self._unfinished),
+            lambda pooled: generation.generate(pooled, request, self._unfinished),
             undo=lambda late: self.destroy(late.ref),
         )
 
     def destroy(self, ref: KeyRef) -> None:
-        """See `Backend.destroy`. Both halves are gone, and were looked for again, when this returns."""
-        self._mutate("destroying a key", lambda seat: making.destroyed(seat, ref))
+        """See `Backend.destroy`. Both halves are gone, and were searched for again, when this returns."""
+        self._mutate("destroying a key", lambda pooled: generation.destroy(pooled, ref))
 
     def distrust(self, ref: KeyRef) -> None:
         """See `Backend.distrust`: the session is replaced before its next use."""
-        self._access().distrust()
+        self._connection().distrust()
 
     def schedule_destroy(self, ref: KeyRef, days: int) -> bool:
-        """Tokens have no waiting period: False."""
+        """False: tokens have no waiting period."""
         return False
 
     def cancel_destroy(self, ref: KeyRef) -> None:
-        """Nothing was scheduled."""
+        """Do nothing: a destruction in a token is never scheduled."""
 
     def close(self) -> None:
-        """Close this process's sessions. Where a call is stuck in the module its session stays."""
-        access = self._accesses.get(os.getpid())
-        if access is not None:
+        """Close this process's sessions. A call that is stuck in the module keeps its session."""
+        connection = self._connections.get(os.getpid())
+        if connection is not None:
             with suppress(BackendTimeout):
-                access.close(time.monotonic() + _READING)
+                connection.close(time.monotonic() + _READING)
 
-    # --- the ways in ----------------------------------------------------------------------------------------------
+    # --- the token of this process --------------------------------------------------------------------------------
 
-    def _access(self) -> Access:
+    def _connection(self) -> RecoveringConnection:
         pid = os.getpid()
-        access = self._accesses.get(pid)
-        if access is None:
-            access = Access(
-                module_at(self._options.module), self._options, bound_to=self._bound_to, opened=self._note_opening
+        connection = self._connections.get(pid)
+        if connection is None:
+            made = RecoveringConnection(
+                module_at(self._module_path), self._opener, bound_to=self._bound_to, on_opened=self._note_opening
             )
-            access = self._accesses.setdefault(pid, access)
-        return access
+            connection = self._connections.setdefault(pid, made)
+        return connection
 
     def _note_opening(self, at: float) -> None:
         self.recovered_at = at
 
-    def _read(self, doing: str, work: Callable[[Seat], T]) -> T:
-        access, deadline = self._access(), time.monotonic() + _READING
-        return self._errands.run(lambda: access.run(work, deadline, doing=doing), deadline, doing=doing)
+    def _read(self, doing: str, work: Callable[[PooledSession], T]) -> T:
+        connection, deadline = self._connection(), time.monotonic() + _READING
+        return self._errands.run(lambda: connection.run(work, deadline, doing=doing), deadline, doing=doing)
 
-    def _mutate(self, doing: str, work: Callable[[Seat], T], undo: Callable[[T], None] | None = None) -> T:
+    def _mutate(self, doing: str, work: Callable[[PooledSession], T], undo: Callable[[T], None] | None = None) -> T:
         deadline = time.monotonic() + _MUTATING
-        return self._errands.run(lambda: self._alone(doing, work, deadline), deadline, doing=doing, undo=undo)
+        return self._errands.run(lambda: self._mutate_locked(doing, work, deadline), deadline, doing=doing, undo=undo)
 
-    def _alone(self, doing: str, work: Callable[[Seat], T], deadline: float) -> T:
-        """One at a time per token, whatever the thread or process: SoftHSM fails beside readers otherwise."""
-        access = self._access()
-        serial = access.run(lambda seat: seat.connection.serial, deadline, doing=doing)
-        with locked(lock_path(self._options.lock_dir, "mutate", serial), deadline):
-            return access.run(work, deadline, doing=doing, pool=lambda connection: connection.mutating)
+    def _mutate_locked(self, doing: str, work: Callable[[PooledSession], T], deadline: float) -> T:
+        """One mutation at a time per token, over all threads and processes: beside readers SoftHSM fails otherwise."""
+        connection = self._connection()
+        serial = connection.run(lambda pooled: pooled.connection.serial, deadline, doing=doing)
+        with file_lock(lock_path(self._opener.lock_dir, "mutate", serial), deadline):
+            return connection.run(work, deadline, doing=doing, pool=lambda current: current.mutating)
 
 
-def _known(count: int | None) -> str:
+def _count(count: int | None) -> str:
     return "unknown" if count is None else str(count)
-
-
-def _either(sizes: tuple[int, ...]) -> str:
-    return " or ".join(str(size) for size in sizes)

@@ -1,4 +1,4 @@
-"""A token that is open in this process: the session that logged in, the seats that work, and whether it is well."""
+"""An open token in this process: the session that logged in, the pool of sessions that work, and the health check."""
 
 from __future__ import annotations
 
@@ -6,51 +6,72 @@ import math
 import queue
 import threading
 import time
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pkcs11 import Session, Token
+from pkcs11 import Attribute, Session, Token
+from pkcs11.attributes import AttributeMapper, handle_ulong
 
-from kms_jwks.backends.pkcs11.error_map import Lost
-from kms_jwks.backends.pkcs11.keys import Mapper
+from kms_jwks.backends.pkcs11.error_map import ConnectionLost
 from kms_jwks.errors import BackendTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from kms_jwks.backends.base import KeyRef
-    from kms_jwks.backends.pkcs11.cryptoki import TokenFacts
-    from kms_jwks.backends.pkcs11.module import Module
+    from kms_jwks.backends.pkcs11.module import Module, TokenFacts
 
-_STUCK: Final = 1.0
-"""Seconds after which a seat that was lent for signing or reading counts as lost, where others wait for one."""
-_LOOK_FOR_STUCK: Final = 0.1
-_GLANCES: Final = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08)
-"""Seconds before each look at the token until it counts as gone. A login in another process, which rewrites SoftHSM's
-token, makes C_GetTokenInfo fail for up to 12 ms (measured)."""
+_STUCK_AFTER: Final = 1.0
+"""Seconds after which a session that signs or reads counts as stuck, where other threads wait for one."""
+_STUCK_CHECK_INTERVAL: Final = 0.1
+_HEALTH_PAUSES: Final = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08)
+"""Seconds before each C_GetTokenInfo until the token counts as gone. A login in another process rewrites SoftHSM's
+token, and makes C_GetTokenInfo fail for up to 12 ms (measured)."""
+
+
+class TolerantMapper(AttributeMapper):
+    """python-pkcs11's coding of attributes, which also reads what objects of other programs and vendors hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_handler(Attribute.LABEL, str.encode, lambda value: value.decode("utf-8", "replace"))
+        for attribute in (Attribute.KEY_TYPE, Attribute.KEY_GEN_MECHANISM):
+            # As numbers: vendors define their own, which python-pkcs11's enumerations refuse.
+            self.register_handler(attribute, *handle_ulong)
+        # python-pkcs11 leaves this one out: an array of CK_MECHANISM_TYPE.
+        self.register_handler(Attribute.ALLOWED_MECHANISMS, _pack_ulongs, _unpack_ulongs)
+
+
+def _pack_ulongs(values: Iterable[int]) -> bytes:
+    return array("L", values).tobytes()
+
+
+def _unpack_ulongs(value: bytes) -> tuple[int, ...]:
+    return tuple(array("L", value))
 
 
 @dataclass(frozen=True, slots=True)
-class Handle:
+class KeyHandle:
     """A private key as one session knows it: python-pkcs11's object, and what its signatures must look like."""
 
     key: Any
     kty: str
-    crv: str | None
-    """Of an ML-DSA key: its parameter set, which is the JWK's `alg`."""
+    variant: str | None
+    """The curve; of an ML-DSA key its parameter set, which is the JWK's `alg`; None of an RSA key."""
     rsa_bits: int
     """Of the modulus; 0 where the key is no RSA key."""
     mechanisms: Collection[object]
-    """Those of the token that the key is allowed."""
+    """Those of the token that the key allows."""
 
 
-class Seat:
-    """One session and the handles it found, used by one thread at a time. The session opens at the first use."""
+class PooledSession:
+    """One session and the handles found in it, used by one thread at a time. The session opens at its first use."""
 
     def __init__(self, connection: Connection, *, rw: bool) -> None:
         self.connection = connection
-        self.handles: dict[KeyRef, Handle] = {}
+        self.handles: dict[KeyRef, KeyHandle] = {}
         self.is_suspect = False
         """A signature made here did not verify: the session is replaced before its next use."""
         self._rw = rw
@@ -58,13 +79,16 @@ class Seat:
 
     @property
     def session(self) -> Session:
-        """To be called inside. Raises PKCS11Error."""
+        """python-pkcs11's session. Hold the module's lock. Raises PKCS11Error."""
         if self._session is None:
             self._session = self.connection.open_session(rw=self._rw)
         return self._session
 
     def replace(self) -> None:
-        """Close the session, inside: after a call in it failed it may be dead or in the middle of an operation."""
+        """Close the session: after a call that failed it may be dead or in the middle of an operation.
+
+        The next use opens another. Hold the module's lock.
+        """
         session, self._session = self._session, None
         self.handles.clear()
         self.is_suspect = False
@@ -72,86 +96,91 @@ class Seat:
             self.connection.close_session(session)
 
 
-class Pool:
-    """So many seats, lent to one thread at a time.
+class SessionPool:
+    """A fixed number of sessions, each lent to one thread at a time.
 
-    A seat that does not come back, because a call hangs in it, is counted as lost and another takes its place: once for
-    each, so that a module in which everything hangs is not asked for sessions without end.
+    A session that does not come back, because a call hangs in it, counts as stuck, and another takes its place: once
+    for each, so that the number of sessions is bounded where every call hangs in the module.
     """
 
-    def __init__(self, connection: Connection, seats: int, *, rw: bool, stuck_after: float = math.inf) -> None:
+    def __init__(self, connection: Connection, size: int, *, rw: bool, stuck_after: float = math.inf) -> None:
         self._connection = connection
         self._rw = rw
-        self._count = seats
+        self._size = size
         self._stuck_after = stuck_after
-        self._idle: queue.SimpleQueue[Seat] = queue.SimpleQueue()
-        self._lent: dict[Seat, float] = {}
-        self._stuck: set[Seat] = set()
-        self._judging = threading.Lock()
-        for _ in range(seats):
-            self._idle.put(Seat(connection, rw=rw))
+        self._idle: queue.SimpleQueue[PooledSession] = queue.SimpleQueue()
+        self._acquired_at: dict[PooledSession, float] = {}
+        self._stuck: set[PooledSession] = set()
+        self._stuck_lock = threading.Lock()
+        for _ in range(size):
+            self._idle.put(PooledSession(connection, rw=rw))
 
-    def take(self, deadline: float) -> Seat:
-        """A seat, to be given back. Raises BackendTimeout."""
+    def acquire(self, deadline: float) -> PooledSession:
+        """A session, to be given to `release`. Raises BackendTimeout."""
         try:
-            seat = self._idle.get_nowait()
+            pooled = self._idle.get_nowait()
         except queue.Empty:
-            seat = self._wait(deadline)
-        self._lent[seat] = time.monotonic()
-        return seat
+            pooled = self._wait(deadline)
+        self._acquired_at[pooled] = time.monotonic()
+        return pooled
 
-    def give_back(self, seat: Seat) -> None:
-        """To be called outside, once for each `take`."""
-        del self._lent[seat]
-        with self._judging:
-            was_stuck = seat in self._stuck
-            self._stuck.discard(seat)
+    def release(self, pooled: PooledSession) -> None:
+        """To be called once for each `acquire`, without the module's lock."""
+        del self._acquired_at[pooled]
+        with self._stuck_lock:
+            was_stuck = pooled in self._stuck
+            self._stuck.discard(pooled)
         if not was_stuck:
-            self._idle.put(seat)
+            self._idle.put(pooled)
 
-    def is_superfluous(self, seat: Seat) -> bool:
-        """Whether its place was taken while it was lent: its session is to be closed."""
-        return seat in self._stuck
+    def is_surplus(self, pooled: PooledSession) -> bool:
+        """Whether another session took its place while it was stuck: it is to be closed."""
+        return pooled in self._stuck
 
-    def _wait(self, deadline: float) -> Seat:
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                return self._idle.get(timeout=min(max(0.0, left), _LOOK_FOR_STUCK))
-            except queue.Empty:
-                if self._replaces_one_that_is_stuck():
-                    return Seat(self._connection, rw=self._rw)
-                if left <= 0:
-                    raise BackendTimeout(f"All sessions with the token ({self._count}) were busy.") from None
+    def close_idle(self) -> None:
+        """Close the idle sessions; they stay in the pool, so that no thread waits for one in vain.
 
-    def _replaces_one_that_is_stuck(self) -> bool:
-        since = time.monotonic() - self._stuck_after
-        with self._judging:
-            stuck = [seat for seat, lent in list(self._lent.items()) if lent < since and seat not in self._stuck]
-            if not stuck or len(self._stuck) >= self._count:
-                return False
-            self._stuck.add(stuck[0])
-            return True
-
-    def close(self) -> None:
-        """Close the sessions that are idle, inside. The seats stay, so that nobody waits for one in vain."""
+        Hold the module's lock.
+        """
         idle = []
         with suppress(queue.Empty):
             while True:
                 idle.append(self._idle.get_nowait())
-        for seat in idle:
-            seat.replace()
-            self._idle.put(seat)
+        for pooled in idle:
+            pooled.replace()
+            self._idle.put(pooled)
+
+    def _wait(self, deadline: float) -> PooledSession:
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return self._idle.get(timeout=min(max(0.0, left), _STUCK_CHECK_INTERVAL))
+            except queue.Empty:
+                if self._mark_one_stuck():
+                    return PooledSession(self._connection, rw=self._rw)
+                if left <= 0:
+                    raise BackendTimeout(f"All sessions with the token ({self._size}) were busy.") from None
+
+    def _mark_one_stuck(self) -> bool:
+        since = time.monotonic() - self._stuck_after
+        with self._stuck_lock:
+            stuck = [
+                pooled for pooled, at in list(self._acquired_at.items()) if at < since and pooled not in self._stuck
+            ]
+            if not stuck or len(self._stuck) >= self._size:
+                return False
+            self._stuck.add(stuck[0])
+            return True
 
 
 class Connection:
     """One opening of a token in one process, until it is lost.
 
-    Whoever finds it lost drops it and opens a new one; nothing in it is repaired, except that a seat replaces its
-    session. `generation` is the module's: when the module was initialised again, everything here is dead.
+    A thread that finds it lost discards it and opens a new one. Nothing in it is repaired, except that a pooled session
+    replaces its session. `generation` is the module's: when the module was initialised again, the connection is dead.
     """
 
-    def __init__(self, module: Module, token: Token, serial: str, *, seats: int) -> None:
+    def __init__(self, module: Module, token: Token, serial: str, *, sessions: int) -> None:
         self.module = module
         self.generation = module.generation
         self.token = token
@@ -161,29 +190,29 @@ class Connection:
         """How many sessions this connection has open now."""
         self.is_closed = False
         self.opened_at = time.monotonic()
-        self._counting = threading.Lock()
-        self._asking = 0
-        """Threads that ask about the login's session now: it is closed by the last of them."""
-        self._mapper = Mapper()
+        self._counter_lock = threading.Lock()
+        self._health_checks = 0
+        """Threads that are in C_GetSessionInfo with the login session: the last of them closes it."""
+        self._mapper = TolerantMapper()
         # The session that logs in does nothing else, so no call that fails can end it and with it the login.
         self.login_session = self.open_session(rw=False)
-        self.working = Pool(self, seats, rw=False, stuck_after=_STUCK)
-        self.mutating = Pool(self, 1, rw=True)
-        """Makes and destroys; whoever takes its seat holds the token's mutation lock."""
+        self.working = SessionPool(self, sessions, rw=False, stuck_after=_STUCK_AFTER)
+        self.mutating = SessionPool(self, 1, rw=True)
+        """Makes and destroys keys; the thread that acquires its session holds the token's mutation lock."""
 
-    # All of these are called inside the module's gate.
+    # Hold the module's lock shared for all of these.
 
     def open_session(self, *, rw: bool) -> Session:
         """A session without a PIN: the login counts for the process. Raises PKCS11Error."""
-        self.module.close_leftovers()
+        self.module.retry_closing()
         session = self.token.open(rw=rw, attribute_mapper=self._mapper)
-        with self._counting:
+        with self._counter_lock:
             self.sessions += 1
         return session
 
     def close_session(self, session: Session) -> None:
-        """Close it if there is something to close. It never logs out: no session was opened with a PIN."""
-        with self._counting:
+        """Close a session that is not dead yet. It never logs out: no session was opened with a PIN."""
+        with self._counter_lock:
             self.sessions -= 1
         if self.generation == self.module.generation:
             self.module.close_session(session)
@@ -193,53 +222,56 @@ class Connection:
         return self.module.cryptoki.login(_handle(self.login_session), pin)
 
     def check(self) -> None:
-        """Raise Lost unless this is an open connection to the module as it is now initialised."""
+        """Raise ConnectionLost unless this connection is open and belongs to the module's present initialisation."""
         if self.is_closed or self.generation != self.module.generation:
-            raise Lost
+            raise ConnectionLost
 
     def is_healthy(self) -> bool:
-        """Whether the token answers, is the same one, and we are logged in. A vanished SoftHSM token fails here."""
+        """Whether the token answers, is the same one, and the process is logged in.
+
+        A SoftHSM token whose folder vanished fails here.
+        """
         if not self._is_logged_in():
             return False
         facts = self.facts()
         return facts is not None and facts.serial == self.serial
 
     def _is_logged_in(self) -> bool:
-        with self._counting:
+        with self._counter_lock:
             if self.is_closed or self.generation != self.module.generation:
                 return False
-            self._asking += 1
+            self._health_checks += 1
         try:
             return self.module.cryptoki.logged_in(_handle(self.login_session))
         finally:
-            self._asked()
+            self._end_health_check()
 
-    def _asked(self) -> None:
-        with self._counting:
-            self._asking -= 1
-            is_last = self.is_closed and not self._asking
+    def _end_health_check(self) -> None:
+        with self._counter_lock:
+            self._health_checks -= 1
+            is_last = self.is_closed and not self._health_checks
         if is_last:
             self.close_session(self.login_session)
 
     def facts(self) -> TokenFacts | None:
-        """What the module says about the token now; None when it goes on failing, as it does when the token is gone."""
-        for wait in _GLANCES:
-            time.sleep(wait)
+        """C_GetTokenInfo, repeated while it fails; None when it goes on failing, as it does when the token is gone."""
+        for pause in _HEALTH_PAUSES:
+            time.sleep(pause)
             facts = self.module.cryptoki.token_facts(self.token.slot.slot_id)
             if facts is not None:
                 return facts
         return None
 
     def close(self) -> None:
-        """Close what is idle. A seat in use is given back to a closed connection, and its session is closed then."""
-        with self._counting:
+        """Close the idle sessions. A session in use is closed when its thread releases it."""
+        with self._counter_lock:
             if self.is_closed:
                 return
             self.is_closed = True
-            is_last = not self._asking
-        self.module.tenants.discard(self)
-        self.working.close()
-        self.mutating.close()
+            is_last = not self._health_checks
+        self.module.connections.discard(self)
+        self.working.close_idle()
+        self.mutating.close_idle()
         if is_last:
             self.close_session(self.login_session)
 

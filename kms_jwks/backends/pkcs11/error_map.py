@@ -1,8 +1,8 @@
-"""What a module's return value means for us: one table, and the way from a vendor's error to one of ours.
+"""The return values of PKCS#11 in one table, and their translation into the errors of the backend contract.
 
 `Meaning` has a row for each class of return values: whether the call is repeated, what is rebuilt before, and as which
-error it ends where that does not help. `CODES` has a row for each return value of PKCS#11 v3.2. What is asked for the
-PIN is judged in opening.py by the same table, and stricter: see there.
+error it ends where that does not help. `CODES` has a row for each return value of PKCS#11 v3.2. opening.py judges the
+answers of C_Login by the same table, and more strictly: see there.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from kms_jwks.errors import BackendError, BackendRefused, BackendUnavailable, Un
 
 
 class Rebuilt(Enum):
-    """What is thrown away and made anew before a call is repeated; each one includes those before it."""
+    """What is discarded and made anew before a call is repeated; each row includes those before it."""
 
     NOTHING = 0
     HANDLES = 1
-    """The object handles that a session found."""
+    """The object handles that were found in a session."""
     SESSION = 2
     CONNECTION = 3
-    """All sessions of the process with the token, and the login."""
+    """All sessions of the process with the token, and its login."""
     MODULE = 4
     """C_Finalize and C_Initialize."""
 
 
 class Meaning(Enum):
-    """What happened, as far as it decides what is done next."""
+    """What a return value says, as far as the next step depends on it."""
 
     def __init__(self, words: str, rebuilt: Rebuilt, ends_as: type[BackendError]) -> None:
         self.words = words
@@ -44,22 +44,22 @@ class Meaning(Enum):
         self.ends_as = ends_as
 
     HANDLE = "this object handle is stale; the key may be there", Rebuilt.HANDLES, BackendUnavailable
-    SESSION = "this session is lost; others may live", Rebuilt.SESSION, BackendUnavailable
+    SESSION = "this session is lost; other sessions may work", Rebuilt.SESSION, BackendUnavailable
     DOUBTFUL = (
         "it failed and does not say why; SoftHSM answers so while another process rewrites the token",
-        Rebuilt.SESSION,  # and the connection, where the token is not well
+        Rebuilt.SESSION,  # and the connection, where the token fails the health check
         BackendUnavailable,
     )
     LOST = "token or login is lost; the token has to be opened anew", Rebuilt.CONNECTION, BackendUnavailable
     MODULE = "the module has to be initialised anew", Rebuilt.MODULE, BackendUnavailable
-    PIN = "the PIN is not taken; it is never tried again while its source is as it was", Rebuilt.NOTHING, BackendRefused
+    PIN = "the PIN is refused; it is never tried again while its source is unchanged", Rebuilt.NOTHING, BackendRefused
     ABSENT = "this object has no such attribute, or does not show it", Rebuilt.NOTHING, BackendRefused
     UNSUPPORTED = "the module cannot do this", Rebuilt.NOTHING, UnsupportedAlgorithm
-    REFUSED = "the module will not do this, however often it is asked", Rebuilt.NOTHING, BackendRefused
+    REFUSED = "the module refuses this, however often it is asked", Rebuilt.NOTHING, BackendRefused
 
     @property
     def is_final(self) -> bool:
-        """Asking again would change nothing."""
+        """Whether repeating the call would change nothing."""
         return self.rebuilt is Rebuilt.NOTHING
 
 
@@ -83,7 +83,7 @@ CODES: Final[Mapping[int, Code]] = MappingProxyType(
         0x07: Code("CKR_ARGUMENTS_BAD", _M.REFUSED, pkcs11.ArgumentsBad),
         0x08: Code("CKR_NO_EVENT", _M.DOUBTFUL, pkcs11.NoEvent),
         0x09: Code("CKR_NEED_TO_CREATE_THREADS", _M.REFUSED),
-        0x0A: Code("CKR_CANT_LOCK", _M.REFUSED),  # at C_Initialize it is expected: module.py
+        0x0A: Code("CKR_CANT_LOCK", _M.REFUSED),  # expected of C_Initialize: see module.py
         0x10: Code("CKR_ATTRIBUTE_READ_ONLY", _M.REFUSED, pkcs11.AttributeReadOnly),
         0x11: Code("CKR_ATTRIBUTE_SENSITIVE", _M.ABSENT, pkcs11.AttributeSensitive),
         0x12: Code("CKR_ATTRIBUTE_TYPE_INVALID", _M.ABSENT, pkcs11.AttributeTypeInvalid),
@@ -183,7 +183,7 @@ CODES: Final[Mapping[int, Code]] = MappingProxyType(
         0x209: Code("CKR_PARAMETER_SET_NOT_SUPPORTED", _M.UNSUPPORTED),
     }
 )
-"""By number. One that is not here is a vendor's own or a later version's: DOUBTFUL."""
+"""By number. A return value that has no row is a vendor's own or a later version's, and counts as DOUBTFUL."""
 
 _BY_CLASS: Final = {row.vendor: code for code, row in CODES.items() if row.vendor is not None}
 _BY_TEXT: Final = {
@@ -197,35 +197,35 @@ _UNMAPPED: Final = re.compile("Unmapped error code 0x([0-9a-f]+)")
 
 
 def code_of(error: PKCS11Error) -> int | None:
-    """The return value behind an exception of python-pkcs11, which has no class for some and none for its own."""
+    """The return value behind an exception of python-pkcs11; None for the exceptions it raises by itself."""
     known = _BY_CLASS.get(type(error), _BY_TEXT.get(str(error)))
     unmapped = _UNMAPPED.fullmatch(str(error))
     return int(unmapped[1], 16) if known is None and unmapped else known
 
 
 def meaning_of(error: PKCS11Error | int) -> Meaning:
-    """The row of an exception, or of a return value other than CKR_OK."""
+    """The meaning of an exception, or of a return value other than CKR_OK."""
     code = error if isinstance(error, int) else code_of(error)
     row = CODES.get(code) if code is not None else None
     return Meaning.DOUBTFUL if row is None else row.meaning
 
 
-def named(code: int) -> str:
-    """The name of a return value, for messages; of a vendor's own the number."""
+def name_of(code: int) -> str:
+    """The name of a return value for messages; the number of one that the specification does not have."""
     return CODES[code].name if code in CODES else f"{code:#x}"
 
 
-def said(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What the module answered, for messages: the name of the return value, never its arguments."""
-    if isinstance(error, Garbled):
+    if isinstance(error, InvalidAnswer):
         return str(error)
     code = code_of(error) if isinstance(error, PKCS11Error) else None
-    return type(error).__name__ if code is None else named(code)
+    return type(error).__name__ if code is None else name_of(code)
 
 
-def translated(error: PKCS11Error, doing: str) -> errors.BackendError:
-    """Our error for an answer of the module to which nothing more is going to be tried in this call."""
-    detail = f"The module answered {said(error)} to {doing}."
+def translate(error: PKCS11Error, doing: str) -> errors.BackendError:
+    """The error of the backend contract for an answer of the module after which the call is not repeated."""
+    detail = f"The module answered {describe_error(error)} to {doing}."
     kind = meaning_of(error).ends_as
     return unavailable(detail) if kind is BackendUnavailable else kind(detail)
 
@@ -235,9 +235,9 @@ def unavailable(detail: str, seconds: float = 1.0, *, next_step: str | None = No
     return BackendUnavailable(detail, retry_after=max(1, math.ceil(seconds)), next_step=next_step)
 
 
-class Lost(Exception):
-    """The connection is no good any more; open a new one. Never leaves the package."""
+class ConnectionLost(Exception):
+    """The connection does not work any more and has to be opened anew. Never leaves the package."""
 
 
-class Garbled(Exception):
-    """The module said that all is well, and what it gave cannot be what was asked for. Never leaves the package."""
+class InvalidAnswer(Exception):
+    """The module answered CKR_OK, and the result cannot be what was asked for. Never leaves the package."""

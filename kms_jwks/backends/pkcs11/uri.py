@@ -1,13 +1,20 @@
-"""PKCS#11 URIs (RFC 7512): parsing, writing, and whether what a module shows fits one. No module is asked here."""
+"""PKCS#11 URIs (RFC 7512): parsing, writing, and their comparison with a token, a module and a backend's options.
+
+No module is called here.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote_to_bytes
+
+if TYPE_CHECKING:
+    from kms_jwks.config import Pkcs11Options
 
 SCHEME: Final = "pkcs11:"
 
@@ -24,7 +31,7 @@ _TEXT: Final = (
 )
 _PATH: Final = frozenset({*_TEXT, "id", "type", "slot-id", "library-version"})
 _TYPES: Final = ("public", "private", "cert", "secret-key", "data")
-_OF_THE_OBJECT: Final = frozenset({"object", "id", "type"})
+_OBJECT_ATTRIBUTES: Final = frozenset({"object", "id", "type"})
 
 # RFC 7512 §2.3: unreserved characters, percent-encodings, and what a path or a query may hold as it is.
 _UNRESERVED: Final = r"A-Za-z0-9._~\-"
@@ -38,10 +45,10 @@ _BARE: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0
 
 @dataclass(frozen=True, slots=True)
 class Uri:
-    """A PKCS#11 URI's attributes, decoded. Two are equal when they name the same, whatever their spelling.
+    """A PKCS#11 URI's attributes, decoded. Two spellings of the same attributes are equal.
 
     `text` holds the attributes of the path that are text, `type` among them, `slot-id` in decimal and
-    `library-version` as ``major.minor``; an attribute that is there and empty matches only what is empty.
+    `library-version` as ``major.minor``. An attribute that is present and empty matches an empty value alone.
     """
 
     text: Mapping[str, str] = field(default_factory=dict)
@@ -56,22 +63,22 @@ class Uri:
 
     @property
     def names_an_object(self) -> bool:
-        """Whether it says more than which token, slot and module are meant."""
-        return self.id is not None or any(name in _OF_THE_OBJECT for name in self.text)
+        """Whether it has attributes of an object, beside those of token, slot and module."""
+        return self.id is not None or any(name in _OBJECT_ATTRIBUTES for name in self.text)
 
     @property
-    def of_the_token(self) -> Mapping[str, str]:
+    def token_attributes(self) -> Mapping[str, str]:
         """The attributes that choose a token, its slot and its library."""
-        return {name: value for name, value in self.text.items() if name not in _OF_THE_OBJECT}
+        return {name: value for name, value in self.text.items() if name not in _OBJECT_ATTRIBUTES}
 
     def contradictions(self, shown: Mapping[str, str]) -> list[str]:
-        """What does not fit the token, slot and library that a module shows, by the attributes' names, in words.
+        """The differences from a token, its slot and library (`Module.uri_attributes`), in words, for messages.
 
-        What the URI does not say fits anything.
+        An attribute that the URI does not have matches any value.
         """
         return [
             f"{name} is {shown.get(name, '')!r}, not {wanted!r}"
-            for name, wanted in self.of_the_token.items()
+            for name, wanted in self.token_attributes.items()
             if shown.get(name, "") != wanted
         ]
 
@@ -86,11 +93,11 @@ class Uri:
 
 
 def parse(uri: str) -> Uri:
-    """Read a URI. Raises ValueError, whose text repeats no value.
+    """Parse a URI. Raises ValueError, whose text repeats no value.
 
-    Refused are what the grammar does not allow, an attribute that stands twice, one of the path that RFC 7512 does not
-    know (nothing could be known to fit it; one of the query is passed over), and PINs, wherever they point to:
-    they are the configuration's.
+    It raises for what the grammar does not allow; for an attribute that stands twice; for an attribute of the path that
+    RFC 7512 does not have, because no token can be known to fit it (such an attribute of the query is ignored); and for
+    a PIN and its source, which are settings of the backend.
     """
     if uri[: len(SCHEME)].lower() != SCHEME:
         raise ValueError(f"a PKCS#11 URI begins with {SCHEME}")
@@ -118,6 +125,43 @@ def parse(uri: str) -> Uri:
     return Uri(text, id_, asked.get("module-path"), asked.get("module-name"))
 
 
+def parse_for_token(text: str, options: Pkcs11Options) -> Uri:
+    """Parse the URI that chooses a backend's token. Raises ValueError, also where the other options contradict it."""
+    uri = parse(text)
+    if uri.names_an_object:
+        raise ValueError("uri names a token here, so it has no object, id or type")
+    if not uri.token_attributes:
+        raise ValueError("uri says nothing of the token")
+    if problem := module_mismatch(uri, options.module):
+        raise ValueError(f"uri: {problem}")
+    settings = {
+        "token_label": (options.token_label, "token"),
+        "token_serial": (options.token_serial, "serial"),
+        "expected_serial": (options.expected_serial, "serial"),
+        "slot": (None if options.slot is None else str(options.slot), "slot-id"),
+    }
+    for setting, (value, attribute) in settings.items():
+        if value is not None and uri.token_attributes.get(attribute, value) != value:
+            raise ValueError(f"uri and {setting} name different tokens")
+    return uri
+
+
+def module_mismatch(uri: Uri, module: Path) -> str | None:
+    """Why a URI's module-path or module-name does not name `module`, or None. A path may be that of its folder."""
+    if uri.module_path is not None:
+        named = Path(uri.module_path)
+        try:
+            is_same = module.resolve() in (named.resolve(), (named / module.name).resolve())
+        except (OSError, ValueError, RuntimeError):  # no path at all, or a circle of symbolic links
+            is_same = False
+        if not is_same:
+            return f"its module-path is not the backend's module {module}"
+    stem = module.name.split(".", 1)[0]
+    if uri.module_name is not None and uri.module_name not in (stem, stem.removeprefix("lib")):
+        return f"its module-name is not that of the backend's module {module}"
+    return None
+
+
 def _attributes(part: str, separator: str, grammar: re.Pattern[str]) -> list[tuple[str, str]]:
     found = []
     for attribute in part.split(separator) if part else []:
@@ -138,7 +182,7 @@ def _decoded(name: str, value: str) -> str:
 
 
 def _checked(name: str, value: str) -> str:
-    """The value in the form in which it is compared."""
+    """The value in its canonical form."""
     if name == "type" and value not in _TYPES:
         raise ValueError(f"type is one of {', '.join(_TYPES)}")
     if name == "slot-id":
