@@ -25,6 +25,7 @@ import psutil
 from tests.integration.conftest import (
     START_SECONDS,
     Server,
+    close_connections,
     free_port,
     fresh,
     prepare,
@@ -69,7 +70,7 @@ class Node:
                 process.kill()
         self.server.process.wait()
         psutil.wait_procs(family, timeout=10)
-        self.server.pool.clear()
+        close_connections(self.server.pool)
 
     def workers(self) -> list[int]:
         """The pids of its gunicorn workers."""

@@ -277,10 +277,18 @@ def start(folder: Path, port: int, stdin: bytes | None = None) -> Server:
     return Server(folder, port, process)
 
 
+def close_connections(pool: urllib3.PoolManager) -> None:
+    """Close the idle connections of a pool now; `PoolManager.clear` leaves that to the garbage collector."""
+    for key in pool.pools.keys():  # noqa: SIM118 - urllib3's container cannot be iterated over
+        with contextlib.suppress(KeyError):
+            pool.pools[key].close()
+    pool.clear()
+
+
 def stop(server: Server) -> int:
     """End it gracefully; by force, with all that it started, where it does not end."""
     family = server.family() if server.process.poll() is None else []
-    server.pool.clear()  # idle connections would be waited for
+    close_connections(server.pool)  # a worker that ends waits 2 s for idle connections
     if server.process.poll() is None:
         server.process.send_signal(signal.SIGTERM)
     try:

@@ -24,7 +24,7 @@ import urllib3
 from kms_jwks.backends.pkcs11.error_map import CODES, Meaning, Rebuilt
 from kms_jwks.errors import UnsupportedAlgorithm
 from tests.faults.harness import Faults, Violations
-from tests.integration.conftest import Server, free_port, prepare, running, settled, wait_until
+from tests.integration.conftest import Server, close_connections, free_port, prepare, running, settled, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,7 +85,7 @@ class Issuers:
                 self.seen.append(Seen(began, time.monotonic(), found.status, retry_after, found.data))
                 if found.status != 200:
                     time.sleep(0.02)
-            pool.clear()
+            close_connections(pool)
 
         threads = [threading.Thread(target=issue) for _ in range(CONNECTIONS)]
         for thread in threads:

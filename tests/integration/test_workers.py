@@ -19,6 +19,7 @@ import urllib3
 from tests.integration.conftest import (
     Answer,
     Server,
+    close_connections,
     free_port,
     fresh,
     prepare,
@@ -69,7 +70,7 @@ class Load:
                 with contextlib.suppress(urllib3.exceptions.HTTPError):  # the worker was killed under us
                     answer = sign(self.server, self.path, self.token, pool)
                     self.seen.append(Signed(began, answer.status, answer.json))
-            pool.clear()
+            close_connections(pool)
 
         workers = [threading.Thread(target=issue) for _ in range(threads)]
         for worker in workers:
@@ -97,7 +98,7 @@ def sign(server: Server, path: str, token: str, pool: urllib3.PoolManager | None
         timeout=10,
     )
     if pool is None:
-        used.clear()
+        close_connections(used)
     return Answer(found.status, found.headers, found.data)
 
 
@@ -110,7 +111,7 @@ def everywhere(server: Server, call: Any) -> list[Answer]:
 def jwks_kids(server: Server, name: str) -> list[str]:
     pool = urllib3.PoolManager(retries=False)
     found = pool.request("GET", f"{server.url}/{name}/.well-known/jwks.json", timeout=10)
-    pool.clear()
+    close_connections(pool)
     return [jwk["kid"] for jwk in Answer(found.status, found.headers, found.data).json["keys"]]
 
 
@@ -197,7 +198,7 @@ def test_rotations_under_load_lose_nothing(four: Server) -> None:
         for _ in range(5):
             pool = urllib3.PoolManager(retries=False)
             fetched = pool.request("GET", f"{four.url}/{name}/.well-known/jwks.json", timeout=10)
-            pool.clear()
+            close_connections(pool)
             documents.append((time.monotonic(), Answer(fetched.status, fetched.headers, fetched.data).json))
             four.must("POST", f"{path}/rotate", {})
             wait_until(lambda: settled(four.must("GET", path)))
