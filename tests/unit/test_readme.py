@@ -172,4 +172,4 @@ def test_each_entry_says_its_status() -> None:
     entries = re.split(r"^##+ (.+)\n", TROUBLESHOOTING.read_text(encoding="utf-8"), flags=re.MULTILINE)
     for heading, text in zip(entries[1::2], entries[2::2], strict=True):
         if heading in BY_CODE:
-            assert text.lstrip().startswith(f"{status_of(BY_CODE[heading])}"), heading
+            assert text.lstrip().startswith(f"Status {status_of(BY_CODE[heading])}"), heading
