@@ -6,6 +6,9 @@
 """
 
 from kms_jwks.config import load_settings
+from kms_jwks.http import logs
 from kms_jwks.http.server import gunicorn_settings
 
-globals().update(gunicorn_settings(load_settings()))
+settings = load_settings()
+logs.configure(settings.log_level, settings.log_format)
+globals().update(gunicorn_settings(settings))

@@ -78,9 +78,7 @@ def init(
     with _registry(settings) as store:
         try:
             lines = bootstrap.initialise(
-                store,
-                settings,
-                backends,
+                wiring.make_control(settings, store, backends),
                 key_set=key_set,
                 alg=alg,
                 admin_token_file=admin_token_file,
@@ -118,13 +116,14 @@ def serve(config: Path | None, routes: str | None, bind: tuple[str, ...], worker
     settings = _settings(config, {name: str(value) for name, value in changes.items() if value is not None})
     _refuse_wrong_schema(settings)
     if role == "http":
+        from kms_jwks import wiring
         from kms_jwks.http.server import run_gunicorn
 
         if config is not None:
-            # Each worker reads the settings itself.
+            # A reload reads the settings again.
             os.environ[f"{_PREFIX}CONFIG"] = str(config.absolute())
         with raw_output():
-            run_gunicorn(settings)
+            run_gunicorn(settings, make_backends=wiring.make_backends, make_service=wiring.assemble)
         return
     from kms_jwks.cli import supervisor
     from kms_jwks.config import prepare_state_dir
@@ -158,7 +157,7 @@ def custodian(config: Path | None) -> None:
         signal.signal(number, end)
     with raw_output():
         logs.configure(settings.log_level, settings.log_format)
-        wiring.custodian(settings).run(stop)
+        wiring.assemble_custodian(settings).run(stop)
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

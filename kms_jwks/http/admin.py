@@ -1,4 +1,4 @@
-"""The control plane's endpoints for key sets, keys, versions and external keys."""
+"""The control plane's endpoints: key sets, keys, versions, external keys, clients, API tokens and grants."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def list_key_sets(service: Service, request: Request) -> Response:
 
 
 def create_key_set(service: Service, request: Request, body: wire.KeySetCreate) -> Response:
-    """A key set, with its first keys where the body has some."""
+    """Create a key set, with its first keys where the body names some."""
     return created(service.key_sets.create(request.context, body))
 
 
@@ -46,12 +46,12 @@ def list_keys(service: Service, request: Request) -> Response:
 
 
 def key_timeline(service: Service, request: Request) -> Response:
-    """The life of a key's versions: what was, what is, and what is planned."""
+    """The timeline of a key's versions: past, present and planned."""
     return ok(service.keys.timeline(request.context, *_key(request)))
 
 
 def create_key(service: Service, request: Request, body: wire.KeyCreate) -> Response:
-    """A key, whose first versions the custodian makes; or whose first one is adopted."""
+    """Create a key; the custodian makes its first versions, or the first one is adopted."""
     return created(service.keys.create(request.context, request.params["key_set"], body))
 
 
@@ -66,7 +66,7 @@ def patch_key(service: Service, request: Request, body: wire.KeyPatch) -> Respon
 
 
 def rotate_key(service: Service, request: Request, body: wire.RotateRequest) -> Response:
-    """Activate the standby now, or say when that is possible."""
+    """Activate the standby now; a refusal says when that is possible."""
     return _changed(service.keys.rotate(request.context, *_key(request), body))
 
 
@@ -89,7 +89,7 @@ def list_versions(service: Service, request: Request) -> Response:
 
 
 def create_version(service: Service, request: Request, body: wire.VersionCreate) -> Response:
-    """A further version, as standby: made, or adopted."""
+    """Create a further version as standby, made by the custodian or adopted."""
     return created(service.versions.create(request.context, *_key(request), body))
 
 
@@ -112,37 +112,37 @@ def safety(service: Service, request: Request) -> Response:
 
 
 def attributes(service: Service, request: Request) -> Response:
-    """The module's evidence that the private key is its own and stays there."""
+    """The module's evidence that it generated the private key and that the key cannot leave it."""
     return ok(service.versions.attributes(request.context, *_version(request)))
 
 
 def activate_version(service: Service, request: Request, body: wire.ActivateRequest) -> Response:
-    """Make a published version the one that signs."""
+    """Make a published version the active one."""
     return ok(service.versions.activate(request.context, *_version(request), body))
 
 
 def retire_version(service: Service, request: Request, body: wire.RetireRequest) -> Response:
-    """Take a retiring version out of the JWKS, once no token it signed can be alive."""
+    """Withdraw a retiring version from the JWKS, once no token it signed can be alive."""
     return ok(service.versions.retire(request.context, *_version(request), body))
 
 
 def revoke_version(service: Service, request: Request, body: wire.RevokeRequest) -> Response:
-    """Emergency: out of the JWKS, never signs again; the standby takes over at once."""
+    """Emergency: withdraw a version for ever; the standby becomes active at once."""
     return ok(service.versions.revoke(request.context, *_version(request), body))
 
 
 def create_revocation(service: Service, request: Request, body: wire.RevocationCreate) -> Response:
-    """Emergency: everything in a backend or key set is revoked in one transaction."""
+    """Emergency: revoke every version of a backend or key set in one transaction."""
     return ok(service.revocation.everything(request.context, body))
 
 
 def destroy_version(service: Service, request: Request, body: wire.DestroyRequest) -> Response:
-    """Set when the key pair is destroyed in its module."""
+    """Set when the module destroys the key pair."""
     return ok(service.versions.destroy(request.context, *_version(request), body))
 
 
 def cancel_destroy(service: Service, request: Request, body: Empty) -> Response:
-    """Take `destroy_at` back."""
+    """Clear `destroy_at`."""
     return ok(service.versions.cancel_destroy(request.context, *_version(request)))
 
 
@@ -172,17 +172,79 @@ def delete_external_key(service: Service, request: Request) -> Response:
     return gone()
 
 
+# --- clients, API tokens, grants --------------------------------------------------------------------------------------
+
+
+def list_clients(service: Service, request: Request) -> Response:
+    """The clients."""
+    return ok(service.clients.list(request.context, *request.page()))
+
+
+def create_client(service: Service, request: Request, body: wire.ClientCreate) -> Response:
+    """Create a client, without tokens and grants."""
+    return added(service.clients.create(request.context, body), "v1", "clients", body.name)
+
+
+def get_client(service: Service, request: Request) -> Response:
+    """One client."""
+    return ok(service.clients.get(request.context, request.params["client"]))
+
+
+def delete_client(service: Service, request: Request) -> Response:
+    """Delete a client; its tokens stop working."""
+    service.clients.delete(request.context, request.params["client"])
+    return gone()
+
+
+def list_tokens(service: Service, request: Request) -> Response:
+    """A client's API tokens; never their secrets."""
+    return ok(service.clients.tokens(request.context, request.params["client"], *request.page()))
+
+
+def create_token(service: Service, request: Request, body: wire.TokenCreate) -> Response:
+    """Create an API token; only this answer shows it."""
+    return ok(service.clients.create_token(request.context, request.params["client"], body), 201)
+
+
+def revoke_token(service: Service, request: Request) -> Response:
+    """Revoke an API token; no worker accepts it once this is answered."""
+    service.clients.revoke_token(request.context, request.params["client"], request.params["token"])
+    return gone()
+
+
+def list_grants(service: Service, request: Request) -> Response:
+    """The grants."""
+    return ok(service.clients.grants(request.context, *request.page()))
+
+
+def create_grant(service: Service, request: Request, body: wire.GrantCreate) -> Response:
+    """Give a client a role within a scope."""
+    grant = service.clients.create_grant(request.context, body)
+    return added(grant, "v1", "grants", grant.id)
+
+
+def get_grant(service: Service, request: Request) -> Response:
+    """One grant."""
+    return ok(service.clients.grant(request.context, request.params["grant"]))
+
+
+def delete_grant(service: Service, request: Request) -> Response:
+    """Delete a grant."""
+    service.clients.delete_grant(request.context, request.params["grant"])
+    return gone()
+
+
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 JWK = "application/jwk+json"
 PEM = "application/x-pem-file"
-"""Of everyday use; no type is registered for a public key in PEM."""
+"""In common use; no type is registered for a public key in PEM."""
 DER = "application/octet-stream"
 _PUBLIC_KEY_TYPES = {JWK: JWK, "application/json": JWK, PEM: PEM, "text/plain": PEM, DER: DER}
 
 
 def _public_key_type(accept: str) -> str:
-    """The type we have that Accept likes most (RFC 9110 §12.5.1); the JWK otherwise, never 406."""
+    """The offered type that Accept prefers (RFC 9110 §12.5.1); without one the JWK, never 406."""
     best, best_quality = JWK, 0.0
     for part in accept.lower().split(","):
         name, _, parameters = part.partition(";")

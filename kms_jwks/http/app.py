@@ -1,4 +1,4 @@
-"""The Flask app: it registers the table's rows, turns WSGI into Request and Response, and does nothing else."""
+"""The Flask app: it registers the rows of the route table and drives `dispatch` over WSGI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-import structlog
 from flask import Flask, request
 from flask import Response as FlaskResponse
 from flask.sessions import SecureCookieSessionInterface
@@ -16,8 +15,8 @@ from werkzeug.exceptions import HTTPException
 
 from kms_jwks import errors
 from kms_jwks.http import dispatch, problems
-from kms_jwks.http.exchange import Request, Response
-from kms_jwks.http.routes import Route, Side, served
+from kms_jwks.http.exchange import Request, Response, Route, Side
+from kms_jwks.http.routes import served
 from kms_jwks.service.context import RequestContext
 
 if TYPE_CHECKING:
@@ -29,22 +28,17 @@ if TYPE_CHECKING:
 
     Environ = dict[str, Any]
 
-log = structlog.get_logger(__name__)
-
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+_CHUNK = 65_536
+"""Bytes that one read of a body asks for at most."""
 _DRAINED = 2_097_152
-"""Bytes of a refused body that are read for nothing."""
+"""Bytes of a refused body that are read and dropped at most."""
 _BODILESS = frozenset({204, 304})
-_QUIET = frozenset(route.path for route in served("all") if route.side & Side.PUBLIC)
-"""Routes that machines ask all the time, documents and health: their successes are logged at level debug.
-
-Writing a line costs more than serving a JWKS.
-"""
-_NEVER: Callable[[], None] = lambda: None  # noqa: E731
+_NOTHING: Callable[[], None] = lambda: None  # noqa: E731
 
 
 class _NoSessions(SecureCookieSessionInterface):
-    """There are no cookies here."""
+    """The API sets no cookies."""
 
     def open_session(self, app: Flask, request: Any) -> Any:
         return self.make_null_session(app)
@@ -54,7 +48,7 @@ class _NoSessions(SecureCookieSessionInterface):
 
 
 class _Answer(FlaskResponse):
-    """Werkzeug's, written as it stands: what is in it is complete, and building its headers anew costs most of it."""
+    """Flask's response type, sent without Werkzeug's handling of headers, which costs more than all the rest."""
 
     default_mimetype = None
     _made: Response
@@ -62,7 +56,7 @@ class _Answer(FlaskResponse):
 
     @classmethod
     def of(cls, made: Response, release: Callable[[], None]) -> _Answer:
-        """The answer, and what is to be called once it has left."""
+        """The answer, and the function that the server calls once it has sent it."""
         answer = cls()
         answer._made, answer._release = made, release
         answer.status_code = made.status
@@ -75,11 +69,11 @@ class _Answer(FlaskResponse):
             headers = [*headers, ("Content-Length", str(len(made.body)))]
         start_response(_STATUS_LINES[made.status], headers)
         body = () if environ["REQUEST_METHOD"] == "HEAD" else (made.body,)
-        return _Leaving(body, self._release) if self._release is not _NEVER else body
+        return _Leaving(body, self._release) if self._release is not _NOTHING else body
 
 
 class _Leaving:
-    """A body whose server says when it has written it (PEP 3333 `close`)."""
+    """A body that releases the snapshot when the server has sent it (PEP 3333 `close`)."""
 
     __slots__ = ("_body", "close")
 
@@ -92,14 +86,14 @@ class _Leaving:
 
 
 class App(Flask):
-    """Flask without what an API does not use. `service` is what its endpoints work on."""
+    """Flask without the parts that an API does not use. `service` is passed to the endpoints."""
 
     session_interface = _NoSessions()
     service: Service
 
 
 def create_app(service: Service) -> App:
-    """The WSGI application for one worker, with the rows that `settings.routes` leaves."""
+    """The WSGI application for one worker, with the rows that `settings.routes` keeps."""
     app = App(__name__, static_folder=None, template_folder=None)
     app.service = service
     app.url_map.merge_slashes = False
@@ -119,11 +113,13 @@ def create_app(service: Service) -> App:
 
 
 def _rule(path: str) -> str:
-    """The template as Werkzeug writes it. A kid given by somebody else may hold slashes, so it takes the rest."""
+    """The template in Werkzeug's syntax. An external key's kid may contain slashes: it takes the rest of the path."""
     return path.replace("{kid}", "<path:kid>").replace("{", "<").replace("}", ">")
 
 
 class _Adapter:
+    """Drives `dispatch` with requests as Flask and a WSGI server present them."""
+
     def __init__(self, service: Service) -> None:
         self._service = service
         self._limits = dispatch.Limits.of(service.settings)
@@ -131,86 +127,91 @@ class _Adapter:
 
     def view(self, route: Route) -> Callable[..., FlaskResponse]:
         """The view function of a row."""
+        quiet = bool(route.side & Side.PUBLIC)
 
         def respond(**params: str) -> FlaskResponse:
             started = time.perf_counter()
             environ: Environ = request.environ
-            request_id = dispatch.request_id(environ.get("HTTP_X_REQUEST_ID"))
-            release = _NEVER
+            context = _context(environ, route)
+            release = _NOTHING
             try:
-                exchange = _request(route, environ, params, request_id, self._limits, self._timeout)
+                exchange = self._read(route, environ, params, context)
                 if route.hot:
-                    # After the body, which a caller may send as slowly as it likes; before the snapshot is read.
+                    # After the body, whose sender may be slow, and before the snapshot is read for the answer.
                     release = self._service.pin()
                 response = dispatch.answer(self._service, route, exchange, self._limits)
-            except errors.Error as error:
-                response = problems.response(error, request_id)
-                _last_on_its_connection(environ)
+            except Exception as error:  # noqa: BLE001 - the outermost frame: the caller gets a problem whatever it is
+                response = dispatch.refusal(error, context.request_id)
+                _read_rest(environ)
             except BaseException:
                 release()
                 raise
-            return _finish(response, environ, request_id, started, route, release)
+            return _finish(response, environ, context, params, started, release, quiet=quiet)
 
         return respond
 
     def refuse(self, error: HTTPException) -> FlaskResponse:
-        """What Werkzeug refuses before any route runs."""
+        """Answer what Werkzeug refuses before any route runs."""
         started = time.perf_counter()
-        request_id = dispatch.request_id(request.environ.get("HTTP_X_REQUEST_ID"))
-        _last_on_its_connection(request.environ)
+        context = _context(request.environ, None)
+        _read_rest(request.environ)
         if error.code == 405:
             allow = tuple(sorted(getattr(error, "valid_methods", None) or ()))
-            response = problems.response(errors.MethodNotAllowed(), request_id, allow=allow)
+            response = problems.response(errors.MethodNotAllowed(), context.request_id, allow=allow)
         elif error.code is not None and 400 <= error.code < 500 and error.code != 404:
-            response = problems.response(errors.InvalidRequest(), request_id)
+            response = problems.response(errors.InvalidRequest(), context.request_id)
         else:
-            response = problems.response(errors.RouteNotFound(), request_id)
-        return _finish(response, request.environ, request_id, started, None, _NEVER)
+            response = problems.response(errors.RouteNotFound(), context.request_id)
+        return _finish(response, request.environ, context, {}, started, _NOTHING)
 
     def defect(self, error: Exception) -> FlaskResponse:
-        """What went wrong outside of every endpoint."""
+        """Answer an exception from outside of every view."""
         started = time.perf_counter()
-        request_id = dispatch.request_id(request.environ.get("HTTP_X_REQUEST_ID"))
-        return _finish(problems.unexpected(request_id), request.environ, request_id, started, None, _NEVER)
+        context = _context(request.environ, None)
+        response = dispatch.refusal(error, context.request_id)
+        return _finish(response, request.environ, context, {}, started, _NOTHING)
 
+    def _read(self, route: Route, environ: Environ, params: dict[str, str], context: RequestContext) -> Request:
+        """The request with its whole body."""
+        connection = environ.get("gunicorn.socket")
+        if connection is not None:
+            # A peer that stops sending its body, or reading its answer, must not hold a thread and a snapshot for ever.
+            connection.settimeout(self._timeout)
 
-def _request(
-    route: Route, environ: Environ, params: dict[str, str], request_id: str, limits: dispatch.Limits, timeout: float
-) -> Request:
-    connection = environ.get("gunicorn.socket")
-    if connection is not None:
-        # A peer that stops sending its body, or reading its answer, must not hold a thread and a snapshot for ever.
-        connection.settimeout(timeout)
-    if not all(value.isprintable() for value in params.values()):
-        raise errors.RouteNotFound
-    body = b""
-    if route.request is not None:
-        body = dispatch.read_body(
+        def header(name: str) -> str | None:
+            key = name.upper().replace("-", "_")
+            value: str | None = environ.get("CONTENT_TYPE" if key == "CONTENT_TYPE" else f"HTTP_{key}")
+            return value or None
+
+        exchange = Request(
+            method=environ["REQUEST_METHOD"],
+            params=params,
+            query=lambda name: _query(environ, name),
+            header=header,
+            body=b"",
+            context=context,
+        )
+        body = dispatch.receive(
+            self._service,
             route,
-            limits,
+            exchange,
+            self._limits,
             length=environ.get("CONTENT_LENGTH"),
             chunked="HTTP_TRANSFER_ENCODING" in environ,
-            read=_reader(environ),
         )
-    getattr(environ["wsgi.input"], "received", _NEVER)()
+        if body is not None:
+            _feed(body, environ["wsgi.input"])
+            exchange.body = body.complete()
+        getattr(environ["wsgi.input"], "received", _NOTHING)()
+        return exchange
 
-    def header(name: str) -> str | None:
-        key = name.upper().replace("-", "_")
-        value: str | None = environ.get("CONTENT_TYPE" if key == "CONTENT_TYPE" else f"HTTP_{key}")
-        return value or None
 
-    return Request(
-        method=environ["REQUEST_METHOD"],
-        params=params,
-        query=lambda name: _query(environ, name),
-        header=header,
-        body=body,
-        context=RequestContext(
-            authorization=header("authorization"),
-            request_id=request_id,
-            peer=environ.get("REMOTE_ADDR"),
-            route=route.path,
-        ),
+def _context(environ: Environ, route: Route | None) -> RequestContext:
+    return RequestContext(
+        authorization=environ.get("HTTP_AUTHORIZATION") or None,
+        request_id=dispatch.request_id(environ.get("HTTP_X_REQUEST_ID")),
+        peer=environ.get("REMOTE_ADDR"),
+        route=None if route is None else route.path,
     )
 
 
@@ -224,63 +225,57 @@ def _query(environ: Environ, name: str) -> str | None:
     return str(values[0]) if values is not None else None
 
 
-def _reader(environ: Environ) -> dispatch.Read:
-    def read(limit: int) -> bytes:
-        stream = environ["wsgi.input"]
-        parts: list[bytes] = []
-        while limit > 0:
-            try:
-                part = stream.read(min(limit, 65_536))
-            except Exception as error:
-                # Timeouts, broken chunks, lost connections: each server has classes of its own for them.
-                raise errors.LengthMismatch("The body broke off, or its chunks are malformed.") from error
-            if not part:
-                break
-            parts.append(part)
-            limit -= len(part)
-        return b"".join(parts)
-
-    return read
+def _feed(body: dispatch.Body, stream: Any) -> None:
+    """Read a body from a WSGI input, which blocks, until it is whole or ends."""
+    while body.wanted:
+        try:
+            chunk = stream.read(min(body.wanted, _CHUNK))
+        except Exception as error:
+            # Timeouts, broken chunks, lost connections: each server has exception classes of its own for them.
+            raise errors.LengthMismatch("The body broke off, or its chunks are malformed.") from error
+        if not chunk:
+            return
+        body.feed(chunk)
 
 
-def _last_on_its_connection(environ: Environ) -> None:
-    """Before a refusal that leaves a body unread: say that the connection ends here, and take in what is still coming.
+def _read_rest(environ: Environ) -> None:
+    """Read and drop a body before a refusal is answered; end the connection unless exactly this body was dropped.
 
-    A socket that is closed with bytes unread resets the connection, and the answer with it. A body that announces to
-    be far too long is not waited for.
+    Closing a socket with unread bytes resets the connection, and the answer is lost with it. The service does not wait
+    for a body whose Content-Length is far too large.
     """
-    length = environ.get("CONTENT_LENGTH", "0")
-    if length == "0" and "HTTP_TRANSFER_ENCODING" not in environ:
-        return
     stream = environ["wsgi.input"]
-    getattr(stream, "close_connection", _NEVER)()
-    if length.isdigit() and int(length[:20]) <= _DRAINED:
-        with contextlib.suppress(Exception):
-            left = _DRAINED
-            while left > 0 and (part := stream.read(min(left, 65_536))):
-                left -= len(part)
+    length = environ.get("CONTENT_LENGTH") or "0"
+    chunked = "HTTP_TRANSFER_ENCODING" in environ
+    if chunked or length != "0":
+        size = int(length[:20]) if length.isascii() and length.isdigit() and not chunked else None
+        dropped = 0
+        if size is None or size <= _DRAINED:
+            with contextlib.suppress(Exception):
+                while dropped < _DRAINED and (part := stream.read(min(_DRAINED - dropped, _CHUNK))):
+                    dropped += len(part)
+        if dropped != size:
+            getattr(stream, "close_connection", _NOTHING)()
+    getattr(stream, "received", _NOTHING)()
 
 
 def _finish(
     response: Response,
     environ: Environ,
-    request_id: str,
+    context: RequestContext,
+    params: dict[str, str],
     started: float,
-    route: Route | None,
     release: Callable[[], None],
+    *,
+    quiet: bool = False,
 ) -> FlaskResponse:
-    response.headers.append(("X-Request-Id", request_id))
-    response.headers.append(("X-Content-Type-Options", "nosniff"))
-    quiet = route is not None and route.path in _QUIET and response.status < 400
-    write = log.debug if quiet else log.info
-    write(
-        "request",
-        request_id=request_id,
+    dispatch.complete(
+        response,
+        context,
+        params,
         method=environ["REQUEST_METHOD"],
-        route=route.path if route is not None else None,
-        path=environ["PATH_INFO"][:256],
-        status=response.status,
-        ms=round((time.perf_counter() - started) * 1000, 3),
-        peer=environ.get("REMOTE_ADDR"),
+        path=environ["PATH_INFO"],
+        started=started,
+        quiet=quiet,
     )
     return _Answer.of(response, release)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from kms_jwks import errors, wire
@@ -33,7 +34,7 @@ def jwks_pq(service: Service, request: Request) -> Response:
 def _jwks(service: Service, request: Request, *, post_quantum: bool) -> Response:
     name = request.params.get("key_set") or service.documents.default_key_set
     document = service.documents.jwks(request.context, name, post_quantum=post_quantum)
-    # Some clients reject the registered type, so only who names it gets it.
+    # Some clients reject the registered media type, so it is sent only where Accept names it.
     named = JWK_SET in (request.header("accept") or "").lower()
     return _published(request, document, JWK_SET if named else JSON, vary="Accept")
 
@@ -44,7 +45,7 @@ def discovery(service: Service, request: Request) -> Response:
 
 
 def preflight(service: Service, request: Request) -> Response:
-    """What a browser asks before it fetches (CORS). It says nothing about the key set, not even whether it exists."""
+    """CORS preflight. The answer is the same whether the key set exists or not."""
     return Response(
         204,
         [
@@ -76,12 +77,12 @@ def _published(request: Request, document: Document, media_type: str, vary: str 
 
 
 def sign_jwt(service: Service, request: Request, body: dict[str, object]) -> Response:
-    """Claims in, a signed JWT out."""
+    """Sign claims as a JWT."""
     return _sign(service, request, SigningOperation.JWT, body)
 
 
 def sign_jws(service: Service, request: Request, body: dict[str, object]) -> Response:
-    """Any payload as a compact JWS, in raw key sets."""
+    """Sign any payload as a compact JWS, in raw key sets."""
     return _sign(service, request, SigningOperation.JWS, body)
 
 
@@ -93,26 +94,31 @@ def sign_signature(service: Service, request: Request, body: dict[str, object]) 
 def _sign(service: Service, request: Request, operation: SigningOperation, body: dict[str, object]) -> Response:
     params = request.params
     outcome = service.signing.handle(operation, request.context, params["key_set"], params["key"], body)
-    return ok(_batch(outcome, request.context.request_id) if isinstance(outcome, Batch) else outcome)
+    return _batch(outcome, request.context.request_id) if isinstance(outcome, Batch) else ok(outcome)
 
 
-def _batch(batch: Batch, request_id: str) -> dict[str, object]:
-    return {
-        "batch": [
-            {"error": problems.document(item, request_id)} if isinstance(item, errors.Error) else item
-            for item in batch.items
-        ]
-    }
+def _batch(batch: Batch, request_id: str) -> Response:
+    response = ok(
+        {
+            "batch": [
+                {"error": problems.document(item, request_id)} if isinstance(item, errors.Error) else item
+                for item in batch.items
+            ]
+        }
+    )
+    if failed := Counter(item.code for item in batch.items if isinstance(item, errors.Error)):
+        response.notes = {"failed": dict(failed)}
+    return response
 
 
 # --- the rest of the data plane ---------------------------------------------------------------------------------------
 
 
 def active(service: Service, request: Request) -> Response:
-    """Which kid signs now, which comes next."""
+    """The kid that signs now, and the next one."""
     return ok(service.signing.active(request.context, request.params["key_set"], request.params["key"]))
 
 
 def verify(service: Service, request: Request, body: wire.VerifyRequest) -> Response:
-    """A token held against what the key set publishes."""
+    """Verify a token against the keys that the key set publishes."""
     return ok(service.token_verification.verify(request.context, request.params["key_set"], body))

@@ -1,50 +1,56 @@
-"""What happens to every request around its endpoint: request id, body, conversion, problems. Knows no web framework.
+"""The way of every request around its endpoint: authentication, body, decoding, the answer, and the line in the log.
 
-Whoever adapts a server (the Flask app today) reads the request and calls `answer`, which never raises.
+This module knows no web framework and reads nothing itself. An adapter (the Flask app today) calls `receive` with the
+head, feeds the body to the `Body` it gets, calls `answer`, and passes the answer to `complete` before it sends it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import structlog
 
 from kms_jwks import errors, strictjson, wire
 from kms_jwks.http import problems
-from kms_jwks.http.exchange import JSON, Request, Response
+from kms_jwks.http.exchange import JSON, Request, Response, Route
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kms_jwks.config import Settings
-    from kms_jwks.http.routes import Route
     from kms_jwks.service import Service
+    from kms_jwks.service.context import RequestContext
+
+log = structlog.get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JSON_UTF_8 = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?\s*', re.IGNORECASE)
-
-Read = Callable[[int], bytes]
-"""Reads at most so many bytes of a body; fewer only at its end. Raises LengthMismatch for a body that breaks off."""
+_LOGGED_PATH = 256
+_LOGGED_DETAIL = 300
+"""Characters of a path and of a problem's detail that a log line holds at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes a body may have: `single` for all, `batch` for the signing routes' batches."""
+    """Bytes a body may have: `single` on all routes, `batch` for the batches of the signing routes."""
 
     single: int
     batch: int
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
-        """The configured ones."""
+        """The configured limits."""
         return cls(settings.max_body, settings.max_batch_body)
 
 
 def request_id(header: str | None) -> str:
-    """The caller's X-Request-Id where it is sane, else a fresh one."""
+    """The caller's X-Request-Id where it has 1 to 64 characters of `A-Za-z0-9._-`, else a fresh id."""
     if header is not None and _REQUEST_ID.fullmatch(header):
         return header
     return os.urandom(12).hex()
@@ -58,33 +64,66 @@ def bodiless(request: object) -> bool:
 # --- the body ---------------------------------------------------------------------------------------------------------
 
 
-def read_body(route: Route, limits: Limits, *, length: str | None, chunked: bool, read: Read) -> bytes:
-    """A route's body, whole. `length` is the Content-Length header.
+class Body:
+    """A body that arrives in chunks, from a thread that reads a socket or from an event loop."""
 
-    Raises LengthMismatch (no length where a body is needed, or fewer bytes than it says) and BodyTooLarge, the latter
-    before anything is read where the length tells it.
+    __slots__ = ("_length", "_limit", "_parts", "wanted")
+
+    def __init__(self, limit: int, length: int | None) -> None:
+        """`limit` is the largest body in bytes, `length` the Content-Length; None where the body is chunked."""
+        self._limit = limit
+        self._length = length
+        self._parts: list[bytes] = []
+        self.wanted = limit + 1 if length is None else length
+        """Bytes still to read at most; 0 once nothing more is needed."""
+
+    def feed(self, chunk: bytes) -> None:
+        """Add the next bytes. Raises BodyTooLarge, and LengthMismatch for more bytes than Content-Length says."""
+        self.wanted -= len(chunk)
+        if self._length is None:
+            if self.wanted <= 0:
+                raise _too_large(self._limit)
+        elif self.wanted < 0:
+            raise errors.LengthMismatch(f"Content-Length says {self._length} bytes, more came.")
+        self._parts.append(chunk)
+
+    def complete(self) -> bytes:
+        """The whole body, once the sender has ended it. Raises LengthMismatch where bytes are missing."""
+        if self._length is not None and self.wanted:
+            came = self._length - self.wanted
+            raise errors.LengthMismatch(f"Content-Length says {self._length} bytes, {came} came.")
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+
+def receive(
+    service: Service, route: Route, request: Request, limits: Limits, *, length: str | None, chunked: bool
+) -> Body | None:
+    """Decide from a request's head whether its body is read; None where the route has no body.
+
+    Where the route has a permission and a body, the caller is authenticated here: a body whose sender is unknown is
+    neither read nor decoded. `length` is the Content-Length header. Raises Unauthenticated, StoreUnavailable,
+    RouteNotFound (a control character in the path), LengthMismatch (no usable length where a body is needed) and
+    BodyTooLarge.
     """
+    if not all(value.isprintable() for value in request.params.values()):
+        raise errors.RouteNotFound
     if route.request is None:
-        return b""
+        return None
+    if route.permission:
+        service.authenticate(request.context, data_plane=route.hot)
     limit = limits.batch if route.batch else limits.single
     if chunked:
-        body = read(limit + 1)
-        if len(body) > limit:
-            raise _too_large(limit)
-        return body
+        return Body(limit, None)
     if length is None:
         if bodiless(route.request):
-            return b""
+            return Body(limit, 0)
         raise problems.LengthRequired
     if not (length.isascii() and length.isdigit()):
         raise errors.LengthMismatch("Content-Length is not a number of bytes.")
-    wanted = int(length[:20])
-    if wanted > limit:
+    size = int(length[:20])
+    if size > limit:
         raise _too_large(limit)
-    body = read(wanted) if wanted else b""
-    if len(body) != wanted:
-        raise errors.LengthMismatch(f"Content-Length says {wanted} bytes, {len(body)} came.")
-    return body
+    return Body(limit, size)
 
 
 def _too_large(limit: int) -> errors.BodyTooLarge:
@@ -100,7 +139,9 @@ def _decode(route: Route, request: Request, limits: Limits) -> Any:
     if content_type != JSON and (content_type is None or not _JSON_UTF_8.fullmatch(content_type)):
         raise errors.UnsupportedMediaType
     if (request.header("content-encoding") or "identity").lower() != "identity":
-        raise errors.UnsupportedMediaType("A body in a content coding is not read.", next_step="Send it as it is.")
+        raise errors.UnsupportedMediaType(
+            "The service does not decode content codings.", next_step="Send the body without Content-Encoding."
+        )
     if not request.body:
         raise errors.MalformedBody("The request has no body.")
     found = strictjson.loads_object(request.body)
@@ -117,15 +158,71 @@ def _decode(route: Route, request: Request, limits: Limits) -> Any:
 
 
 def answer(service: Service, route: Route, request: Request, limits: Limits) -> Response:
-    """The route's answer, or the problem it ended in."""
+    """The route's answer to a request that is complete, or the problem it ended in. Never raises an Exception."""
     try:
         if route.request is None:
             return route.endpoint(service, request)
-        if route.permission and request.context.authorization is None:
-            # Who shows nothing learns nothing about what a body should look like.
-            raise errors.CredentialsMissing
         return route.endpoint(service, request, _decode(route, request, limits))
-    except errors.Error as error:
-        return problems.response(error, request.context.request_id)
-    except Exception:  # noqa: BLE001 - the outermost frame: whatever it is, the caller gets a problem
-        return problems.unexpected(request.context.request_id)
+    except Exception as error:  # noqa: BLE001 - the outermost frame: the caller gets a problem whatever it is
+        return refusal(error, request.context.request_id)
+
+
+def refusal(error: Exception, request_id: str) -> Response:
+    """The answer to an exception, whether it is one of ours or not."""
+    if isinstance(error, errors.Error):
+        return problems.response(error, request_id)
+    return problems.unexpected(error, request_id)
+
+
+def complete(
+    response: Response,
+    context: RequestContext,
+    params: Mapping[str, str],
+    *,
+    method: str,
+    path: str,
+    started: float,
+    quiet: bool = False,
+) -> None:
+    """Add the headers that every answer has, and write the request's one line to the log.
+
+    `started` is when the request came in, by `time.perf_counter()`. `quiet` is for routes that machines ask all the
+    time: their successes are logged at level debug, because writing a line costs more than serving a JWKS.
+    """
+    status = response.status
+    response.headers.append(("X-Request-Id", context.request_id))
+    response.headers.append(("X-Content-Type-Options", "nosniff"))
+    line: dict[str, object] = {
+        "request_id": context.request_id,
+        "method": method,
+        "route": context.route,
+        "path": path[:_LOGGED_PATH],
+        "status": status,
+        "ms": round((time.perf_counter() - started) * 1000, 3),
+        "peer": context.peer,
+    }
+    caller = context.caller
+    if caller is not None:
+        line["client"] = caller.client
+        line["token_id"] = caller.token_id
+    if status < 400 and response.notes is None:
+        (log.debug if quiet else log.info)("request", **line)
+        return
+    for name in ("key_set", "key"):
+        if name in params:
+            line[name] = params[name][:_LOGGED_PATH]
+    if context.backend is not None:
+        line["backend"] = context.backend
+    line |= response.notes or {}
+    if isinstance(detail := line.get("detail"), str):
+        line["detail"] = detail[:_LOGGED_DETAIL]
+    if response.cause is not None:
+        line["exc_info"] = response.cause
+    getattr(log, level_of(status))("request", **line)
+
+
+def level_of(status: int) -> str:
+    """The log level of an answer: what the caller can mend is `info`, what may pass by itself `warning`."""
+    if status < 500:
+        return "info"
+    return "warning" if status in (501, 502, 503, 504) else "error"

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 import kms_jwks
 from kms_jwks import errors, wire
 from kms_jwks.http import openapi, problems
-from kms_jwks.http.routes import ROUTES, Route
+from kms_jwks.http.exchange import Route
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,8 +47,8 @@ class Entry:
 
 
 @lru_cache(maxsize=1)
-def rendered(public_url: str) -> tuple[bytes, str]:
-    """The page in UTF-8, and the Content-Security-Policy that lets its one style sheet in and nothing else."""
+def rendered(routes: tuple[Route, ...], public_url: str) -> tuple[bytes, str]:
+    """The page in UTF-8, and the Content-Security-Policy that allows its one style sheet alone."""
     environment = Environment(
         loader=PackageLoader("kms_jwks.http"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
     )
@@ -56,13 +56,13 @@ def rendered(public_url: str) -> tuple[bytes, str]:
     assert loader is not None
     style = loader.get_source(environment, "docs.css")[0]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    description = openapi.document(public_url)
+    description = openapi.document(routes, public_url)
     page = environment.get_template("docs.html").render(
         style=style,
         public_url=public_url,
         version=kms_jwks.__version__,
         max_batch=wire.MAX_BATCH,
-        sections=_sections(description["components"]["schemas"]),
+        sections=_sections(routes, description["components"]["schemas"]),
         problems=_problems(),
         prefix=problems.TYPE_PREFIX,
         phrase=lambda status: HTTPStatus(status).phrase,
@@ -73,9 +73,9 @@ def rendered(public_url: str) -> tuple[bytes, str]:
     return page.encode(), policy
 
 
-def _sections(schemas: dict[str, Any]) -> list[tuple[str, list[Entry]]]:
+def _sections(routes: tuple[Route, ...], schemas: dict[str, Any]) -> list[tuple[str, list[Entry]]]:
     sections: dict[str, list[Entry]] = {name: [] for name in _TAG_ORDER}
-    for route in ROUTES:
+    for route in routes:
         if route.method != "OPTIONS":
             sections[openapi.tag(route)].append(_entry(route, schemas))
     return list(sections.items())
@@ -99,7 +99,7 @@ def _entry(route: Route, schemas: dict[str, Any]) -> Entry:
 
 
 def _bodies(schemas: dict[str, Any], structs: tuple[type, ...]) -> tuple[tuple[str, tuple[Field, ...]], ...]:
-    """The structs of a body, and below them the ones that they hold."""
+    """The structs of a body, followed by the structs that these contain."""
     names = [struct.__name__ for struct in structs]
     for name in names:
         names += [n for n in _REFERENCE.findall(json.dumps(schemas[name])) if n not in names]
@@ -151,7 +151,7 @@ _NOTES = {
 
 
 def _problems() -> list[tuple[int, list[type[errors.Error]]]]:
-    """The problem types by status, those that only the command line knows left out."""
+    """The problem types by status, without those that only the command line raises."""
     local = (errors.ClientError, errors.ConfigurationError)
     by_status: dict[int, list[type[errors.Error]]] = {}
     for cls in errors.BY_CODE.values():

@@ -1,16 +1,22 @@
-"""What endpoint functions take and return: plain requests and responses that know no web framework."""
+"""The plain types of the HTTP layer: a row of the route table, the request an endpoint takes, the response it returns.
+
+They know no web framework.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from enum import Flag, auto
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
 
 import msgspec
 
 from kms_jwks import errors, wire
+from kms_jwks.access import Permission
 from kms_jwks.service.context import RequestContext
 
 if TYPE_CHECKING:
@@ -22,10 +28,10 @@ PROBLEM_JSON: Final = "application/problem+json"
 DEFAULT_PAGE = 50
 MAX_PAGE = 200
 CURSOR = "[A-Za-z0-9_-]{1,128}"
-"""What a cursor looks like; what it says is the use case's business."""
+"""The form of a cursor; only the use case reads its content."""
 
 NO_STORE: Final = ("Cache-Control", "no-store")
-"""Of every answer but the documents that verifiers fetch."""
+"""Sent with every answer except the documents that verifiers fetch."""
 
 encode = msgspec.json.Encoder().encode
 """Structs, dicts and lists as JSON; aware instants as RFC 3339 in UTC with `Z`."""
@@ -36,15 +42,15 @@ _ETAG = re.compile(r'(?:W/)?("[^"]*")')
 
 
 class Empty(wire.Request):
-    """A body without fields: nothing at all, or `{}`."""
+    """A body without fields: no body, or `{}`."""
 
 
 @dataclass(slots=True)
 class Request:
-    """One HTTP request, read to its end.
+    """One HTTP request. `body` is empty until the whole body has been read.
 
-    `params` are the decoded segments of the path template, `query` and `header` answer None for what is not there
-    (header names in any case).
+    `params` are the decoded segments of the path template. `query` and `header` return None for a missing name (header
+    names in any case).
     """
 
     method: str
@@ -67,7 +73,7 @@ class Request:
     def revision(self) -> int | None:
         """The revision that If-Match names, None without the header (RFC 9110 §13.1.1; comparison is strong).
 
-        Raises RevisionMismatch for a validator that this service never gave out, RevisionRequired for `*`.
+        Raises RevisionMismatch for a validator that this service never issued, RevisionRequired for `*`.
         """
         header = self.header("if-match")
         if header is None:
@@ -89,11 +95,72 @@ class Request:
 
 @dataclass(slots=True)
 class Response:
-    """One HTTP answer; whoever writes it adds Content-Length."""
+    """One HTTP answer. The adapter that writes it adds Content-Length."""
 
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
     body: bytes = b""
+    notes: dict[str, object] | None = None
+    """What the request's log line says beyond the answer, such as the problem code. Never sent."""
+    cause: BaseException | None = None
+    """The exception behind a 500; its traceback goes into the log line. Never sent."""
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+Endpoint = Callable[..., Response]
+"""`(service, request)`, and the converted body as a third argument where the route has one."""
+
+
+class Side(Flag):
+    """Which kind of server answers a route (`serve --routes`)."""
+
+    PUBLIC = auto()
+    """For verifiers; needs neither PIN nor module."""
+    PRIVATE = auto()
+    """For issuers and admins."""
+    BOTH = PUBLIC | PRIVATE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One route. A route with a permission authenticates its caller before the body is read; the use case authorises.
+
+    `problems` is for the documentation.
+    """
+
+    method: Literal["GET", "POST", "PATCH", "DELETE", "OPTIONS"]
+    """HEAD comes with every GET."""
+    path: str
+    """With `{name}` for each parameter."""
+    endpoint: Endpoint
+    summary: str
+    side: Side = Side.PRIVATE
+    hot: bool = False
+    """Data plane: answered from the snapshot, which stays pinned until the answer has left."""
+    request: type[wire.Request] | UnionType | None = None
+    """The body's struct. A union of structs is passed on as a plain object, which the use case converts."""
+    batch: bool = False
+    """`{"batch": […]}` of `request` is accepted too, and with it a larger body."""
+    answer: type[wire.Answer] | UnionType | None = None
+    """The struct of a success; None where the body is a document or a key, or where there is no body."""
+    items: type[wire.Answer] | None = None
+    """The struct of a Page's items."""
+    paged: bool = False
+    """Takes `?limit&cursor`."""
+    media: tuple[str, ...] = ()
+    """Media types of a success that has no struct."""
+    statuses: tuple[int, ...] = (200,)
+    """Statuses of successes, and of refusals that are not problem documents."""
+    permission: tuple[Permission, ...] = ()
+    """The caller needs one of these; empty: the route needs no credentials."""
+    problems: tuple[type[errors.Error], ...] = ()
+    """Errors beyond those that every route of its kind can answer with."""
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The names in the path template."""
+        return tuple(part[1:-1] for part in self.path.split("/") if part.startswith("{"))
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -115,7 +182,7 @@ def revised(request: Request, answer: wire.KeySet | wire.Key) -> Response:
 
 
 def created(made: Created[Any]) -> Response:
-    """201 with the whole object, or 202 while the custodian is still at it; Location says where it is."""
+    """201 with the whole object, or 202 while the custodian still works on it; Location is its path."""
     response = ok(made.answer, 201 if made.complete else 202)
     response.headers.append(("Location", made.location))
     if isinstance(made.answer, wire.KeySet | wire.Key):
@@ -131,5 +198,5 @@ def added(answer: wire.Answer, *location: str) -> Response:
 
 
 def gone() -> Response:
-    """204: it is deleted."""
+    """204: the object is deleted."""
     return Response(204, [NO_STORE])

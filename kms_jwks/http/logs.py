@@ -1,10 +1,12 @@
-"""Logging, set up in one place: structlog for us, the standard library's for the rest, one redaction for both.
+"""Logging, configured in one place: structlog for this project, the standard library's for the rest.
 
-Nothing that looks like an API token, a JWT, a signature of that length or a PIN reaches a log, whoever wrote the line.
+Both go through the same processors: text that looks like an API token, a JWT, a signature or a PIN is masked, and
+control characters reach no terminal raw.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor, WrappedLogger
 
 MASK = "[redacted]"
+
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0, DEL and C1, which steer a terminal; line separators and bidi controls, which change what a reader sees; lone
+surrogates, which UTF-8 cannot hold."""
+_TEXT_BLOCKS = frozenset({"exception", "stack"})
+"""Members of a line that are tracebacks: their line ends and tabs stay."""
 
 _SECRET_TEXT = re.compile(
     r"kj_[A-Za-z0-9_-]+"  # API tokens
@@ -36,7 +44,7 @@ _SECRET_NAME = re.compile(
 
 
 def mask(value: object) -> object:
-    """`value` with what looks secret replaced, inside collections too."""
+    """`value` with everything masked that looks secret, inside collections too."""
     if isinstance(value, str):
         return _SECRET_TEXT.sub(MASK, value)
     if isinstance(value, Mapping):
@@ -51,7 +59,7 @@ def mask(value: object) -> object:
 
 
 def redact(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
-    """The structlog processor that masks; the last one before the line is written."""
+    """The structlog processor that masks; it runs before the renderer."""
     for key, value in event.items():
         if key in _OURS or value is None:
             continue
@@ -67,8 +75,10 @@ def redact(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
     return event
 
 
-_OURS = frozenset({"timestamp", "level", "logger", "method", "route", "status", "ms"})
-"""Members that no caller writes."""
+_OURS = frozenset(
+    {"timestamp", "level", "logger", "method", "route", "status", "ms", "client", "token_id", "code", "backend"}
+)
+"""Members whose values never come from a request's text."""
 
 
 @lru_cache(maxsize=1024)
@@ -82,14 +92,34 @@ def _severity(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
 
 
 def _json(logger: WrappedLogger, name: str, event: EventDict) -> str:
-    return msgspec.json.encode(event).decode()
+    """One JSON object in which every steering character is a `\\u` escape. JSON itself escapes C0 alone."""
+    try:
+        line = msgspec.json.encode(event).decode()
+    except UnicodeEncodeError:  # a lone surrogate
+        line = json.dumps(event, default=str)
+    if line.isascii() and "\x7f" not in line:
+        return line
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """`text` with every steering character but those in `keep` as a visible escape such as `\\x1b`."""
+    return _STEERING.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
+
+
+def _printable(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
+    """The processor before the console renderer, which prints strings as they are."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = printable(value, keep="\n\t" if key in _TEXT_BLOCKS else "")
+    return event
 
 
 _configured: dict[str, object] = {}
 
 
 def configure(level: Literal["debug", "info", "warning", "error"], style: Literal["json", "console"]) -> None:
-    """Send every log line of this process to standard error, as JSON or for people. Idempotent."""
+    """Send every log line of this process to standard error, as JSON or as text for people. Idempotent."""
     if _configured == {"level": level, "style": style}:
         return
     threshold = logging.getLevelNamesMapping()[level.upper()]
@@ -103,8 +133,8 @@ def configure(level: Literal["debug", "info", "warning", "error"], style: Litera
     if style == "json":
         renderer = [redact, _json]
     else:
-        # The console renderer prints tracebacks itself, after them nothing could be masked; so they are text before.
-        renderer = [redact, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        # Tracebacks are formatted before: the console renderer would print them after the masking.
+        renderer = [redact, _printable, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     structlog.configure(
         processors=[*shared, *tracebacks, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
@@ -121,7 +151,7 @@ def configure(level: Literal["debug", "info", "warning", "error"], style: Litera
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(threshold)
-    # What others log at level info is of use to their authors.
+    # These libraries log much at level info that helps only their own developers.
     for name in ("sqlalchemy", "alembic", "botocore", "urllib3", "werkzeug"):
         logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
     logging.captureWarnings(capture=True)
@@ -129,7 +159,7 @@ def configure(level: Literal["debug", "info", "warning", "error"], style: Litera
 
 
 def _strip(logger: WrappedLogger, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """ProcessorFormatter's own members out, the record's exception in."""
+    """Remove ProcessorFormatter's own members and add the record's exception."""
     record: logging.LogRecord = event.pop("_record")
     event.pop("_from_structlog", None)
     if record.exc_info:

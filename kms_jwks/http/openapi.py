@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import lru_cache
 from http import HTTPStatus
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args
@@ -12,8 +13,7 @@ import msgspec
 import kms_jwks
 from kms_jwks import errors, wire
 from kms_jwks.http import problems
-from kms_jwks.http.exchange import CURSOR, JSON, MAX_PAGE, PROBLEM_JSON
-from kms_jwks.http.routes import ROUTES, Route
+from kms_jwks.http.exchange import CURSOR, JSON, MAX_PAGE, PROBLEM_JSON, Route, encode
 from kms_jwks.model import NAME_PATTERN
 
 if TYPE_CHECKING:
@@ -37,10 +37,16 @@ _PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def document(public_url: str) -> dict[str, Any]:
-    """The whole description. `public_url` is where the service is reached."""
+@lru_cache(maxsize=1)
+def encoded(routes: tuple[Route, ...], public_url: str) -> bytes:
+    """The whole description as JSON. `public_url` is the URL under which clients reach the service."""
+    return encode(document(routes, public_url))
+
+
+def document(routes: tuple[Route, ...], public_url: str) -> dict[str, Any]:
+    """The same as an object."""
     paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
+    for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
@@ -53,7 +59,7 @@ def document(public_url: str) -> dict[str, Any]:
         "servers": [{"url": public_url}],
         "paths": paths,
         "components": {
-            "schemas": _schemas(),
+            "schemas": _schemas(routes),
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "An API token (`kj_…`)."}
             },
@@ -62,7 +68,7 @@ def document(public_url: str) -> dict[str, Any]:
 
 
 def refusals(route: Route) -> list[type[errors.Error]]:
-    """The error classes that a route can answer with: what all of its kind can, and its own."""
+    """The error classes that a route can answer with: those of every route of its kind, and its own."""
     found: list[type[errors.Error]] = [errors.InternalError]
     if route.permission:
         found += [errors.Unauthenticated, errors.Forbidden]
@@ -93,7 +99,7 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     if route.permission:
         operation["description"] = "Permission: " + " or ".join(f"`{p.value}`" for p in route.permission) + "."
-        # A public key set asks nobody; a restricted one asks for jwks:read.
+        # A public key set needs no credentials; a restricted one needs jwks:read.
         operation["security"] = [{"bearer": []}, {}] if route.media and route.hot else [{"bearer": []}]
     parameters = list(_parameters(route))
     if parameters:
@@ -104,14 +110,14 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def operation_id(route: Route) -> str:
-    """A name of its own for every row, as code generators want it."""
+    """A distinct name for every row, which code generators need."""
     parts = [p.strip("{}").replace(".", "") for p in route.path.split("/") if p not in ("", "v1")]
     words = "_".join(("by_" + p) if "{" + p + "}" in route.path else p.replace("-", "_") for p in parts)
     return f"{route.method.lower()}_{words}"
 
 
 def tag(route: Route) -> str:
-    """The group it stands under in the docs."""
+    """The route's group in the docs."""
     if "/.well-known/" in route.path:
         return "documents"
     if route.hot:
@@ -227,7 +233,7 @@ def _success(route: Route, status: int) -> dict[str, Any]:
     if 304 in route.statuses:
         headers["ETag"] = {"description": "A strong validator.", "schema": {"type": "string"}}
     if status in (201, 202):
-        headers["Location"] = {"description": "The path of what was made.", "schema": {"type": "string"}}
+        headers["Location"] = {"description": "The path of the created object.", "schema": {"type": "string"}}
     if headers:
         answer["headers"] = headers
     return answer
@@ -242,9 +248,9 @@ def _media_schema(media: str) -> dict[str, Any]:
 # --- schemas ----------------------------------------------------------------------------------------------------------
 
 
-def _schemas() -> dict[str, Any]:
+def _schemas(routes: tuple[Route, ...]) -> dict[str, Any]:
     found: list[type] = [wire.Problem]
-    for route in ROUTES:
+    for route in routes:
         for struct in (*structs(route.request), *structs(route.answer), *structs(route.items)):
             if struct not in found and struct is not wire.Page:
                 found.append(struct)
@@ -255,7 +261,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _mark_instants(struct: type | None, schema: dict[str, Any]) -> None:
-    """msgspec names the format of aware datetimes only where the annotation asks for a time zone."""
+    """Add `format: date-time`: msgspec does so only where the annotation asks for a time zone."""
     if struct is None:
         return
     for field in msgspec.structs.fields(struct):

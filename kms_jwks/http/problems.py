@@ -1,11 +1,9 @@
-"""Errors as RFC 9457 problem documents: one table from error class to HTTP status, and nothing else decides it."""
+"""Errors as RFC 9457 problem documents, and the one table from error class to HTTP status."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
-
-import structlog
 
 from kms_jwks import errors
 from kms_jwks.http.exchange import NO_STORE, PROBLEM_JSON, Response, encode
@@ -13,16 +11,14 @@ from kms_jwks.http.exchange import NO_STORE, PROBLEM_JSON, Response, encode
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-log = structlog.get_logger(__name__)
-
 TYPE_PREFIX: Final = "urn:kms-jwks:problem:"
 
 DEFAULT_RETRY_AFTER = 2
-"""Seconds, for a 503 whose cause named no time."""
+"""Seconds, for a 503 whose error names no time."""
 
 
 class LengthRequired(errors.LengthMismatch):
-    """A body was needed, and the request tells neither its length nor that it is chunked (RFC 9110 §15.5.12)."""
+    """The route needs a body, and the request has neither Content-Length nor chunked coding (RFC 9110 §15.5.12)."""
 
 
 STATUS: Mapping[type[errors.Error], int] = MappingProxyType(
@@ -50,7 +46,7 @@ STATUS: Mapping[type[errors.Error], int] = MappingProxyType(
         errors.InternalError: 500,
     }
 )
-"""A class without a row of its own has its nearest ancestor's."""
+"""A class without a row has the status of its nearest ancestor with one."""
 
 
 def status_of(error: type[errors.Error]) -> int:
@@ -59,7 +55,7 @@ def status_of(error: type[errors.Error]) -> int:
 
 
 def document(error: errors.Error, request_id: str, status: int | None = None) -> dict[str, object]:
-    """The members of the problem: the base ones first, then the error's own fields, which never replace a base one."""
+    """The members of the problem: the base members, then the error's own fields, which never replace a base member."""
     base = {
         "type": TYPE_PREFIX + error.code,
         "title": error.title,
@@ -76,14 +72,17 @@ def response(
 ) -> Response:
     """An error as an answer, with the headers its status asks for.
 
-    `status` replaces the class's own, for what HTTP has a number of its own for; `allow` are the methods the route
-    knows, for a 405. A 500 of any kind is told to the log alone.
+    `status` replaces the status of the class where HTTP has a more specific one; `allow` are the methods the route
+    knows, for a 405. The caller sees every 500 as `internal_error`; its true code and detail are for the log alone.
     """
     if status is None:
         status = status_of(type(error))
-    if status == 500 and not isinstance(error, errors.InternalError):
-        log.error("internal_error", request_id=request_id, code=error.code, detail=error.detail)
-        error = errors.InternalError()
+    notes: dict[str, object] = {"code": error.code, "detail": error.detail}
+    cause = None
+    if status == 500:
+        cause = error
+        if not isinstance(error, errors.InternalError):
+            error = errors.InternalError()
     headers = [("Content-Type", PROBLEM_JSON), NO_STORE]
     retry_after = error.retry_after
     if retry_after is None and status == 503:
@@ -94,10 +93,11 @@ def response(
         headers.append(("WWW-Authenticate", "Bearer"))
     if status == 405:
         headers.append(("Allow", ", ".join(allow)))
-    return Response(status, headers, encode(document(error, request_id, status)))
+    return Response(status, headers, encode(document(error, request_id, status)), notes, cause)
 
 
-def unexpected(request_id: str) -> Response:
-    """For use while handling an exception that is none of ours: traceback to the log, nothing to the caller."""
-    log.exception("internal_error", request_id=request_id)  # noqa: LOG004 - called from handlers alone
-    return response(errors.InternalError(), request_id)
+def unexpected(error: Exception, request_id: str) -> Response:
+    """The answer to an exception that is not an errors.Error: its traceback is for the log alone."""
+    answer = response(errors.InternalError(), request_id)
+    answer.cause = error
+    return answer

@@ -2,75 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Flag, auto
 from types import UnionType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission
-from kms_jwks.http import admin, callers, data, operation
-from kms_jwks.http.exchange import Empty, Response
+from kms_jwks.http import admin, data, operation
+from kms_jwks.http.exchange import JSON, NO_STORE, Empty, Endpoint, Request, Response, Route, Side
+
+if TYPE_CHECKING:
+    from kms_jwks.service import Service
 
 P = Permission
-Endpoint = Callable[..., Response]
-"""`(service, request)`, and the converted body as a third argument where the route has one."""
-
-
-class Side(Flag):
-    """Which kind of server answers a route (`serve --routes`)."""
-
-    PUBLIC = auto()
-    """For verifiers: needs neither PIN nor module."""
-    PRIVATE = auto()
-    """For issuers and admins."""
-    BOTH = PUBLIC | PRIVATE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """One route. `permission` and `problems` are for the documentation; the use case decides."""
-
-    method: Literal["GET", "POST", "PATCH", "DELETE", "OPTIONS"]
-    """HEAD comes with every GET."""
-    path: str
-    """With `{name}` for each parameter."""
-    endpoint: Endpoint
-    summary: str
-    side: Side = Side.PRIVATE
-    hot: bool = False
-    """Data plane: served from the snapshot, which the answer keeps pinned until it has left."""
-    request: type[wire.Request] | UnionType | None = None
-    """The body's struct. A union of structs is taken as a plain object, which the use case converts."""
-    batch: bool = False
-    """`{"batch": […]}` of `request` is accepted too, and a larger body with it."""
-    answer: type[wire.Answer] | UnionType | None = None
-    """The body of a success; None where it is not one of ours (documents, keys) or there is none."""
-    items: type[wire.Answer] | None = None
-    """What a Page holds."""
-    paged: bool = False
-    """Takes `?limit&cursor`."""
-    media: tuple[str, ...] = ()
-    """Media types of a success that is no struct."""
-    statuses: tuple[int, ...] = (200,)
-    """Of successes, and of refusals that are no problem document."""
-    permission: tuple[P, ...] = ()
-    """One of these; empty: nobody is asked who they are."""
-    problems: tuple[type[errors.Error], ...] = ()
-    """Beyond what every route of its kind can answer."""
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        """The names in the path template."""
-        return tuple(part[1:-1] for part in self.path.split("/") if part.startswith("{"))
-
 
 # --- the kinds of rows ------------------------------------------------------------------------------------------------
 
 
 def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple[Route, Route]:
-    """A document that verifiers fetch, and the preflight that browsers send before."""
+    """A document that verifiers fetch, and the CORS preflight that browsers send before it."""
     return (
         Route(
             method="GET",
@@ -172,6 +121,26 @@ def _health(path: str, endpoint: Endpoint, *statuses: int, side: Side = Side.BOT
     )
 
 
+# --- the description of the API: its endpoints need the whole table ---------------------------------------------------
+
+
+def _openapi_document(service: Service, request: Request) -> Response:
+    from kms_jwks.http import openapi
+
+    return Response(200, [("Content-Type", JSON), NO_STORE], openapi.encoded(ROUTES, service.settings.public_url))
+
+
+def _docs_page(service: Service, request: Request) -> Response:
+    from kms_jwks.http import docs
+
+    page, policy = docs.rendered(ROUTES, service.settings.public_url)
+    return Response(
+        200,
+        [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy), NO_STORE],
+        page,
+    )
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 _SETS = "/v1/key-sets"
@@ -229,7 +198,7 @@ ROUTES: tuple[Route, ...] = (
         method="POST",
         path=f"{_SET}/verify",
         endpoint=data.verify,
-        summary="A token held against what the key set publishes",
+        summary="Verify a token against the keys that the key set publishes",
         hot=True,
         request=wire.VerifyRequest,
         answer=wire.Verified,
@@ -307,19 +276,17 @@ ROUTES: tuple[Route, ...] = (
     _get(f"{_SET}/external-keys/{{kid}}", admin.get_external_key, P.KEY_READ, wire.ExternalKey),
     _change("DELETE", f"{_SET}/external-keys/{{kid}}", admin.delete_external_key, P.EXTERNAL_KEY_MANAGE),
     # callers
-    _get("/v1/clients", callers.list_clients, P.CLIENT_READ, items=wire.Client),
-    _change("POST", "/v1/clients", callers.create_client, P.CLIENT_MANAGE, wire.ClientCreate, wire.Client, 201),
-    _get(_CLIENT, callers.get_client, P.CLIENT_READ, wire.Client),
-    _change("DELETE", _CLIENT, callers.delete_client, P.CLIENT_MANAGE),
-    _get(f"{_CLIENT}/tokens", callers.list_tokens, P.CLIENT_READ, items=wire.Token),
-    _change(
-        "POST", f"{_CLIENT}/tokens", callers.create_token, P.CLIENT_MANAGE, wire.TokenCreate, wire.TokenCreated, 201
-    ),
-    _change("DELETE", f"{_CLIENT}/tokens/{{token}}", callers.revoke_token, P.CLIENT_MANAGE),
-    _get("/v1/grants", callers.list_grants, P.CLIENT_READ, items=wire.Grant),
-    _change("POST", "/v1/grants", callers.create_grant, P.GRANT_MANAGE, wire.GrantCreate, wire.Grant, 201),
-    _get("/v1/grants/{grant}", callers.get_grant, P.CLIENT_READ, wire.Grant),
-    _change("DELETE", "/v1/grants/{grant}", callers.delete_grant, P.GRANT_MANAGE),
+    _get("/v1/clients", admin.list_clients, P.CLIENT_READ, items=wire.Client),
+    _change("POST", "/v1/clients", admin.create_client, P.CLIENT_MANAGE, wire.ClientCreate, wire.Client, 201),
+    _get(_CLIENT, admin.get_client, P.CLIENT_READ, wire.Client),
+    _change("DELETE", _CLIENT, admin.delete_client, P.CLIENT_MANAGE),
+    _get(f"{_CLIENT}/tokens", admin.list_tokens, P.CLIENT_READ, items=wire.Token),
+    _change("POST", f"{_CLIENT}/tokens", admin.create_token, P.CLIENT_MANAGE, wire.TokenCreate, wire.TokenCreated, 201),
+    _change("DELETE", f"{_CLIENT}/tokens/{{token}}", admin.revoke_token, P.CLIENT_MANAGE),
+    _get("/v1/grants", admin.list_grants, P.CLIENT_READ, items=wire.Grant),
+    _change("POST", "/v1/grants", admin.create_grant, P.GRANT_MANAGE, wire.GrantCreate, wire.Grant, 201),
+    _get("/v1/grants/{grant}", admin.get_grant, P.CLIENT_READ, wire.Grant),
+    _change("DELETE", "/v1/grants/{grant}", admin.delete_grant, P.GRANT_MANAGE),
     # operation
     _get("/v1/nodes", operation.list_nodes, P.NODE_READ, items=wire.Node),
     _change("DELETE", "/v1/nodes/{worker}", operation.forget_worker, P.NODE_MANAGE),
@@ -332,14 +299,14 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="GET",
         path="/openapi.json",
-        endpoint=operation.openapi,
+        endpoint=_openapi_document,
         summary="This API in OpenAPI 3.1",
         media=("application/json",),
     ),
     Route(
         method="GET",
         path="/docs",
-        endpoint=operation.docs,
+        endpoint=_docs_page,
         summary="This API on one page for people",
         media=("text/html",),
     ),
@@ -347,6 +314,6 @@ ROUTES: tuple[Route, ...] = (
 
 
 def served(routes: Literal["public", "private", "all"]) -> tuple[Route, ...]:
-    """The rows that `serve --routes` leaves; the paths of the others are 404."""
+    """The rows that `serve --routes` keeps; the paths of the others answer 404."""
     side = {"public": Side.PUBLIC, "private": Side.PRIVATE, "all": Side.BOTH}[routes]
     return tuple(route for route in ROUTES if route.side & side)

@@ -1,21 +1,20 @@
-"""gunicorn as this service runs it: its settings, its hooks, its log lines, and problem documents for what it refuses.
+"""gunicorn as this service runs it: its settings, hooks, worker and log, and problem documents for what it refuses.
 
-gunicorn ships no types; what is `Any` here stays in this file.
+gunicorn ships no types: `Any` stays within this file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import socket
 import ssl
 import threading
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import structlog
 from gunicorn import util  # type: ignore[import-untyped]
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
@@ -25,28 +24,32 @@ from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped
 from kms_jwks import errors
 from kms_jwks.http import dispatch, logs, problems
 from kms_jwks.http.app import App, create_app
-from kms_jwks.service import Service
+from kms_jwks.http.protections import RequestDeadlines, Verdict, WornOutCheck
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kms_jwks.backends.calling import Backends
     from kms_jwks.config import Settings
+    from kms_jwks.service import Service
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a memory file system, where a heartbeat never waits for a disk
+log = structlog.get_logger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a memory file system: a worker's heartbeat never waits for a disk
 
 
 def gunicorn_settings(settings: Settings) -> dict[str, Any]:
-    """Every gunicorn setting that is not its default. Seconds and bytes."""
+    """Every gunicorn setting that differs from its default. Seconds and bytes."""
     return {
         "bind": list(settings.bind),
         "workers": settings.workers,
         "worker_class": type("Worker", (Worker,), {"request_timeout": float(settings.request_timeout)}),
         "threads": settings.threads,
-        # How long a worker may be without a sign of life; requests have their limit on their connections.
+        # How long a worker may show no heartbeat; requests have a limit of their own on their connections.
         "timeout": max(settings.request_timeout, 30),
         "graceful_timeout": settings.graceful_timeout,
         "keepalive": settings.keepalive,
-        "preload_app": False,  # nothing of a module may be opened before the fork
+        "preload_app": False,  # no module may be opened before the fork
         "control_socket_disable": True,
         "limit_request_line": 8190,  # a kid of 255 characters has up to 3060 when percent-encoded
         "limit_request_fields": 64,
@@ -72,7 +75,7 @@ _tls_contexts: dict[tuple[int, ...], ssl.SSLContext] = {}
 
 
 def tls_context(config: Any, make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-    """gunicorn's `ssl_context` hook, called for every connection: one context until the files change on the disk."""
+    """gunicorn's `ssl_context` hook, called for every connection: one context until the files change."""
     key = tuple(Path(file).stat().st_mtime_ns for file in (config.certfile, config.keyfile))
     found = _tls_contexts.get(key)
     if found is None:
@@ -84,10 +87,10 @@ def tls_context(config: Any, make: Callable[[], ssl.SSLContext]) -> ssl.SSLConte
 
 
 def stop_service(server: Any, worker: Any) -> None:
-    """gunicorn's `worker_exit` hook: the worker leaves the register, so nobody waits for it.
+    """gunicorn's `worker_exit` hook: the worker deregisters, so that no change waits for its confirmation.
 
-    A thread that a module holds would be waited for at the interpreter's end, and that for ever: then the process ends
-    here. gunicorn's arbiter calls this too, for workers that are gone; there they have no service.
+    The interpreter would wait for ever for a thread that a module holds: in that case the process ends here. gunicorn's
+    arbiter calls this hook too, for workers that have ended; these have no service there.
     """
     service = _service_of(worker)
     if service is None:
@@ -103,16 +106,16 @@ def _service_of(worker: Any) -> Service | None:
 
 
 def connect_app(worker: Any, req: Any) -> None:
-    """gunicorn's `pre_request` hook. It gives the app two calls that WSGI has no way for, on `wsgi.input`:
+    """gunicorn's `pre_request` hook. It adds two functions to `wsgi.input` that WSGI itself does not offer:
 
-    `close_connection`, for an answer with `Connection: close`, and `received`, once the request has been read.
+    `close_connection` makes the answer end the connection, `received` says that the request has been read.
     """
     req.body.close_connection = req.force_close
     req.body.received = lambda: worker.received() or req.force_close()
 
 
 class Log(Logger):  # type: ignore[misc]
-    """gunicorn's messages through our one log."""
+    """gunicorn's messages, through the log that `logs.configure` set up."""
 
     def setup(self, cfg: Any) -> None:
         """Keep gunicorn from adding handlers of its own."""
@@ -125,7 +128,7 @@ class Log(Logger):  # type: ignore[misc]
             log.setLevel(max(self.loglevel, logging.INFO))
 
 
-# gunicorn's parser refuses these before any of our code sees the request. Status and what to say; never what was sent.
+# gunicorn's parser refuses these before any route: the status, and a text that repeats nothing of what was sent.
 _REFUSED: dict[type[Exception], tuple[int, errors.InvalidRequest]] = {
     parser.LimitRequestLine: (414, errors.InvalidRequest("The request line is too long.")),
     parser.LimitRequestHeaders: (431, errors.InvalidRequest("The header fields are too large or too many.")),
@@ -145,8 +148,8 @@ _REFUSED: dict[type[Exception], tuple[int, errors.InvalidRequest]] = {
 _FRAMING = frozenset({"CONTENT-LENGTH", "TRANSFER-ENCODING"})
 
 
-def refusal(error: Exception) -> bytes | None:
-    """The whole HTTP answer to a request that gunicorn could not read; None for errors that are not the caller's."""
+def refusal(error: Exception, peer: str | None) -> bytes | None:
+    """The whole HTTP answer to a request that gunicorn could not read; None for other errors. Writes the log line."""
     found = next((_REFUSED[cls] for cls in type(error).__mro__ if cls in _REFUSED), None)
     if found is None:
         return None
@@ -154,6 +157,15 @@ def refusal(error: Exception) -> bytes | None:
     if isinstance(error, parser.InvalidHeader) and error.hdr in _FRAMING:
         problem = errors.LengthMismatch()
     request_id = dispatch.request_id(None)
+    getattr(log, dispatch.level_of(status))(
+        "request_refused",
+        request_id=request_id,
+        status=status,
+        peer=peer,
+        code=problem.code,
+        detail=problem.detail,
+        reason=type(error).__name__,
+    )
     response = problems.response(problem, request_id, status=status)
     response.headers += [
         ("X-Request-Id", request_id),
@@ -165,9 +177,7 @@ def refusal(error: Exception) -> bytes | None:
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker, with four changes: its refusals are problem documents, its log repeats nothing that
-    was sent, a caller who sends a request drop by drop has `request_timeout` for it and not for ever, and it ends by
-    itself, gracefully, when it has lost too many threads to a module; gunicorn then starts another one."""
+    """gunicorn's threaded worker with this service's protections connected, and with refusals as problem documents."""
 
     alive: bool
     request_timeout = 30.0
@@ -175,88 +185,93 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._reading: dict[int, tuple[float, Any]] = {}
-        """By thread: until when the request must have been read, and from which connection."""
-        self._handling: set[int] = set()
-        """Threads that are at a request, or wait for a new connection's first one."""
-        self._lost: frozenset[int] = frozenset()
-        """Threads that a module holds."""
-        self._ended = False
+        self._deadlines = RequestDeadlines(self.request_timeout, _stop_reading)
+        self._worn_out = WornOutCheck(int(self.cfg.threads))
+        self._exiting = False
 
     def handle(self, conn: Any) -> Any:
         """One request on a connection, in a thread."""
         thread = threading.get_ident()
-        self._reading[thread] = (time.monotonic() + self.request_timeout, conn)
-        self._handling.add(thread)
+        self._deadlines.begin(thread, conn)
+        self._worn_out.enter(thread)
         try:
             return super().handle(conn)
         finally:
-            self._handling.discard(thread)
-            self._reading.pop(thread, None)
+            self._worn_out.leave(thread)
+            self._deadlines.forget(thread)
 
     def received(self) -> bool:
-        """Called by the thread that has read its request; False when it was too late and the connection is spoilt."""
-        return self._reading.pop(threading.get_ident(), None) is not None
+        """Called by the thread that has read its request; False when the connection cannot be used again."""
+        return self._deadlines.received(threading.get_ident())
 
     def notify(self) -> None:
-        """Called by the main thread every second at least."""
+        """Called by the main thread at least once a second."""
         super().notify()
-        self._end_slow_requests()
+        self._deadlines.enforce()
         service = _service_of(self)
-        if service is None or self._ended:
+        if service is None or self._exiting:
             return
-        self._lost = service.backends.lost_threads()
-        if self._lost and self.alive:
+        open_connections = bool(self.keepalived_conns)
+        verdict = self._worn_out.check(service, stopping=not self.alive, open_connections=open_connections)
+        if self.alive and self._worn_out.has_lost_threads:
             self.set_accept_enabled(True)
-        if self.alive:
-            if service.worn_out() is not None:
-                self.alive = False  # as max_requests does it: no new connections, what is under way is finished
-        elif self._lost and self._handling <= self._lost and not (self.keepalived_conns and self._has_threads()):
-            # Nobody is left who could still be answered.
-            self._ended = True
+        if verdict is Verdict.STOP:
+            self.alive = False  # as max_requests does it
+        elif verdict is Verdict.EXIT:
+            self._exiting = True
             raise SystemExit(0)
 
     def set_accept_enabled(self, enabled: bool) -> None:
         """Leave new connections to other workers while no thread is left to answer them."""
-        super().set_accept_enabled(enabled and self._has_threads())
-
-    def _has_threads(self) -> bool:
-        return len(self._lost) < int(self.cfg.threads)
-
-    def _end_slow_requests(self) -> None:
-        now = time.monotonic()
-        for thread, (end, conn) in list(self._reading.items()):
-            if end <= now and self._reading.pop(thread, None) is not None:
-                # The reading thread sees the end of the stream; an answer that is on its way still leaves. Not the
-                # method of an SSL socket, which would go on in plain text.
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(conn.sock, socket.SHUT_RD)
+        super().set_accept_enabled(enabled and self._worn_out.has_threads)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
-        """Answer what could not be read."""
-        answer = refusal(exc)
+        """Answer a request that gunicorn could not read, and log the refusal."""
+        answer = refusal(exc, addr[0] if addr else None)
         if answer is None:
             super().handle_error(req, client, addr, exc)
             return
-        self.log.warning("request refused: %s from %s", type(exc).__name__, addr[0] if addr else "-")
         try:
             util.write_nonblock(client, answer)
         except OSError:
             self.log.debug("the refusal could not be sent")
 
 
+def _stop_reading(conn: Any) -> None:
+    """The reading thread sees the end of the stream; an answer that is on its way still leaves.
+
+    Not by the method of an SSL socket, which would go on in plain text.
+    """
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(conn.sock, socket.SHUT_RD)
+
+
+class ServiceMaker(Protocol):
+    """Makes the service of one worker process, after the fork."""
+
+    def __call__(self, settings: Settings, *, backends: Backends) -> Service:
+        """The service, not started; opens nothing."""
+
+
 class _Application(BaseApplication):  # type: ignore[misc]
     """gunicorn's view of the service. A HUP reads the settings again and keeps the old ones where they are unusable.
 
-    The backends are made here, before the fork, and open nothing here: a PIN from standard input can be read but once.
+    The backends are made here, before the fork, because a PIN from standard input can be read only once. Making them
+    opens nothing.
     """
 
-    def __init__(self, settings: Settings, reload: Callable[[], Settings]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        reload: Callable[[], Settings],
+        make_backends: Callable[[Settings], Backends],
+        make_service: ServiceMaker,
+    ) -> None:
         self._settings = settings
         self._reload = reload
-        # By name, as gunicorn loads applications: the composition root stands above this layer.
-        self._wiring = importlib.import_module("kms_jwks.wiring")
-        self._backends = self._wiring.make_backends(settings)
+        self._make_backends = make_backends
+        self._make_service = make_service
+        self._backends = make_backends(settings)
         super().__init__()
 
     def load_config(self) -> None:
@@ -264,9 +279,9 @@ class _Application(BaseApplication):  # type: ignore[misc]
             self.cfg.set(name, value)
 
     def load(self) -> App:
-        """The application of one worker. What it is made of was checked before the fork: an exception here would end
-        the whole server."""
-        service = Service(self._settings, self._wiring.make_store(self._settings), self._backends)
+        """The application of one worker. Its settings were checked before the fork: an exception here would end the
+        whole server."""
+        service = self._make_service(self._settings, backends=self._backends)
         service.start()
         return create_app(service)
 
@@ -274,18 +289,24 @@ class _Application(BaseApplication):  # type: ignore[misc]
         try:
             settings = self._reload()
             if not any(backend.reads_stdin for backend in settings.backends.values()):
-                self._backends = self._wiring.make_backends(settings)
+                self._backends = self._make_backends(settings)
         except errors.Error as error:
-            logging.getLogger("gunicorn.error").error("settings kept as they were: %s", error.detail)
+            log.error("reload_refused", detail=error.detail, effect="The settings stay as they were.")
             return
         self._settings = settings
         logs.configure(settings.log_level, settings.log_format)
         super().reload()
 
 
-def run_gunicorn(settings: Settings) -> None:
-    """Serve until told to stop. Ends by SystemExit, whose code is gunicorn's."""
+def run_gunicorn(
+    settings: Settings, *, make_backends: Callable[[Settings], Backends], make_service: ServiceMaker
+) -> None:
+    """Serve until told to stop. Ends by SystemExit with gunicorn's exit code.
+
+    `make_backends` is called before the fork and again at a reload, unless a PIN comes from standard input;
+    `make_service` in each worker.
+    """
     from kms_jwks.config import load_settings
 
     logs.configure(settings.log_level, settings.log_format)
-    _Application(settings, load_settings).run()
+    _Application(settings, load_settings, make_backends, make_service).run()

@@ -7,23 +7,17 @@ from pathlib import Path
 
 from kms_jwks import authn, errors, wire
 from kms_jwks.access import Role
-from kms_jwks.backends.calling import Backends
-from kms_jwks.config import Settings
 from kms_jwks.model import DEFAULT_API_TOKEN_LIFETIME, Client, Id
 from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.control import Control
-from kms_jwks.service.guard import Guard
 from kms_jwks.service.key_sets import add_key_set
-from kms_jwks.store import Store, WriteTx
-from kms_jwks.worker.confirmation import Confirmation
+from kms_jwks.store import WriteTx
 
 ADMIN = "admin-bootstrap"
 
 
 def initialise(
-    store: Store,
-    settings: Settings,
-    backends: Backends,
+    control: Control,
     *,
     key_set: str | None,
     alg: str,
@@ -35,21 +29,9 @@ def initialise(
     Works on the node itself, without an API token: who can write the registry's file needs none. The custodian makes
     the key once the service runs. Token files are written with mode 0600. Returns a line for each thing made or reused.
     """
+    store = control.store
     store.upgrade()
     said = [f"registry: {store.url}"]
-    control = Control(
-        store,
-        Guard(),
-        Confirmation(
-            store,
-            node=settings.node_name,
-            state_dir=settings.state_dir,
-            lease=settings.signing_lease,
-            kick=lambda: None,
-        ),
-        backends,
-        settings.public_url,
-    )
     with store.write() as tx:
         if admin_token_file is not None:
             said.append(_token_file(tx, ADMIN, Role.ADMIN, None, None, admin_token_file))

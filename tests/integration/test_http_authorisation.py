@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from kms_jwks.access import ROLES, Permission, Role
+from kms_jwks.http.exchange import Route
 from kms_jwks.http.openapi import operation_id
-from kms_jwks.http.routes import ROUTES, Route
+from kms_jwks.http.routes import ROUTES
 from tests.integration.conftest import Server, fresh
 
 P = Permission

@@ -114,7 +114,7 @@ def a_broken_configuration_is_not_taken_over(server: Server) -> None:
     good = config.read_text()
     config.write_text("nonsense")
     server.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "settings kept as they were" in server.log)
+    wait_until(lambda: '"reload_refused"' in server.log)
     config.write_text(good)
     assert server.call("POST", SIGN, {"claims": {}}, token=server.signer).status == 200
     wait_until(lambda: "custodian" in server.children())
@@ -239,6 +239,9 @@ def request_lines(server: Server) -> None:
     assert line["path"] == SIGN
     assert line["route"] == "/v1/key-sets/{key_set}/keys/{key}/jwt"
     assert line["status"] == 403
+    assert (line["code"], line["level"], line["client"]) == ("forbidden", "info", "admin-bootstrap")
+    assert (line["key_set"], line["key"]) == ("default", "default")
+    assert line["token_id"]
     assert line["ms"] > 0
     for secret in ("somebody", "kj_", "eyJ"):
         assert secret not in server.log

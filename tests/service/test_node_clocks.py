@@ -11,6 +11,7 @@ from pathlib import Path
 import jwt
 import pytest
 
+from kms_jwks import wiring
 from kms_jwks.model import SECOND
 from kms_jwks.service import Service
 from kms_jwks.worker import clocks
@@ -35,7 +36,12 @@ def world(tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -
 
 def skewed(world: World, seconds: int) -> Service:
     """A node whose boot clock began at another moment; its wall clock is wrong as well."""
-    made = Service(world.settings, world.store(), world.backends(), boot=lambda: clocks.boot_clock() + seconds * SECOND)
+    made = wiring.assemble(
+        world.settings,
+        store=world.store(),
+        backends=world.backends(),
+        boot=lambda: clocks.boot_clock() + seconds * SECOND,
+    )
     made.sync.poll()
     return made
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kms_jwks import authn, wire
+from kms_jwks import authn, wire, wiring
 from kms_jwks.access import Role
 from kms_jwks.backends.calling import Backends, CallLimits
 from kms_jwks.config import Settings
@@ -24,7 +24,6 @@ from kms_jwks.service.signing import Batch
 from kms_jwks.service.signing_job import SigningOperation
 from kms_jwks.store import Store
 from kms_jwks.worker.clocks import boot_clock
-from kms_jwks.worker.confirmation import Confirmation
 from tests.memory_backend import MemoryBackend
 
 T = TypeVar("T")
@@ -87,19 +86,15 @@ class World:
         return Backends({"memory": self.backend}, default="memory", limits={"memory": CallLimits(timeout=0.5)})
 
     def worker(self) -> Service:
-        return Service(self.settings, self.store(), self.backends(), boot=self.boot)
+        return wiring.assemble(self.settings, store=self.store(), backends=self.backends(), boot=self.boot)
 
     def custodian(self, **changes: Any) -> Custodian:
         store = self.store()
-        confirmation = Confirmation(
-            store,
-            node="node-1",
-            state_dir=self.settings.state_dir,
-            lease=self.settings.signing_lease,
-            kick=lambda: None,
-        )
         options: dict[str, Any] = {"node": "node-1", "boot": self.boot}
-        return Custodian(store, self.backends(), confirmation, LeaderLease(store, **(options | changes)))
+        leader_lease = LeaderLease(store, **(options | changes))
+        return wiring.assemble_custodian(
+            self.settings, store=store, backends=self.backends(), leader_lease=leader_lease
+        )
 
     def client(self, name: str, role: Role, key_set: Id | None = None, key: Id | None = None) -> RequestContext:
         """A client with one grant and a token, straight from the registry."""

@@ -16,9 +16,10 @@ from unittest.mock import patch
 
 import structlog
 
-from kms_jwks import model, wire
+from kms_jwks import model, wire, wiring
 from kms_jwks.access import Role
 from kms_jwks.backends.calling import Backends, CallLimits
+from kms_jwks.config import Settings
 from kms_jwks.custodian.leader_lease import Fenced, LeaderLease
 from kms_jwks.custodian.loop import Custodian
 from kms_jwks.errors import Error
@@ -26,18 +27,8 @@ from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
 from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import CUSTODIAN_WAIT, Control, _settled
-from kms_jwks.service.external_keys import ExternalKeys
-from kms_jwks.service.guard import Guard
-from kms_jwks.service.key_sets import KeySets
-from kms_jwks.service.keys import Keys
-from kms_jwks.service.operation import Operation
-from kms_jwks.service.signing import Signing
-from kms_jwks.service.versions import Versions
-from kms_jwks.worker.clocks import DatabaseClock
 from kms_jwks.worker.confirmation import Confirmation
-from kms_jwks.worker.restart_limit import RestartLimit
 from kms_jwks.worker.snapshot import Snapshot
-from kms_jwks.worker.sync import RegistrySync
 from tests.memory_backend import MemoryBackend
 from tests.simulation.store import MemoryStore, Registry
 from tests.unit.builders import T0
@@ -87,6 +78,14 @@ class Node:
         """Cut off from the registry."""
         self.down = False
         self.workers: list[SimWorker] = []
+        self.settings = Settings(
+            public_url=URL,
+            database_url="sqlite:///nowhere",
+            state_dir=NOWHERE,
+            node_name=name,
+            signing_lease=plant.lease,
+            poll_interval_ms=int(TICK * 1000),
+        )
         self.custodian = self.new_custodian()
 
     def boot(self) -> int:
@@ -101,11 +100,12 @@ class Node:
         self.bomb = Bomb(lambda point: self.plant.at_point(self, point))
         store = self.store()
         store.before = self.bomb
-        return Custodian(
-            store,
-            self.plant.backends(),
-            SimConfirmation(self.plant, store, self),
-            SimLeaderLease(store, node=self.name, boot=self.boot),
+        return wiring.assemble_custodian(
+            self.settings,
+            store=store,
+            backends=self.plant.backends(),
+            confirmation=SimConfirmation(self.plant, store, self),
+            leader_lease=SimLeaderLease(store, node=self.name, boot=self.boot),
             monotonic=lambda: self.boot() / SECOND,
         )
 
@@ -168,26 +168,23 @@ class SimWorker:
         self.bomb = Bomb()
         store = node.store()
         store.before = self.bomb
-        guard, plant = Guard(), node.plant
-        backends = plant.backends()
-        self.sync = RegistrySync(
-            store,
-            node=node.name,
-            lease=plant.lease,
-            poll_interval=TICK,
-            state_dir=NOWHERE,
-            used=guard.drain_used,
-            bind=lambda _: None,
-            backends=dict,
-            clock=DatabaseClock(node.boot),
+        plant = node.plant
+        service = wiring.assemble(
+            node.settings,
+            store=store,
+            backends=plant.backends(),
+            boot=node.boot,
+            confirmation=SimConfirmation(plant, store, node),
+            control=SimControl,
         )
-        self.sync._jwks_cache = SimpleNamespace(store=lambda _: None, snapshot=lambda: None)  # type: ignore[assignment]
-        control = SimControl(store, guard, SimConfirmation(plant, store, node), backends, URL)
         self.store = store
-        self.signing = Signing(self.sync, guard, backends)
-        self.key_sets, self.keys, self.versions = KeySets(control), Keys(control), Versions(control)
-        self.external_keys = ExternalKeys(control)
-        self.operation = Operation(control, self.sync, RestartLimit(NOWHERE, 1))
+        self.sync = service.sync
+        # A worker's files are not part of the simulation.
+        self.sync._jwks_cache = SimpleNamespace(store=lambda _: None, snapshot=lambda: None)  # type: ignore[assignment]
+        self.signing = service.signing
+        self.key_sets, self.keys, self.versions = service.key_sets, service.keys, service.versions
+        self.external_keys = service.external_keys
+        self.operation = service.operation
 
     @property
     def snapshot(self) -> Snapshot | None:

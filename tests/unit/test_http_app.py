@@ -11,8 +11,10 @@ import pytest
 from werkzeug.test import Client, EnvironBuilder, TestResponse, run_wsgi_app
 
 from kms_jwks import errors, wire
+from kms_jwks.access import Caller
 from kms_jwks.config import Settings
 from kms_jwks.http.app import App, create_app
+from kms_jwks.model import Id
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.signing import Batch
 from kms_jwks.worker.snapshot import Document
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 JWKS = Document(b'{"keys":[]}', '"abc"', "public, max-age=300", public=True)
 RESTRICTED = Document(b'{"keys":[]}', '"abc"', "private, max-age=300", public=False)
 SIGN = "/v1/key-sets/s/keys/k/jwt"
+CALLER = Caller(Id("client-id"), "issuer-1", Id("token-id"), ())
 SIGNED = wire.Signature(signature="c2ln", kid="kid", alg="ES256")
 
 
@@ -33,6 +36,10 @@ class FakeService:
         self.settings = Settings(max_body=1024, max_batch_body=4096, **settings)
         self.asked: list[tuple[Any, ...]] = []
         self.answer: Any = SIGNED
+        self.backend: str | None = None
+        """The backend that a use case asks."""
+        self.refuse: errors.Error | None = None
+        self.authenticated: list[bool] = []
         self.pins = 0
         self.documents = SimpleNamespace(default_key_set="main", jwks=self._use, discovery=self._use)
         self.signing = SimpleNamespace(handle=self._use, active=self._use)
@@ -44,10 +51,22 @@ class FakeService:
         self.operation = SimpleNamespace(ready=self._use, ready_sign=self._use)
 
     def _use(self, *arguments: Any, **named: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, RequestContext):
+                argument.backend = self.backend
         self.asked.append((*arguments, *named.values()))
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    def authenticate(self, context: RequestContext, *, data_plane: bool) -> None:
+        """Knows no token; `refuse` is what it answers to those that are shown."""
+        self.authenticated.append(data_plane)
+        if context.authorization is None:
+            raise errors.CredentialsMissing
+        if self.refuse is not None:
+            raise self.refuse
+        context.caller = CALLER
 
     def pin(self) -> Callable[[], None]:
         self.pins += 1
@@ -66,7 +85,7 @@ def service() -> FakeService:
     return FakeService()
 
 
-class Caller(Client):
+class Sender(Client):
     """Reads every answer to its end and closes it, as a server does. Shows a token unless a test shows another."""
 
     def open(self, *args: Any, **kwargs: Any) -> TestResponse:
@@ -74,14 +93,39 @@ class Caller(Client):
         return super().open(*args, **{"buffered": True} | kwargs, headers=headers)
 
 
+class _Current:
+    """The service of the test that runs: making an app for each test would cost more than all its requests."""
+
+    service: FakeService
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.service, name)
+
+
+_APPS: dict[str, tuple[_Current, App]] = {}
+"""By the routes that they serve."""
+
+
 def app_of(service: FakeService) -> App:
-    return create_app(cast("Service", service))
+    """An app that asks `service`, until the next call for the same routes."""
+    routes = service.settings.routes
+    if routes not in _APPS:
+        current = _Current()
+        current.service = service
+        _APPS[routes] = current, create_app(cast("Service", current))
+    current, app = _APPS[routes]
+    current.service = service
+    return app
 
 
 @pytest.fixture
 def client(service: FakeService) -> Iterator[Client]:
-    yield Caller(app_of(service))
+    yield Sender(app_of(service))
     assert service.pins == 0, "an answer left and its pin stayed"
+
+
+SHOWN = [("Authorization", "Bearer kj_x")]
+"""For requests that a test makes without `Sender`."""
 
 
 def problem(response: TestResponse) -> str:
@@ -174,13 +218,15 @@ class TestBody:
         assert not service.asked
 
     def test_no_length_is_411_where_a_body_is_needed(self, service: FakeService) -> None:
-        environ = EnvironBuilder(SIGN, method="POST", content_type="application/json").get_environ()
+        environ = EnvironBuilder(SIGN, method="POST", content_type="application/json", headers=SHOWN).get_environ()
         environ.pop("CONTENT_LENGTH", None)
         response = TestResponse(*run_wsgi_app(app_of(service), environ), EnvironBuilder(SIGN).get_request())
         assert (response.status_code, problem(response)) == (411, "length_mismatch")
 
     def test_a_length_that_says_more_than_comes(self, service: FakeService) -> None:
-        builder = EnvironBuilder(SIGN, method="POST", data=b'{"claims":{}}', content_type="application/json")
+        builder = EnvironBuilder(
+            SIGN, method="POST", data=b'{"claims":{}}', content_type="application/json", headers=SHOWN
+        )
         environ = builder.get_environ()
         environ["CONTENT_LENGTH"] = "100"
         response = TestResponse(*run_wsgi_app(app_of(service), environ), builder.get_request())
@@ -192,7 +238,7 @@ class TestBody:
             def read(self, size: int = -1) -> bytes:
                 raise TimeoutError
 
-        builder = EnvironBuilder(SIGN, method="POST", content_type="application/json", content_length=9)
+        builder = EnvironBuilder(SIGN, method="POST", content_type="application/json", content_length=9, headers=SHOWN)
         environ = builder.get_environ() | {"wsgi.input": Broken()}
         response = TestResponse(*run_wsgi_app(app_of(service), environ), builder.get_request())
         assert problem(response) == "length_mismatch"
@@ -219,8 +265,7 @@ class TestLimits:
         ],
     )
     def test_body_sizes(self, service: FakeService, path: str, body: bytes, status: int, *, chunked: bool) -> None:
-        shown = [("Authorization", "Bearer kj_x")]
-        builder = EnvironBuilder(path, method="POST", data=body, content_type="application/json", headers=shown)
+        builder = EnvironBuilder(path, method="POST", data=body, content_type="application/json", headers=SHOWN)
         environ = builder.get_environ()
         if chunked:
             del environ["CONTENT_LENGTH"]
@@ -471,7 +516,7 @@ def test_which_set_a_path_names(client: Client, service: FakeService, path: str,
 
 
 def test_a_pin_is_held_until_the_answer_has_left(service: FakeService) -> None:
-    builder = EnvironBuilder(SIGN, method="POST", json={})
+    builder = EnvironBuilder(SIGN, method="POST", json={}, headers=SHOWN)
     app_iter, _, _ = run_wsgi_app(app_of(service), builder.get_environ())
     assert service.pins == 1
     assert b"".join(app_iter)
@@ -490,7 +535,7 @@ PRIVATE = ["/v1/key-sets", "/docs", "/openapi.json", "/readyz/sign"]
 )
 def test_routes_that_are_not_served_are_404(routes: str, found: list[str], missing: list[str]) -> None:
     service = FakeService(routes=routes)
-    client = Caller(app_of(service))
+    client = Sender(app_of(service))
     for path in missing:
         response = client.get(path)
         assert (response.status_code, problem(response)) == (404, "route_not_found")

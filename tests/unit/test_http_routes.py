@@ -11,8 +11,9 @@ from openapi_spec_validator import validate
 
 from kms_jwks import errors
 from kms_jwks.http import docs, openapi
+from kms_jwks.http.exchange import Route, Side
 from kms_jwks.http.problems import status_of
-from kms_jwks.http.routes import ROUTES, Route, Side, served
+from kms_jwks.http.routes import ROUTES, served
 from kms_jwks.model import RESERVED_NAMES
 
 URL = "https://keys.example"
@@ -118,7 +119,7 @@ class TestServed:
 
 
 class TestOpenApi:
-    document = openapi.document(URL)
+    document = openapi.document(ROUTES, URL)
 
     def test_is_valid_openapi_3_1(self) -> None:
         validate(self.document)
@@ -147,7 +148,7 @@ class TestOpenApi:
 
 
 class TestDocs:
-    page, policy = docs.rendered(URL)
+    page, policy = docs.rendered(ROUTES, URL)
     text = page.decode()
 
     def test_lists_every_route_field_and_problem(self) -> None:
