@@ -16,9 +16,9 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import GeneratedKey, KeyRef, Message, stuck_in
-from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, errands
-from kms_jwks.backends.pkcs11 import backend as backend_module
+from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
+from kms_jwks.backends.calling import Backends
+from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
 from kms_jwks.backends.pkcs11.locks import file_lock
 from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendTimeout, BackendUnavailable
 from tests.contract.suite import verify
@@ -181,31 +181,44 @@ def test_the_first_opening_is_waited_for_until_the_deadline(hsm: SoftHsm) -> Non
     in_child(hung_first_opening, hsm)
 
 
-def hung_errands(hsm: SoftHsm) -> None:
-    backend_module._READING = backend_module._MUTATING = 0.3  # type: ignore[misc]
-    errands._STUCK_AT_MOST = 3  # type: ignore[misc]
+def asked(backends: Backends, question: str, key: GeneratedKey, seconds: float = 0.3) -> Any:
+    return backends.ask("hsm", question, lambda backend: getattr(backend, question)(key.ref), seconds)
+
+
+def hung_questions(hsm: SoftHsm) -> None:
     faults, backend, key = opened(hsm, sessions=4)
+    backends = Backends({"hsm": backend}, default=None)
     faults.hang("C_GetAttributeValue")
-    for call in (backend.public_key, backend.attributes, backend.public_key):
+    for question in ("public_key", "attributes", "public_key"):
         with pytest.raises(BackendTimeout):
-            call(key.ref)
-    assert stuck_in(backend) == 3
+            asked(backends, question, key)
+    assert backends.stuck_in("hsm") == backends.stuck() == backends.counters("hsm")["stuck"] == 3
     began = time.monotonic()
-    with pytest.raises(BackendUnavailable, match="3 calls into the module do not come back"):
-        backend.public_key(key.ref)
+    with pytest.raises(BackendUnavailable, match="2 calls on this key have not returned"):
+        asked(backends, "public_key", key, 5.0)
     assert time.monotonic() - began < 0.3
     sign(backend, key)  # with a handle that was found before
     faults.clear()
-    eventually(lambda: backend.public_key(key.ref))
-    # A key that is made after nobody waits for it any more is taken back.
+    eventually(lambda: asked(backends, "public_key", key))
+    # A key that is made after its caller was answered is destroyed.
     faults.hang("C_GenerateKeyPair", last=1)
     with pytest.raises(BackendTimeout):
-        backend.generate("late", ES256)
+        backends.ask(
+            "hsm",
+            "generate",
+            lambda backend: backend.generate("late", ES256),
+            0.3,
+            undo=lambda backend, late: backend.destroy(late.ref),
+        )
     faults.clear()
-    backend_module._MUTATING = 10.0  # type: ignore[misc]
     eventually(lambda: _absent(backend, "late"))
-    assert stuck_in(backend) == 0
+    eventually(lambda: _returned(backends))
     quiet(faults, backend)
+
+
+def _returned(backends: Backends) -> None:
+    if backends.stuck_in("hsm"):
+        raise BackendUnavailable
 
 
 def _absent(backend: Pkcs11Backend, label: str) -> None:
@@ -215,7 +228,7 @@ def _absent(backend: Pkcs11Backend, label: str) -> None:
 
 
 def test_calls_other_than_signatures_are_answered_by_their_deadline(hsm: SoftHsm) -> None:
-    in_child(hung_errands, hsm)
+    in_child(hung_questions, hsm)
 
 
 def test_a_lock_that_the_file_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,15 +240,15 @@ def test_a_lock_that_the_file_system_refuses(tmp_path: Path, monkeypatch: pytest
         pytest.fail("it is not locked")
 
 
-def test_a_system_without_a_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_a_thread_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", none_left)
-    made = errands.Errands()
+    backends = Backends({"hsm": SoftHsm(tmp_path, tmp_path / "no-such.so", "token").backend()}, default=None)
     with pytest.raises(BackendUnavailable, match="no thread"):
-        made.run(lambda: None, time.monotonic() + 5, doing="testing")
-    assert made.stuck == 0
+        backends.ask("hsm", "ping", lambda backend: backend.ping(), 5.0)
+    assert backends.stuck_in("hsm") == 0
 
 
 # --- it crashes, forgets, lies ----------------------------------------------------------------------------------------
