@@ -1,7 +1,7 @@
-"""Throw-away SoftHSM tokens for tests, made by the same script as everybody's: softhsm/init-token.
+"""Throw-away SoftHSM tokens for tests, made by softhsm/init-token as all others are.
 
-SOFTHSM2_CONF and the loaded module belong to a process: one folder per process. Tests that need another one, or that
-break theirs, work in a process of their own (`in_child`).
+SOFTHSM2_CONF and the loaded module belong to a process, so a process uses one folder. Tests that need another one, or
+that break theirs, run in a process of their own (`in_child`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class SoftHsm:
         )
 
     def pkcs11_tool(self, *arguments: str) -> str:
-        """What OpenSC's pkcs11-tool, logged in to the token, says to these arguments, errors included."""
+        """The output of OpenSC's pkcs11-tool with these arguments, logged in to the token; errors included."""
         tool = shutil.which("pkcs11-tool")
         assert tool is not None, "apt-get install opensc"
         run = subprocess.run(
@@ -115,7 +115,7 @@ def make_token(directory: Path, label: str = "kms-jwks-test") -> SoftHsm:
 
 
 def sessions_in_module(backend: Pkcs11Backend) -> int:
-    """How many sessions SoftHSM has for this process, counted by asking for every handle it can have given out.
+    """How many sessions SoftHSM has for this process, counted by trying every handle that it can have given out.
 
     Its C_GetTokenInfo does not tell. Handles of sessions and objects come from one counter.
     """

@@ -150,6 +150,23 @@ class BackendFactory(Protocol):
     ) -> Backend: ...
 
 
+@dataclass(frozen=True, slots=True)
+class CallTimeouts:
+    """Seconds after which a call other than `sign` is abandoned: one that reads, and one that changes the module."""
+
+    read: float = 300.0
+    change: float = 300.0
+
+
+def timeouts_of(backend: Backend) -> CallTimeouts:
+    """The timeouts of a backend's calls. A backend may give its own in an attribute `timeouts`."""
+    try:
+        timeouts = getattr(backend, "timeouts", None)
+    except BackendError:
+        timeouts = None
+    return timeouts if isinstance(timeouts, CallTimeouts) else CallTimeouts()
+
+
 MOST_LEFT_BEHIND: Final = 8
 """Calls that a backend may abandon in its module before the process is replaced, whatever its limits are."""
 

@@ -11,12 +11,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 import structlog
 
 from kms_jwks import errors
-from kms_jwks.backends.base import MOST_LEFT_BEHIND, Backend, Digest, KeyRef, Message, ModuleKey, stuck_in
+from kms_jwks.backends.base import (
+    MOST_LEFT_BEHIND,
+    Backend,
+    CallTimeouts,
+    Digest,
+    KeyRef,
+    Message,
+    ModuleKey,
+    stuck_in,
+    timeouts_of,
+)
 from kms_jwks.backends.pool import CallPool, PendingCall
 from kms_jwks.backends.released import SignatureChecker
 from kms_jwks.model import KeyVersion, VersionState
@@ -154,6 +164,38 @@ class _Entry:
         return self.pool.stuck() + self.asking.stuck() + lost + stuck_in(self.backend)
 
 
+class _UndoableCall(Generic[T]):
+    """A call whose effect is undone, by the thread that made it, where it succeeds after it was abandoned."""
+
+    def __init__(self, entry: _Entry, question: Callable[[Backend], T], undo: Callable[[Backend, T], object]) -> None:
+        self._entry = entry
+        self._question = question
+        self._undo = undo
+        self._lock = threading.Lock()
+        self._answers: list[T] = []
+        self._is_abandoned = False
+
+    def run(self) -> T:
+        answer = self._question(self._entry.backend)
+        with self._lock:
+            self._answers.append(answer)
+            if not self._is_abandoned:
+                return answer
+        try:
+            self._undo(self._entry.backend, answer)
+        except errors.Error as error:
+            log.warning("late_call_not_undone", backend=self._entry.name, code=error.code, detail=error.detail)
+        else:
+            log.info("late_call_undone", backend=self._entry.name)
+        return answer
+
+    def abandon(self) -> list[T]:
+        """Undo the call when it succeeds; the answer, where it has succeeded already and is not undone."""
+        with self._lock:
+            self._is_abandoned = not self._answers
+            return self._answers
+
+
 class Backends:
     """Backends by name, each with its limits. Opens nothing itself."""
 
@@ -231,13 +273,40 @@ class Backends:
         entry.worked()
         return answer
 
-    def ask(self, name: str, what: str, question: Callable[[Backend], T], seconds: float = _ASKING_SECONDS) -> T:
-        """What a backend answers to anything but signing, within `seconds`. Raises BackendError, BackendUnknown.
+    def ask(
+        self,
+        name: str,
+        what: str,
+        question: Callable[[Backend], T],
+        seconds: float = _ASKING_SECONDS,
+        *,
+        undo: Callable[[Backend, T], object] | None = None,
+    ) -> T:
+        """Make any call of a backend but `sign`, within `seconds`. Raises BackendError, BackendUnknown.
 
-        `what` names the question: while it stays unanswered, the same one is not asked by every thread.
+        `what` names the question: while it stays unanswered, the same one is not asked by every thread. `undo` reverts
+        the effect of a call that succeeds after its caller was answered BackendTimeout.
         """
         entry = self._entry(name)
-        return entry.asking.run(what, partial(question, entry.backend), time.monotonic() + seconds)
+        deadline = time.monotonic() + seconds
+        if undo is None:
+            return entry.asking.run(what, partial(question, entry.backend), deadline)
+        call = _UndoableCall(entry, question, undo)
+        try:
+            return entry.asking.run(what, call.run, deadline)
+        except BaseException as error:
+            answers = call.abandon()
+            if answers and isinstance(error, errors.BackendTimeout):
+                return answers[0]  # it succeeded in the moment of its deadline
+            raise
+
+    def timeouts(self, name: str) -> CallTimeouts:
+        """The seconds to give to calls for which no client waits. Raises BackendUnknown."""
+        return timeouts_of(self._entry(name).backend)
+
+    def stuck_in(self, name: str) -> int:
+        """How many calls of a backend are in its module past their deadlines. Raises BackendUnknown."""
+        return self._entry(name).stuck()
 
     def names(self) -> Sequence[str]:
         """The names of the configured backends."""
@@ -280,7 +349,7 @@ class Backends:
             seen |= lost | late | unanswered
             entry.left_behind, before = stuck_in(entry.backend), entry.left_behind
             left_behind = min(before, entry.left_behind)
-            never_back = len(late & self._late_before) + left_behind
+            never_back = len((late | unanswered) & self._late_before) + left_behind
             if lost & self._late_before:
                 reason = (
                     f"{len(lost & self._late_before)} threads that sign in place with backend {name!r} do not come back"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,7 @@ from kms_jwks.cli.output import ExitCode, clean, note, print_json, print_line, p
 if TYPE_CHECKING:
     from types import FrameType
 
-    from kms_jwks.backends.base import Backend
+    from kms_jwks.backends.calling import Backends
     from kms_jwks.config import Settings
     from kms_jwks.doctor import Check
     from kms_jwks.store import Store
@@ -186,8 +186,8 @@ def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: boo
     with _registry(settings) as store:
         try:
             if remove_orphans:
-                _remove_orphans(store, backends.by_name, sure=sure)
-            for check in examination.examine(settings, store, backends.by_name):
+                _remove_orphans(store, backends, sure=sure)
+            for check in examination.examine(settings, store, backends):
                 checks.append(check)
                 if not as_json:
                     _print_check(check)
@@ -214,7 +214,7 @@ def _print_check(check: Check) -> None:
         print_line(f"         → {check.next_step}")
 
 
-def _remove_orphans(store: Store, backends: Mapping[str, Backend], *, sure: bool) -> None:
+def _remove_orphans(store: Store, backends: Backends, *, sure: bool) -> None:
     from kms_jwks import doctor as examination
 
     found = examination.find_orphans(store, backends)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from kms_jwks import errors, jose, timeline
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import Backend, Evidence, GeneratedKey, KeyRef, stuck_in
+from kms_jwks.backends.base import Backend, Evidence, GeneratedKey, KeyRef
 from kms_jwks.backends.calling import Backends
 from kms_jwks.custodian import transitions
 from kms_jwks.custodian.leader_lease import Fenced, LeaderLease
@@ -96,7 +97,8 @@ class IntentRunner:
             try:
                 self._record_failure(intent, error)
             finally:
-                if isinstance(error, errors.BackendTimeout) and (stuck := stuck_in(self._backends.get(intent.backend))):
+                is_late = isinstance(error, errors.BackendTimeout)
+                if is_late and (stuck := self._backends.stuck_in(intent.backend)):
                     self._leader_lease.abandon_stuck_step(stuck)
         except Fenced:
             raise
@@ -113,10 +115,17 @@ class IntentRunner:
             version = tx.version(intent.version_id)
             assert version is not None
             purpose = _purpose(tx, version)
-        backend, alg = self._backends.get(intent.backend), ALGORITHMS[version.alg]
-        made = backend.generate(intent.label, alg, rsa_bits=version.rsa_bits, purpose=purpose)
+        ask, seconds = partial(self._backends.ask, intent.backend), self._backends.timeouts(intent.backend)
+        made: GeneratedKey = ask(
+            "generate",
+            lambda backend: backend.generate(
+                intent.label, ALGORITHMS[version.alg], rsa_bits=version.rsa_bits, purpose=purpose
+            ),
+            seconds.change,
+            undo=lambda backend, late: backend.destroy(late.ref),
+        )
         try:
-            evidence = backend.attributes(made.ref)
+            evidence: Evidence = ask("attributes", lambda backend: backend.attributes(made.ref), seconds.read)
             if not evidence.holds:
                 raise errors.BackendRefused("The module made a key that is not sign-only and non-extractable.")
             self._record(intent, made, evidence)
@@ -126,7 +135,7 @@ class IntentRunner:
         except Exception:
             # This pair will never be used: the next attempt makes another.
             with contextlib.suppress(errors.Error):
-                backend.destroy(made.ref)
+                ask("destroy", lambda backend: backend.destroy(made.ref), seconds.change)
             raise
 
     def _record(self, intent: Intent, made: GeneratedKey, evidence: Evidence) -> None:
@@ -153,9 +162,9 @@ class IntentRunner:
     def _destroy(self, intent: Intent) -> None:
         version = self._version(intent)
         assert version.ref is not None
-        backend, ref = self._backends.get(intent.backend), KeyRef.of(**version.ref)
-        backend.destroy(ref)
-        answers = _check_absence(backend, ref)
+        ref, seconds = KeyRef.of(**version.ref), self._backends.timeouts(intent.backend)
+        self._backends.ask(intent.backend, "destroy", lambda backend: backend.destroy(ref), seconds.change)
+        answers = self._check_absence(intent.backend, ref)
         with self._leader_lease.fenced_write() as tx:
             current, version = _current(tx, intent)
             if current.state is not IntentState.STARTED or version.state is VersionState.DESTROYED:
@@ -187,13 +196,39 @@ class IntentRunner:
         with self._store.read() as tx:
             version, now = tx.version(intent.version_id), tx.now()
         assert version is not None and version.ref is not None
-        backend, ref = self._backends.get(intent.backend), KeyRef.of(**version.ref)
+        ref, seconds = KeyRef.of(**version.ref), self._backends.timeouts(intent.backend)
         destroy_at = timeline.destructible_at(version)
-        if destroy_at is None:
-            backend.cancel_destroy(ref)
-        else:
-            backend.schedule_destroy(ref, timeline.days_until(destroy_at, now))
+
+        def tell(backend: Backend) -> None:
+            if destroy_at is None:
+                backend.cancel_destroy(ref)
+            else:
+                backend.schedule_destroy(ref, timeline.days_until(destroy_at, now))
+
+        self._backends.ask(intent.backend, "schedule_destroy", tell, seconds.change)
         return version.destroy_at
+
+    def _check_absence(self, name: str, ref: KeyRef) -> dict[str, object]:
+        """The module's answers to queries for a key that was destroyed.
+
+        Raises BackendError unless both halves are gone.
+        """
+        seconds = self._backends.timeouts(name).read
+        answers: dict[str, object] = {}
+        questions: dict[str, Callable[[Backend], object]] = {
+            "public_key": lambda backend: backend.public_key(ref),
+            "attributes": lambda backend: backend.attributes(ref),
+        }
+        for what, question in questions.items():
+            try:
+                self._backends.ask(name, what, question, seconds)
+            except errors.BackendKeyNotFound as answer:
+                answers[what] = answer.code
+            else:
+                raise errors.BackendUnavailable("The module still holds the key after its destruction.")
+        # A module that does not answer must not count as one that does not hold the key.
+        health = self._backends.ask(name, "ping", lambda backend: backend.ping(), seconds)
+        return {**answers, "module": health.description}
 
     # --- failure
 
@@ -233,24 +268,6 @@ def _retry_delay(intent: Intent, error: errors.Error) -> int:
     backoff = min(1 << min(intent.attempt, 6), MAX_BACKOFF)
     longest = MAX_DESTRUCTION_DELAY if intent.kind is IntentKind.DESTROY else MAX_BACKOFF
     return max(backoff, min(error.retry_after or 0, longest))
-
-
-def _check_absence(backend: Backend, ref: KeyRef) -> dict[str, object]:
-    """The module's answers to queries for a key that was destroyed. Raises BackendError unless both halves are gone."""
-    answers: dict[str, object] = {}
-    questions: dict[str, Callable[[KeyRef], object]] = {
-        "public_key": backend.public_key,
-        "attributes": backend.attributes,
-    }
-    for name, question in questions.items():
-        try:
-            question(ref)
-        except errors.BackendKeyNotFound as answer:
-            answers[name] = answer.code
-        else:
-            raise errors.BackendUnavailable("The module still holds the key after its destruction.")
-    # A module that does not answer must not count as one that does not hold the key.
-    return {**answers, "module": backend.ping().description}
 
 
 def _current(tx: WriteTx, intent: Intent) -> tuple[Intent, KeyVersion]:

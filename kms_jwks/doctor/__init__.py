@@ -7,10 +7,10 @@ on something that has already failed is left out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from kms_jwks import errors
-from kms_jwks.backends.base import Backend
+from kms_jwks.backends.calling import Backends
 from kms_jwks.config import Settings
 from kms_jwks.doctor import registry as registry_checks
 from kms_jwks.doctor.checks import Check, State, failed, worst
@@ -25,7 +25,7 @@ __all__ = ["Check", "Orphan", "State", "examine", "find_orphans", "registry_file
 def examine(
     settings: Settings,
     store: Store,
-    backends: Mapping[str, Backend],
+    backends: Backends,
     *,
     wall: Callable[[], int] = lambda: time.time_ns() // 1000,
 ) -> Iterator[Check]:
@@ -49,11 +49,11 @@ def examine(
     if settings.routes == "public":
         yield Check("modules", State.OK, "this node only publishes and needs no module")
         return
-    if not backends:
+    if not backends.by_name:
         yield Check(
             "modules", State.FAILURE, "no backend is configured", "Add a [backends.NAME] table to the settings."
         )
-    for name, backend in backends.items():
-        yield from module(name, backend, store, registry)
+    for name in backends.by_name:
+        yield from module(name, backends, store, registry)
     if registry is not None:
-        yield from registry_checks.unknown_backends(registry, backends)
+        yield from registry_checks.unknown_backends(registry, backends.by_name)

@@ -6,12 +6,13 @@ request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from kms_jwks import errors
-from kms_jwks.backends.base import Backend, KeyRef
+from kms_jwks.backends.base import KeyRef
+from kms_jwks.backends.calling import Backends
 from kms_jwks.doctor.checks import Check, State, failed, some
 from kms_jwks.doctor.registry import Registry
 from kms_jwks.model import IntentKind, IntentState, KeyVersion, VersionState
@@ -21,12 +22,13 @@ WAITING_DAYS = 7
 """Days for which a module that has a waiting period keeps an orphan before it destroys it."""
 
 
-def module(name: str, backend: Backend, store: Store, registry: Registry | None) -> Iterator[Check]:
+def module(name: str, backends: Backends, store: Store, registry: Registry | None) -> Iterator[Check]:
     """The checks of one backend and its keys; without a registry only whether it answers."""
     step = f"Check that the module and its token are present and match [backends.{name}] in the settings."
     try:
-        health = backend.ping()
-        offered = backend.capabilities()
+        seconds = backends.timeouts(name).read
+        health = backends.ask(name, "ping", lambda backend: backend.ping(), seconds)
+        offered = backends.ask(name, "capabilities", lambda backend: backend.capabilities(), seconds)
     except errors.BackendError as error:
         yield failed(f"backend {name}", error, step)
         return
@@ -36,9 +38,9 @@ def module(name: str, backend: Backend, store: Store, registry: Registry | None)
         return
     yield _mechanisms(name, offered, registry)
     try:
-        yield from _keys(name, backend, registry)
+        yield from _keys(name, backends, registry)
         yield from _accepted(name, registry)
-        yield from _orphans(name, backend, store)
+        yield from _orphans(name, backends, store)
     except errors.BackendError as error:
         yield failed(f"backend {name}", error, step)
 
@@ -59,12 +61,12 @@ def _mechanisms(name: str, offered: frozenset[str], registry: Registry) -> Check
     )
 
 
-def _keys(name: str, backend: Backend, registry: Registry) -> Iterator[Check]:
+def _keys(name: str, backends: Backends, registry: Registry) -> Iterator[Check]:
     good = 0
     for version in registry.versions:
         if version.backend != name or version.ref is None:
             continue
-        trouble = _trouble(backend, version)
+        trouble = _trouble(backends, version)
         if trouble is None:
             good += not version.weaknesses
             continue
@@ -85,14 +87,15 @@ def _accepted(name: str, registry: Registry) -> Iterator[Check]:
             )
 
 
-def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
+def _trouble(backends: Backends, version: KeyVersion) -> tuple[str, str] | None:
     """What is wrong with a version's key pair, and what to do; None if it is as the registry says."""
     assert version.ref is not None
-    ref = KeyRef.of(**version.ref)
+    ref, name = KeyRef.of(**version.ref), version.backend
+    seconds = backends.timeouts(name).read
     replace_it = "Revoke the version: its standby takes over."
     try:
-        public = dict(backend.public_key(ref))
-        evidence = backend.attributes(ref)
+        public = dict(backends.ask(name, "public_key", lambda backend: backend.public_key(ref), seconds))
+        evidence = backends.ask(name, "attributes", lambda backend: backend.attributes(ref), seconds)
     except errors.BackendKeyNotFound:
         return "the module does not hold it", f"Bring the token back from its backup. If the key is lost: {replace_it}"
     except errors.BackendRefused as error:
@@ -116,9 +119,9 @@ def _trouble(backend: Backend, version: KeyVersion) -> tuple[str, str] | None:
     return None
 
 
-def _orphans(name: str, backend: Backend, store: Store) -> Iterator[Check]:
+def _orphans(name: str, backends: Backends, store: Store) -> Iterator[Check]:
     try:
-        labels = [orphan.label for orphan in find_orphans(store, {name: backend})]
+        labels = [orphan.label for orphan in find_orphans(store, backends, [name])]
     except errors.BackendRefused as error:
         # The credentials of a node that only signs need not allow listing keys.
         yield Check(f"orphans in {name}", State.WARNING, f"not searched: {error.detail}", error.next_step)
@@ -147,18 +150,20 @@ class Orphan:
     ref: KeyRef
 
 
-def find_orphans(store: Store, backends: Mapping[str, Backend]) -> list[Orphan]:
+def find_orphans(store: Store, backends: Backends, names: Iterable[str] | None = None) -> list[Orphan]:
     """Key pairs labelled for this installation that no version refers to and no open intent may be generating.
 
-    Raises BackendError, StoreUnavailable.
+    `names` are the backends to search, by default all. Raises BackendError, StoreUnavailable.
     """
     with store.read() as tx:
         prefix = f"kj-{tx.installation().id}-"
     # List the modules before reading the registry: a key pair that is generated in between must not count as orphan.
     listed = [
         Orphan(name, stored.label, stored.ref)
-        for name, backend in backends.items()
-        for stored in backend.list_keys(prefix)
+        for name in (backends.by_name if names is None else names)
+        for stored in backends.ask(
+            name, "list_keys", lambda backend: backend.list_keys(prefix), backends.timeouts(name).read
+        )
         if stored.label.startswith(prefix)
     ]
     used = _UsedKeyPairs.of(Registry.of(store))
@@ -173,14 +178,15 @@ class Removal(StrEnum):
     NEEDED = "in use now, not removed"
 
 
-def remove_orphan(orphan: Orphan, store: Store, backends: Mapping[str, Backend]) -> Removal:
+def remove_orphan(orphan: Orphan, store: Store, backends: Backends) -> Removal:
     """Destroy an orphan in its module, or schedule that; does nothing if a version refers to it by now."""
     if _UsedKeyPairs.of(Registry.of(store)).contains(orphan):
         return Removal.NEEDED
-    backend = backends[orphan.backend]
-    if backend.schedule_destroy(orphan.ref, WAITING_DAYS):
+    ref, name = orphan.ref, orphan.backend
+    seconds = backends.timeouts(name).change
+    if backends.ask(name, "schedule_destroy", lambda backend: backend.schedule_destroy(ref, WAITING_DAYS), seconds):
         return Removal.SCHEDULED
-    backend.destroy(orphan.ref)
+    backends.ask(name, "destroy", lambda backend: backend.destroy(ref), seconds)
     return Removal.DESTROYED
 
 

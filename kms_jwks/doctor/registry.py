@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kms_jwks import timeline
-from kms_jwks.backends.base import Backend
 from kms_jwks.doctor.checks import Check, State, some
 from kms_jwks.model import (
     SECOND,
@@ -185,7 +184,7 @@ def policies(registry: Registry) -> Iterator[Check]:
             )
 
 
-def unknown_backends(registry: Registry, backends: Mapping[str, Backend]) -> Iterator[Check]:
+def unknown_backends(registry: Registry, backends: Iterable[str]) -> Iterator[Check]:
     """Backends that hold keys and are not configured on this node."""
     for name in sorted({v.backend for v in registry.versions} - set(backends)):
         versions = [registry.name_of(v) for v in registry.versions if v.backend == name]

@@ -21,7 +21,7 @@ from tests.contract.suite import BackendContract, Factory, new_label, soon
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThirdPartyBackend]:
-    """Of a holder that runs, its package on the path of this process and of its children."""
+    """The backend of a running holder; its package is on the path of this process and of its children."""
     site = install(tmp_path_factory.mktemp("keyholder"))
     sys.path.append(str(site))
     with tempfile.TemporaryDirectory(prefix="kj-") as short:  # a socket's path is at most 107 bytes

@@ -1,12 +1,12 @@
-"""Makes the fault-injecting PKCS#11 module, and steers a copy of it from a test, in whatever process it is loaded.
+"""The fault-injecting PKCS#11 module: compiled here, and controlled by a test in every process that has loaded it.
 
     faults = Faults.make(folder, hsm.module)
     backend = dataclasses.replace(hsm, module=faults.module).backend()
     faults.answer("C_Sign", CKR_DEVICE_ERROR, first=3)     # the third C_Sign from now on, and every later one
     faults.clear()
 
-A copy of the module and its control file belong together and are all there is: a service needs nothing but the path.
-What is set holds in every process that has the copy loaded, at once, and counts are of all of them.
+A copy of the module has a control file beside it; a service needs only the path of the copy. A fault takes effect at
+once in every process that has loaded the copy, and counts are totals of these processes.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def compiled() -> Path:
 
 @dataclass(frozen=True)
 class Violations:
-    """What no caller of a module may do, as often as it was done."""
+    """How often callers broke each rule of PKCS#11."""
 
     finalised_under_calls: int
     calls_without_locking: int
@@ -125,18 +125,18 @@ class Faults:
 
     @classmethod
     def over(cls, hsm: SoftHsm) -> tuple[Faults, SoftHsm]:
-        """A copy in a token's own folder, and the token as seen through it."""
+        """A copy in the folder of a token, and the token as the copy shows it."""
         faults = cls.make(hsm.directory / "faults", hsm.module)
         return faults, SoftHsm(hsm.directory, faults.module, hsm.label)
 
     # --- setting faults -------------------------------------------------------------------------------------------
 
     def answer(self, functions: str | Iterable[str], code: int, **which: Any) -> None:
-        """Answer a CKR_…; 0 says that all is well without doing anything."""
+        """Answer a CKR_… without calling the real module, also for CKR_OK (0)."""
         self._set(functions, _ANSWER, code, **which)
 
     def hang(self, functions: str | Iterable[str], seconds: float | None = None, **which: Any) -> None:
-        """Come back after so long, or when the fault is taken back, and then do as asked."""
+        """Return after so many seconds, or when the fault is cleared; then the real module is called."""
         self._set(functions, _HANG, 0 if seconds is None else max(1, round(seconds * 1000)), **which)
 
     def truncate(self, size: int = 1, **which: Any) -> None:
@@ -156,7 +156,7 @@ class Faults:
         _mapped(self.module).losses += 1
 
     def clear(self, functions: str | Iterable[str] = FUNCTIONS) -> None:
-        """Take faults back. Calls that hang go on."""
+        """Clear faults. Calls that hang continue."""
         for name in _names(functions):
             self._slot(name).fault.armed = 0
 
@@ -176,7 +176,7 @@ class Faults:
     ) -> None:
         for name in _names(functions):
             slot = self._slot(name)
-            # Disarmed while it is written, and armed by its last word: processes read it meanwhile.
+            # Disarmed first and armed last, because other processes read the fault while it is written.
             slot.fault.armed = 0
             slot.seen = slot.acted = 0
             armed = time.monotonic_ns()
@@ -199,7 +199,7 @@ class Faults:
         return int(self._slot(function).succeeded)
 
     def acted(self, function: str) -> int:
-        """How often the fault that was set last for this function struck."""
+        """How often the fault that was set last for this function has acted."""
         return int(self._slot(function).acted)
 
     def hanging(self, function: str) -> int:
@@ -207,7 +207,7 @@ class Faults:
         return int(self._slot(function).hanging)
 
     def open_sessions(self, pid: int | None = None) -> int:
-        """Sessions that are open in one process, or in all that live. Lost ones are not open."""
+        """Sessions that are open in one process, or in all living processes. Lost sessions are not open."""
         processes = list(_mapped(self.module).processes)
         if pid is None:
             return sum(int(one.open) for one in processes if one.pid and psutil.pid_exists(one.pid))
@@ -220,7 +220,7 @@ class Faults:
 
     @property
     def violations(self) -> Violations:
-        """What the callers did that they must not, up to now."""
+        """The rules that callers have broken up to now."""
         control = _mapped(self.module)
         return Violations(control.finalised_under_calls, control.calls_without_locking, control.sessions_shared)
 

@@ -1,4 +1,4 @@
-/* A PKCS#11 module that forwards every call to a real one and fails as it is told by the control file beside it.
+/* A PKCS#11 module that forwards every call to a real one and fails as the control file beside it says.
  *
  * The file `<this module>.control` is mapped into every process that loads the module; tests write faults into it and
  * read counts from it (harness.py knows the same layout by name). Session handles are this module's own, so that it can lose
@@ -88,7 +88,7 @@ enum { KEY_BYTES = 64, PATH_BYTES = 1024, PROCESSES = 64 };
 struct fault {
     uint64_t armed; /* 0: no fault; changes with each one that is set */
     uint64_t action;
-    uint64_t value;             /* the return value, milliseconds (0: until it is taken back), bytes, or the bit */
+    uint64_t value;             /* the return value, milliseconds (0: until it is cleared), bytes, or the bit */
     uint64_t first, last, every; /* of the calls since it was set, counted from 1 */
     uint64_t late;              /* after the real module did its work */
     uint64_t pid;               /* 0: every process */
@@ -101,7 +101,7 @@ struct slot {
     uint64_t calls;
     uint64_t succeeded;
     uint64_t seen;    /* calls since the fault was set, of those it is meant for */
-    uint64_t acted;   /* how often it struck */
+    uint64_t acted;   /* how often it has acted */
     uint64_t hanging; /* calls that hang now */
     struct fault fault;
 };
@@ -140,7 +140,7 @@ struct session {
     CK_ULONG real;
     CK_ULONG slot;
     unsigned inside;
-    bool gone; /* lost; closed in the real module when nobody is inside */
+    bool gone; /* lost; closed in the real module when no call is inside */
     CK_ULONG mechanism;
     size_t key_size;
     unsigned char key[KEY_BYTES];
@@ -319,7 +319,7 @@ static void crash(void)
     _exit(139);
 }
 
-/* Whether the fault that is set for this function strikes this call. `sized`: it asks how long the answer will be. */
+/* Whether the fault that is set for this function acts on this call. `sized`: it asks how long the answer will be. */
 static void judge(struct call *call, bool sized)
 {
     struct slot *slot = &control->slots[call->function];
@@ -339,7 +339,7 @@ static void judge(struct call *call, bool sized)
     add(&slot->acted, 1);
 }
 
-/* What a fault does at its moment. True where `*code` is the answer, whatever the real module says. */
+/* Carry out a fault. True where `*code` is the answer, whatever the real module says. */
 static bool strike(struct call *call, bool late, CK_ULONG *code)
 {
     if (!call->struck || late != (bool)call->fault.late)
@@ -461,7 +461,7 @@ static CK_ULONG do_C_CloseSession(CK_ULONG session)
     struct call call;
     CK_ULONG code;
     if (enter(&call, AT_C_CloseSession, session, &code)) {
-        /* In the real module when the last call in it has come back: at once, if nobody else is inside. */
+        /* In the real module when the last call in it has come back: at once, if no other call is inside. */
         pthread_mutex_lock(&table);
         if (!call.session->gone)
             drop(call.session);

@@ -1,4 +1,4 @@
-"""The fault-injecting module itself: it forwards, strikes where it is told and nowhere else, and counts rightly."""
+"""The fault-injecting module itself: it forwards calls, fails exactly those it is told to, and counts correctly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def hsm(tmp_path: Path) -> SoftHsm:
 
 
 class Raw:
-    """The C functions themselves, over one session, with one key's handle: no retries between us and the module."""
+    """The C functions over one session, with one key's handle: without the backend's retries."""
 
     def __init__(self, hsm: SoftHsm, backend: Pkcs11Backend) -> None:
         self.connection: Any = backend._connection().current
@@ -120,7 +120,7 @@ def answers(hsm: SoftHsm) -> None:
     assert codes(1) == [0]
     assert raw.call("C_CloseSession", session) == CKR_DEVICE_ERROR
     faults.clear()
-    # Late: it was done all the same.
+    # Late: the real module has done the work.
     faults.answer("C_CloseSession", CKR_DEVICE_ERROR, late=True)
     before = faults.sessions
     assert raw.call("C_CloseSession", session) == CKR_DEVICE_ERROR
@@ -196,7 +196,7 @@ def hanging(hsm: SoftHsm) -> None:
     thread.start()
     while not faults.hanging("C_GetSessionInfo"):
         time.sleep(0.005)
-    # Others go on meanwhile; what they must not do is seen.
+    # Other calls go on meanwhile; a broken rule is counted.
     assert raw.info(raw.session()) == 0
     assert faults.violations == Violations.NONE
     assert raw.info(session) == 0  # which only reads

@@ -1,4 +1,4 @@
-"""Key pairs that other tools made, adopted from real tokens: by label, id and URI, good ones and weak ones."""
+"""Adoption of key pairs that other tools made in real tokens: by label, id and URI, strong ones and weak ones."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def adopt_good_ones(hsm: SoftHsm) -> None:
     evidence = backend.attributes(by_label.ref)
     assert evidence.weaknesses == ()
     assert evidence.attributes["CKA_NEVER_EXTRACTABLE"] is True
-    # Labels that look like something else are named by a URI.
+    # A label that begins like an id or a URI is named by a URI.
     assert backend.adopt("pkcs11:object=id%3D12").ref["id"] == "12"
     assert backend.adopt("pkcs11:object=pkcs11%3A%C3%A9%3B%25").ref["id"] == "13"
     assert backend.adopt("id=12").ref["label"] == "id=12"
@@ -130,7 +130,7 @@ def test_a_locator_that_fits_nothing_or_too_much_is_refused(hsm: SoftHsm) -> Non
     in_child(refuse_locators, hsm)
 
 
-# --- weak ones --------------------------------------------------------------------------------------------------------
+# --- weak keys --------------------------------------------------------------------------------------------------------
 
 
 def look_at_weak_ones(hsm: SoftHsm) -> None:
@@ -139,7 +139,7 @@ def look_at_weak_ones(hsm: SoftHsm) -> None:
         ("decrypts", "PS256", ("it may do more than sign",), ("CKA_DECRYPT", True)),
         ("derives", "ES256", ("it may do more than sign",), ("CKA_DERIVE", True)),
         ("open", "ES256", ("it is or was extractable",), ("CKA_EXTRACTABLE", True)),
-        # pkcs11-tool asks for signing and leaves the rest to SoftHSM, which allows it.
+        # pkcs11-tool sets CKA_SIGN alone; SoftHSM allows the uses that are not set.
         ("of a tool", "ES256", ("it may do more than sign",), ("CKA_UNWRAP", True)),
     ):
         key = backend.adopt(label)
@@ -154,7 +154,7 @@ def test_what_is_weak_is_found_and_said_so(hsm: SoftHsm) -> None:
 
 
 def import_one(hsm: SoftHsm) -> None:
-    """As somebody would who brings a private key along: not through us."""
+    """Import a private key as another program would: the service offers no way to do it."""
     session = theirs(hsm)
     point = bytes.fromhex(
         "04"
@@ -217,7 +217,7 @@ def adopt_half_a_pair(hsm: SoftHsm, public: dict[str, str]) -> None:
     assert key.public_jwk == public
     proves(backend, key, "ES256")
     assert dict(backend.public_key(key.ref)) == public
-    # Another process, with the reference from the registry.
+    # In another process, which has the reference from the registry.
     again = hsm.backend()
     proves(again, GeneratedKey(type(key.ref).of(**key.ref.as_dict()), public), "ES256")
     with pytest.raises(BackendRefused, match="not the one that the token holds"):
@@ -275,7 +275,7 @@ def restricted(hsm: SoftHsm) -> None:
         key = backend.generate(f"only {alg}", ALGORITHMS[alg], rsa_bits=2048 if ALGORITHMS[alg].is_rsa else None)
         assert backend.attributes(key.ref).attributes["CKA_ALLOWED_MECHANISMS"] == names
         proves(backend, key, alg)
-    # Nothing else is signed with it, whoever asks and however.
+    # The token itself refuses to use it with another mechanism.
     rs256 = backend.adopt("only RS256")
     with pytest.raises(UnsupportedAlgorithm, match="PS256"):
         backend.sign(rs256.ref, ALGORITHMS["PS256"], Message(b"x"), soon())
@@ -286,9 +286,9 @@ def restricted(hsm: SoftHsm) -> None:
     with pytest.raises(pkcs11.MechanismInvalid):
         private.sign(b"x", mechanism=Mechanism.SHA512_RSA_PKCS)
     assert private.sign(b"x", mechanism=Mechanism.SHA256_RSA_PKCS)
-    # A pair that may hash in the module alone is asked to.
+    # A pair that allows only mechanisms that hash in the module is used with one.
     proves(backend, backend.adopt("hashes"), "PS256")
-    # What was made without a restriction shows none.
+    # A pair that was made without a restriction shows none.
     assert backend.attributes(backend.adopt("good").ref).attributes["CKA_ALLOWED_MECHANISMS"] is None
 
 
@@ -297,7 +297,7 @@ def test_a_new_key_is_allowed_the_mechanisms_of_its_algorithm_alone(hsm: SoftHsm
 
 
 class Refusing:
-    """A session of a module that does not know CKA_ALLOWED_MECHANISMS: SoftHSM's, with that one answer changed."""
+    """SoftHSM's session, changed to refuse CKA_ALLOWED_MECHANISMS as a module does that does not know it."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -358,7 +358,7 @@ def two_tokens(hsm: SoftHsm) -> None:
         second.adopt(f"pkcs11:token={hsm.label};object=same%20label")
     with pytest.raises(BackendUnavailable, match="URI 'pkcs11:token=third'"):
         hsm.backend(token_label=None, uri="pkcs11:token=third").ping()
-    # One of two backends on a token ends, the other goes on.
+    # Closing one of two backends on a token leaves the other one working.
     second.close()
     proves(by_uri, twos, "ES256")
     proves(first, ones, "ES256")
@@ -406,7 +406,7 @@ def two_modules(hsm: SoftHsm, copy: str) -> None:
     first, second = hsm.backend(), copied.backend()
     assert first._connection().module is not second._connection().module
     made = first.generate("through one", ALGORITHMS["ES256"])
-    # The other module's own instance, its own login and sessions, the same token.
+    # The copy is a module of its own, with its own login and sessions, on the same token.
     assert second.adopt("through one") == made
     for backend in (first, second, first, second):
         proves(backend, made, "ES256")

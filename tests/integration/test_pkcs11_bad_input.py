@@ -1,4 +1,4 @@
-"""What a configuration or somebody else's hands can get wrong: each is an error that says what, and what to do next."""
+"""Mistakes in the configuration, the module or the token: each is an error with its cause and the next step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _folder(hsm: SoftHsm) -> Mapping[str, Any]:
 
 
 def _no_function_list(hsm: SoftHsm) -> Mapping[str, Any]:
-    """A module whose C_GetFunctionList fails: ours, without its control file."""
+    """A module whose C_GetFunctionList fails: the fault-injecting module without its control file."""
     faults = Faults.make(hsm.directory / "faults", hsm.module)
     faults.module.with_name("faults.so.control").unlink()
     return {"module": faults.module}
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[Callable[[SoftHsm], Mapping[str, Any]], type[BackendError
 
 def told(hsm: SoftHsm, options: Mapping[str, Any], kind: type[BackendError], detail: str, step: str) -> None:
     backend = hsm.backend(**options)
-    for _ in range(2):  # the second time it is the memory of the first
+    for _ in range(2):  # the second time the first failure is raised again
         with pytest.raises(kind) as caught:
             backend.ping()
         assert detail in caught.value.detail, caught.value.detail

@@ -1,4 +1,4 @@
-"""What somebody else's tool, OpenSC's pkcs11-tool, says about the keys we make."""
+"""The attributes of new keys, as OpenSC's pkcs11-tool reads them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_pkcs11_tool_shows_a_public_key_that_verifies_only(hsm: SoftHsm, refs: d
 
 
 def read_private_values(hsm: SoftHsm, refs: dict[str, KeyRef]) -> None:
-    """With python-pkcs11 as it comes and the PIN, as somebody who broke into the node would."""
+    """With plain python-pkcs11 and the PIN, as an intruder on the node would."""
     os.environ.update(hsm.environment)
     session = pkcs11.lib(str(hsm.module)).get_token(token_label=hsm.label).open(rw=True, user_pin=hsm.pin)
     for name, ref in refs.items():

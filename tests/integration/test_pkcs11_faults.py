@@ -1,4 +1,4 @@
-"""A module that hangs, crashes, loses its sessions or spoils its signatures: others go on, and it heals by itself."""
+"""A module that hangs, crashes, loses its sessions or corrupts signatures: other calls go on, and it recovers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import GeneratedKey, KeyRef, Message, stuck_in
-from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, errands
-from kms_jwks.backends.pkcs11 import backend as backend_module
+from kms_jwks.backends.base import GeneratedKey, KeyRef, Message
+from kms_jwks.backends.calling import Backends
+from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
 from kms_jwks.backends.pkcs11.locks import file_lock
 from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendTimeout, BackendUnavailable
 from tests.contract.suite import verify
@@ -42,13 +42,13 @@ def hsm(tmp_path: Path) -> SoftHsm:
 
 
 def sign(backend: Pkcs11Backend, key: GeneratedKey, seconds: float = 5.0) -> None:
-    """And see that the signature is good."""
+    """Sign and verify the signature."""
     message = Message(os.urandom(16))
     verify(ES256, dict(key.public_jwk), message, backend.sign(key.ref, ES256, message, time.monotonic() + seconds))
 
 
 def eventually(work: Callable[[], Any], seconds: float = 10.0) -> float:
-    """Until it does not fail any more; how long that took."""
+    """Repeat until it does not fail any more. Returns the seconds that took."""
     began = time.monotonic()
     while True:
         try:
@@ -68,12 +68,12 @@ def opened(hsm: SoftHsm, **options: Any) -> tuple[Faults, Pkcs11Backend, Generat
 
 
 def quiet(faults: Faults, backend: Pkcs11Backend) -> None:
-    """No session was lost on the way, and nothing was done that may not be."""
+    """No session was leaked, and no rule of PKCS#11 was broken."""
     assert faults.sessions == int(backend.ping().facts["sessions_of_process"])
     assert faults.violations == Violations.NONE
 
 
-# --- it hangs ---------------------------------------------------------------------------------------------------------
+# --- hanging ----------------------------------------------------------------------------------------------------------
 
 
 def started(faults: Faults, function: str, work: Callable[[], Any]) -> threading.Thread:
@@ -94,12 +94,12 @@ def hung_signature(hsm: SoftHsm) -> None:
     faults, backend, key = opened(hsm, sessions=1)
     faults.hang("C_Sign", last=1)
     thread = started(faults, "C_Sign", lambda: sign(backend, key))
-    # The only session is taken: others wait until their own deadline at most.
+    # The only session is in use: other calls wait until their own deadline at most.
     began = time.monotonic()
     with pytest.raises(BackendTimeout):
         sign(backend, key, 0.3)
     assert time.monotonic() - began < 1.5
-    # What does not come back is replaced, and everybody goes on.
+    # The stuck session is replaced, and other calls succeed.
     sign(backend, key)
     with ThreadPoolExecutor(4) as threads:
         for done in [threads.submit(sign, backend, key) for _ in range(100)]:
@@ -121,7 +121,7 @@ def hung_while_the_token_goes(hsm: SoftHsm) -> None:
     faults.hang("C_Sign", last=1)
     thread = started(faults, "C_Sign", lambda: sign(backend, key))
     hsm.tokens.rename(hsm.directory / "hidden")
-    # SoftHSM would have to be finalised, and must not be under a call that is inside: callers are told at once.
+    # SoftHSM would have to be finalised, which is not allowed while a call is inside: callers get an error at once.
     for _ in range(30):
         began = time.monotonic()
         with pytest.raises(BackendUnavailable):
@@ -181,31 +181,44 @@ def test_the_first_opening_is_waited_for_until_the_deadline(hsm: SoftHsm) -> Non
     in_child(hung_first_opening, hsm)
 
 
-def hung_errands(hsm: SoftHsm) -> None:
-    backend_module._READING = backend_module._MUTATING = 0.3  # type: ignore[misc]
-    errands._STUCK_AT_MOST = 3  # type: ignore[misc]
+def asked(backends: Backends, question: str, key: GeneratedKey, seconds: float = 0.3) -> Any:
+    return backends.ask("hsm", question, lambda backend: getattr(backend, question)(key.ref), seconds)
+
+
+def hung_questions(hsm: SoftHsm) -> None:
     faults, backend, key = opened(hsm, sessions=4)
+    backends = Backends({"hsm": backend}, default=None)
     faults.hang("C_GetAttributeValue")
-    for call in (backend.public_key, backend.attributes, backend.public_key):
+    for question in ("public_key", "attributes", "public_key"):
         with pytest.raises(BackendTimeout):
-            call(key.ref)
-    assert stuck_in(backend) == 3
+            asked(backends, question, key)
+    assert backends.stuck_in("hsm") == backends.stuck() == backends.counters("hsm")["stuck"] == 3
     began = time.monotonic()
-    with pytest.raises(BackendUnavailable, match="3 calls into the module do not come back"):
-        backend.public_key(key.ref)
+    with pytest.raises(BackendUnavailable, match="2 calls on this key have not returned"):
+        asked(backends, "public_key", key, 5.0)
     assert time.monotonic() - began < 0.3
     sign(backend, key)  # with a handle that was found before
     faults.clear()
-    eventually(lambda: backend.public_key(key.ref))
-    # A key that is made after nobody waits for it any more is taken back.
+    eventually(lambda: asked(backends, "public_key", key))
+    # A key that is made after its caller was answered is destroyed.
     faults.hang("C_GenerateKeyPair", last=1)
     with pytest.raises(BackendTimeout):
-        backend.generate("late", ES256)
+        backends.ask(
+            "hsm",
+            "generate",
+            lambda backend: backend.generate("late", ES256),
+            0.3,
+            undo=lambda backend, late: backend.destroy(late.ref),
+        )
     faults.clear()
-    backend_module._MUTATING = 10.0  # type: ignore[misc]
     eventually(lambda: _absent(backend, "late"))
-    assert stuck_in(backend) == 0
+    eventually(lambda: _returned(backends))
     quiet(faults, backend)
+
+
+def _returned(backends: Backends) -> None:
+    if backends.stuck_in("hsm"):
+        raise BackendUnavailable
 
 
 def _absent(backend: Pkcs11Backend, label: str) -> None:
@@ -215,7 +228,7 @@ def _absent(backend: Pkcs11Backend, label: str) -> None:
 
 
 def test_calls_other_than_signatures_are_answered_by_their_deadline(hsm: SoftHsm) -> None:
-    in_child(hung_errands, hsm)
+    in_child(hung_questions, hsm)
 
 
 def test_a_lock_that_the_file_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,18 +240,18 @@ def test_a_lock_that_the_file_system_refuses(tmp_path: Path, monkeypatch: pytest
         pytest.fail("it is not locked")
 
 
-def test_a_system_without_a_thread_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_a_thread_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", none_left)
-    made = errands.Errands()
+    backends = Backends({"hsm": SoftHsm(tmp_path, tmp_path / "no-such.so", "token").backend()}, default=None)
     with pytest.raises(BackendUnavailable, match="no thread"):
-        made.run(lambda: None, time.monotonic() + 5, doing="testing")
-    assert made.stuck == 0
+        backends.ask("hsm", "ping", lambda backend: backend.ping(), 5.0)
+    assert backends.stuck_in("hsm") == 0
 
 
-# --- it crashes, forgets, lies ----------------------------------------------------------------------------------------
+# --- crashes, lost sessions -------------------------------------------------------------------------------------------
 
 
 def make(hsm: SoftHsm) -> GeneratedKey:
@@ -276,7 +289,7 @@ def lost_sessions(hsm: SoftHsm) -> None:
         sign(backend, key)
     faults.lose_sessions()
     backend.destroy(backend.generate("another", ES256).ref)
-    # Under load too: every caller has its signature.
+    # Under load too every caller gets its signature.
     stop = threading.Event()
 
     def lose() -> None:
@@ -311,7 +324,7 @@ def spoilt_signatures(hsm: SoftHsm) -> None:
         sign(backend, key)
     faults.clear()
     sign(backend, key)
-    # One that is wrong inside is for the caller to find, who says so: that session signs no more.
+    # A wrong signature of the right length is found by the caller, which distrusts it: that session is closed.
     faults.flip(77, last=1)
     opened_before = faults.succeeded("C_OpenSession")
     with pytest.raises(InvalidSignature):
@@ -349,10 +362,10 @@ def token_gone(hsm: SoftHsm) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         answers = [one for done in [threads.submit(ask) for _ in range(8)] for one in done.result()]
-    # In-flight calls are answered at once: nobody waits for the one who looks whether it is back.
+    # Calls are answered at once: they do not wait for the thread that tries to reopen the token.
     assert max(answers) < 1.5
     assert len(answers) > 100
-    # And one looks at a time, with waits in between, not every caller.
+    # One thread at a time tries to reopen it, with pauses, and not every caller.
     assert faults.calls("C_Initialize") < 12
     faults.clear()
     assert eventually(lambda: sign(backend, key)) < 2
@@ -365,7 +378,7 @@ def test_a_token_that_is_gone_is_looked_for_by_one_while_all_are_answered(hsm: S
 
 
 def failing_under_load(hsm: SoftHsm) -> None:
-    """What goes on failing in a healthy token is not opened anew for each call: that would be a storm of logins."""
+    """A healthy token in which calls go on failing is not reopened for each call: each would make a login."""
     faults, backend, key = opened(hsm, sessions=2)
     logins = faults.calls("C_Login")
     faults.answer("C_Sign", CKR_DEVICE_REMOVED)
@@ -441,7 +454,7 @@ def test_a_login_that_fails_for_no_reason_is_tried_a_few_times(hsm: SoftHsm) -> 
     in_child(doubtful_login, hsm)
 
 
-# --- somebody else's hands --------------------------------------------------------------------------------------------
+# --- other programs ---------------------------------------------------------------------------------------------------
 
 
 def destroyed_behind_our_back(hsm: SoftHsm) -> None:

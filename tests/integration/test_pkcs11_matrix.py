@@ -34,14 +34,14 @@ VENDOR_DEFINED = 0x80000001
 ALL_CODES = (*CODES, VENDOR_DEFINED)
 CKR_USER_ALREADY_LOGGED_IN = 0x100
 SECONDS = 8.0
-"""More than any call may take here, with a machine that is busy."""
+"""No call may take longer here, on a busy machine."""
 
 
 class Bench:
     """One backend over the faulty module, in the process that runs the matrix."""
 
     def __init__(self, hsm: SoftHsm) -> None:
-        # What these wait for is another process, and there is none.
+        # These pauses are for other processes, and here there are none.
         opening._RETRY_PAUSES = (0.001,) * 5  # type: ignore[misc]
         opening._SHORT_RETRY_PAUSES = (0.001,)  # type: ignore[misc]
         connection._HEALTH_PAUSES = (0.0, 0.001)  # type: ignore[misc,assignment]
@@ -56,7 +56,7 @@ class Bench:
     def connection(self) -> Any:
         return self.backend._connection()
 
-    # --- uses: each ends with something that was looked at --------------------------------------------------------
+    # --- uses: each ends with a check of its result --------------------------------------------------------------
 
     def sign(self) -> None:
         message = Message(os.urandom(20))
@@ -76,7 +76,7 @@ class Bench:
             self.faults.clear()
             self.forgive()
             if made is None and self.backend.list_keys(label):
-                # It could not be destroyed while the module failed, and is when the next one is made.
+                # It could not be destroyed while the module failed; making the next key destroys it.
                 self.backend.destroy(self.backend.generate(next(self.labels), ES256).ref)
             left = [stored.ref for stored in self.backend.list_keys(label)]
             assert left == ([] if made is None else [made.ref]), f"left behind: {left}"
@@ -119,11 +119,11 @@ class Bench:
     # --- the faults -----------------------------------------------------------------------------------------------
 
     def arm(self) -> None:
-        """Set the fault of this cell; uses that prepare something with the module do so before."""
+        """Set the fault of this cell. A use that has to prepare something in the module calls it afterwards."""
         self._arm()
 
     def run(self, use: Callable[[Bench], None], arm: Callable[[], None]) -> BackendError | None:
-        """What the use ends as with the fault that `arm` sets."""
+        """The error that the use ends with under the fault that `arm` sets."""
         self._arm = arm
         self.forgive()
         if use in (Bench.sign, Bench.read, Bench.ping, Bench.generate):
@@ -148,13 +148,13 @@ class Bench:
         self.connection.close(time.monotonic() + 1)
 
     def forgive(self) -> None:
-        """As if the wait after a failure were over, and the connection older than a moment."""
+        """Skip the back-off after a failure, and make the connection count as an old one."""
         self.connection._retry_at = 0.0
         if self.connection.current is not None:
             self.connection.current.opened_at = 0.0
 
     def recovered(self) -> None:
-        """All is as before: first call, no session too many, nothing done that may not be."""
+        """The first call succeeds, no session was leaked, no rule of PKCS#11 was broken."""
         self.forgive()
         self.sign()
         self.read()
@@ -196,19 +196,19 @@ MORE_USES: list[tuple[str, Callable[[Bench], None]]] = [
     *((name, Bench.generate) for name in ("C_Sign", "C_GetSessionInfo", "C_GetTokenInfo")),
     *((name, Bench.destroy) for name in ("C_FindObjectsInit", "C_FindObjects", "C_FindObjectsFinal")),
 ]
-"""Functions that are called on several ways, for the full matrix."""
+"""Further uses of functions that are called in several ways."""
 
 HIDDEN = ("C_CloseSession", "C_Finalize")
-"""What they answer changes nothing for whoever wants a signature."""
+"""Their answers do not change the result of a use."""
 JUDGED_BY_HEALTH = ("C_GetSessionInfo", "C_GetTokenInfo")
-"""Whatever they answer, the token counts as gone."""
+"""Whatever they answer other than CKR_OK, the token counts as gone."""
 
 LIES = {("C_CloseSession", code) for code in (0xB0, 0xB3, 0x190)}
-"""That a session which is closed was closed before: whoever is told so believes it."""
+"""Answers that cannot be recognised as wrong: that a session was closed already."""
 
 
 def expected(function: str, code: int) -> set[type[BackendError] | None]:
-    """What a use may end as while the function goes on answering the code; None: it succeeds."""
+    """The errors that a use may end with while the function goes on answering the code; None: it succeeds."""
     if function in HIDDEN:
         return {None}
     if function == "C_Login":
@@ -234,7 +234,7 @@ def judges_the_pin(function: str, code: int) -> bool:
 
 
 def cell(bench: Bench, function: str, use: Callable[[Bench], None], code: int) -> Iterator[str]:
-    """What is wrong with one cell of the matrix."""
+    """The failures of one cell of the matrix."""
     for shape in ({"last": 1}, {"first": 2, "last": 2}, {}):
         logins = bench.faults.calls("C_Login")
 
@@ -246,7 +246,7 @@ def cell(bench: Bench, function: str, use: Callable[[Bench], None], code: int) -
             kind = None if ended is None else type(ended)
             allowed = expected(function, code)
             if shape:
-                # Once: mended within the call where that is possible.
+                # The fault occurs once: the call recovers where that is possible.
                 allowed = allowed | {None} if meaning_of(code).is_final or judges_the_pin(function, code) else {None}
                 if function == "C_Initialize":
                     allowed = {None, BackendUnavailable}
@@ -274,13 +274,13 @@ def start(hsm: SoftHsm) -> None:
 
 
 def column(function: str, use: Callable[[Bench], None], codes: list[int]) -> str:
-    """All that is wrong with one function; runs in the process that holds the module."""
+    """The failures of one function; runs in the process that has loaded the module."""
     (bench,) = _bench
     return "\n".join(wrong for code in codes for wrong in cell(bench, function, use, code))
 
 
 def used() -> set[str]:
-    """The functions that have been called in all that the backend offers."""
+    """The functions that all operations of the backend call."""
     (bench,) = _bench
     bench.run(Bench.load_and_sign, lambda: None)
     bench.run(Bench.destroy, lambda: None)
@@ -303,7 +303,7 @@ def test_the_matrix_has_a_row_for_every_function_that_is_called(process: Process
 
 
 def codes_for(row: int, function: str, others: int) -> list[int]:
-    """All with --long; else one of each meaning, and every so many'th of the others, different ones for each row."""
+    """All with --long; else one code of each meaning, and a share of the others that differs from row to row."""
     codes = [code for code in ALL_CODES if (function, code) not in LIES]
     if LONG:
         return codes

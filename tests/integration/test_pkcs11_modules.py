@@ -1,4 +1,4 @@
-"""Backends that differ from SoftHSM, played by SoftHSM with one answer changed; and the table of return values."""
+"""Modules that differ from SoftHSM, imitated by SoftHSM with one answer changed; and the table of return values."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def weak_keys(hsm: SoftHsm) -> None:
             backend.generate("weak", ES256)
     patch.undo()
     assert hsm_objects(backend) == 0
-    # Failures in the middle leave nothing either, and the label stays free.
+    # A failure in the middle leaves no object either, and the label stays free.
     for failure in (pkcs11.GeneralError(), pkcs11.AttributeTypeInvalid(), pkcs11.SessionHandleInvalid()):
         patch.setattr(generation, "read_jwk", fail_once(read_jwk, failure))
         try:
@@ -170,7 +170,7 @@ def test_a_key_that_is_not_as_asked_for_is_destroyed_and_refused(hsm: SoftHsm) -
 
 
 def failing_signatures(hsm: SoftHsm) -> None:
-    """Every return value that may come, once: it is mended within the call, or refused, and no session is lost."""
+    """Each return value once: the call recovers or is refused, and no session is lost."""
     backend = hsm.backend(sessions=2)
     key = backend.generate("here", ES256)
     sign(backend, key)

@@ -1,4 +1,4 @@
-"""A wrong PIN is tried once, by one process, until its source changes; and a PIN is told to nobody."""
+"""A wrong PIN is tried once, by one process, until its source changes; and no message or file holds a PIN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def hsm(tmp_path: Path) -> SoftHsm:
 
 
 def change_pin(hsm: SoftHsm, old: str, new: str) -> None:
-    """The token's, in a process of its own."""
+    """Change the token's PIN, in a process of its own."""
     backend = hsm.backend(lock_dir=hsm.directory / "other-locks", pin=PinSource.from_stdin(io.BytesIO(old.encode())))
     backend.ping()
     connection = backend._connection().current
@@ -35,7 +35,7 @@ def change_pin(hsm: SoftHsm, old: str, new: str) -> None:
 
 
 def refused(hsm: SoftHsm, pin: PinSource) -> str:
-    """The refusal, after a look that it says nothing it must not."""
+    """The detail of the refusal, which does not hold the PIN."""
     with pytest.raises(BackendRefused) as caught:
         hsm.backend(pin=pin).ping()
     assert caught.value.next_step
@@ -55,12 +55,12 @@ def test_a_wrong_pin_is_not_tried_again_until_its_file_changes(hsm: SoftHsm) -> 
     source = PinSource.from_file(file)
     assert "refused the PIN" in in_child(refused, hsm, source)
 
-    # Now the PIN in the file is the right one. A process that tried it would succeed: none does.
+    # The PIN in the file is right now. A process that tried it would succeed; no process tries it.
     in_child(change_pin, hsm, right, WRONG)
     for _ in range(3):
         assert "refused the PIN" in in_child(refused, hsm, source)
 
-    # The file is written again: it is tried again.
+    # The file is written again, so its PIN is tried again.
     time.sleep(0.01)
     file.write_text(WRONG)
     in_child(works, hsm, source)
@@ -85,7 +85,7 @@ def test_a_running_process_takes_the_mended_pin(hsm: SoftHsm) -> None:
 
 
 def attempts(hsm: SoftHsm, source: PinSource, rounds: int) -> int:
-    """How many C_Login this process made."""
+    """How many times this process called C_Login."""
     from kms_jwks.backends.pkcs11.module import Cryptoki
 
     count = 0

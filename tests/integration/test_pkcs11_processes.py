@@ -1,4 +1,4 @@
-"""Several processes at one token: starting at the same instant, and forked with the parent's module open."""
+"""Several processes on one token: started at the same instant, and forked while the parent has the module open."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_key(hsm: SoftHsm) -> GeneratedKey:
 
 
 def start_and_sign(hsm: SoftHsm, key: GeneratedKey, barrier: Barrier, rounds: int) -> None:
-    """Each round forks, so that many starts cost few interpreters; a fork of a clean parent is a clean start."""
+    """Each round forks, which is cheaper than a new interpreter; the parent has not loaded the module."""
     for _ in range(rounds):
         barrier.wait(60)
         child = os.fork()
@@ -76,7 +76,7 @@ def forked_with_an_open_token(hsm: SoftHsm) -> None:
             try:
                 signature = backend.sign(key.ref, ES256, message, time.monotonic() + 10)
                 verify(ES256, dict(key.public_jwk), message, signature)
-                # Its own sessions: the parent's are not used and, in the module started afresh, not there.
+                # The child uses its own sessions: the module was initialised again and does not have the parent's.
                 assert sessions_in_module(backend) == int(backend.ping().facts["sessions_of_process"])
                 assert len(backend._connections) == 2
                 backend.close()

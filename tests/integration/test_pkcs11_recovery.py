@@ -1,4 +1,4 @@
-"""The PKCS#11 backend when the token goes away, comes back, is another one, or never was: each in a fresh process."""
+"""The PKCS#11 backend when the token vanishes, returns, is another one, or never existed: each in a new process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sign(backend: Pkcs11Backend, key: GeneratedKey, seconds: float = 5.0) -> Non
 
 
 def eventually(do: Callable[[], None], seconds: float = 15.0) -> float:
-    """Repeat until it is no longer unavailable; how long that took, in seconds."""
+    """Repeat until it is no longer unavailable. Returns the seconds that took."""
     began = time.monotonic()
     while True:
         try:
@@ -72,7 +72,7 @@ def token_vanishes_and_returns(hsm: SoftHsm) -> None:
         hidden.rename(hsm.tokens)
         assert eventually(lambda: sign(backend, key)) < 8
     assert [stored.label for stored in backend.list_keys("")] == ["here"]
-    # The signing session, the login's, and the one that makes and destroys if it was used since.
+    # The signing session, the login's, and the one for making and destroying keys if it was used since.
     assert sessions_in_module(backend) == int(backend.ping().facts["sessions_of_process"]) <= 4
     backend.destroy(key.ref)
     with pytest.raises(BackendKeyNotFound):
@@ -219,7 +219,7 @@ def test_a_reference_to_another_token_is_refused(hsm: SoftHsm) -> None:
 
 
 def bound_by_the_registry(hsm: SoftHsm) -> None:
-    """As after a restart: the registry knows where the keys are, and nobody has seen the token yet."""
+    """As after a restart: the registry knows the keys' token, and this process has not opened it yet."""
     here = hsm.backend().generate("here", ES256).ref
     elsewhere = KeyRef.of(**{**here.as_dict(), "serial": "0123456789abcdef"})
     for opened_before in (False, True):
@@ -284,7 +284,7 @@ def serial_of(hsm: SoftHsm) -> str:
     return hsm.backend().ping().facts["token_serial"]
 
 
-# --- never was --------------------------------------------------------------------------------------------------------
+# --- no such token ----------------------------------------------------------------------------------------------------
 
 
 def no_module(hsm: SoftHsm) -> None:
@@ -300,7 +300,7 @@ def no_module(hsm: SoftHsm) -> None:
         hsm.backend(module=Path(libc)).ping()
     with pytest.raises(BackendUnavailable, match="no token with label 'nobody'"):
         hsm.backend(token_label="nobody").ping()
-    # It mends itself once the module is there.
+    # It recovers by itself once the module is there.
     (hsm.directory / "no-such.so").write_bytes(hsm.module.read_bytes())
     eventually(lambda: _answers(missing))
 

@@ -35,7 +35,7 @@ PASSING = ("ES256", "EdDSA", "ES384", "ES256", "RS256", "ES512")
 
 @dataclass(frozen=True)
 class Report:
-    """What one process did."""
+    """The counts of one process."""
 
     signatures: int
     sessions_open: int
@@ -72,7 +72,7 @@ def sign_all_the_time(hsm: SoftHsm, keys: dict[str, GeneratedKey], until: float)
 
 
 def make_and_destroy(hsm: SoftHsm, until: float) -> tuple[int, Report]:
-    """Keys of all kinds, two threads at it, signing in between; and a search for what must not be left."""
+    """Two threads make, use and destroy keys of all kinds; at the end no object is left."""
     backend = hsm.backend(sessions=2)
 
     def work(thread: int) -> int:
@@ -97,7 +97,7 @@ def make_and_destroy(hsm: SoftHsm, until: float) -> tuple[int, Report]:
 
 
 def start_again_and_again(hsm: SoftHsm, key: GeneratedKey, until: float) -> int:
-    """Workers that are restarted: each logs in anew, signs, and ends without a word."""
+    """Restarted workers: each logs in, signs, and ends without closing anything."""
     for starts in itertools.count(1):
         child = os.fork()
         if child == 0:
@@ -132,5 +132,5 @@ def test_signing_while_keys_come_and_go(tmp_path: Path) -> None:
     assert all(one.signatures > 0 for one in reports)
     assert made > 0
     for one in (*reports, report):
-        # Those that sign, the login's, and the one that makes and destroys.
+        # The signing sessions, the login's, and the one for making and destroying keys.
         assert one.sessions_open == one.sessions_known <= SESSIONS + 2

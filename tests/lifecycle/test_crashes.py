@@ -64,7 +64,7 @@ def nothing_is_lost(plant: Plant) -> int:
     assert len(refs) == len(held) == len(set(refs)), "one pair per version"
     assert set(refs) <= plant.backend.keys.keys()
     surplus = plant.backend.keys.keys() - set(refs)
-    assert {orphan.ref["id"] for orphan in find_orphans(store, plant.backends().by_name)} == surplus
+    assert {orphan.ref["id"] for orphan in find_orphans(store, plant.backends())} == surplus
     with store.registry_view() as tx:
         attempts = tx.intents()
     assert not [i for i in attempts if i.state is IntentState.STARTED]

@@ -360,7 +360,7 @@ class Histories(RuleBasedStateMachine):
         plant.settle(12)
         self.oracle.standby_everywhere()
         store = plant.nodes[0].store()
-        listed = {orphan.ref for orphan in find_orphans(store, plant.backends().by_name)}
+        listed = {orphan.ref for orphan in find_orphans(store, plant.backends())}
         held = [v for v in plant.versions() if v.ref is not None and v.state is not S.DESTROYED]
         refs = [str(v.ref["id"]) for v in held if v.ref is not None]
         hold(len(refs) == len(set(refs)), "two versions share a pair")

@@ -13,7 +13,7 @@ import structlog
 
 from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import MOST_LEFT_BEHIND, Message
+from kms_jwks.backends.base import MOST_LEFT_BEHIND, Backend, GeneratedKey, Message
 from kms_jwks.backends.calling import PATIENCE_IN_PLACE, Backends, CallLimits
 from kms_jwks.service import Service
 from kms_jwks.worker.snapshot import Signer
@@ -174,6 +174,68 @@ def test_a_question_is_asked_in_a_thread_that_can_be_lost(later: Callable[[float
     held.released.set()
     until(lambda: backends.stuck() == 0)
     assert backends.ask("memory", "ping", lambda b: b.ping()).description
+
+
+def test_unanswered_questions_count_among_the_calls_that_did_not_return(later: Callable[[float], None]) -> None:
+    """Each keeps a session of the module: with few sessions one is enough."""
+    backends, backend, _ = make(in_place=True, parallel=1)
+    held = HangingCalls(backend, "ping")
+    with pytest.raises(errors.BackendTimeout):
+        backends.ask("memory", "ping", lambda b: b.ping(), 0.05)
+    assert backends.stuck_in("memory") == 1
+    later(30)
+    assert backends.worn_out() is None
+    assert "1 calls have not come back" in (backends.worn_out() or "")
+    held.released.set()
+    until(lambda: backends.stuck() == 0)
+    assert backends.worn_out() is None
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_call_that_succeeds_after_its_caller_was_answered_is_undone(late: bool) -> None:
+    backends, backend, signer = make(in_place=True)
+    held = HangingCalls(backend, "generate")
+    if not late:
+        held.released.set()
+
+    def generate() -> GeneratedKey:
+        return backends.ask(
+            "memory",
+            "generate",
+            lambda b: b.generate("another", signer.alg),
+            0.2 if late else 20,
+            undo=lambda b, made: b.destroy(made.ref),
+        )
+
+    if late:
+        with pytest.raises(errors.BackendTimeout):
+            generate()
+        assert backends.stuck_in("memory") == held.hung == 1
+        with structlog.testing.capture_logs() as logs:
+            held.released.set()
+            until(lambda: backends.stuck_in("memory") == 0)
+        assert [line["event"] for line in logs] == ["late_call_undone"]
+        assert [stored.label for stored in backend.list_keys("")] == ["key"]
+    else:
+        assert backend.public_key(generate().ref)
+
+
+def test_a_call_that_fails_late_is_not_undone() -> None:
+    backends, backend, _ = make(in_place=True)
+    held = HangingCalls(backend, "ping")
+
+    def fail(b: Backend) -> None:
+        b.ping()
+        raise errors.BackendRefused("no")
+
+    undone: list[None] = []
+    with pytest.raises(errors.BackendTimeout):
+        backends.ask("memory", "fail", fail, 0.1, undo=lambda _, answer: undone.append(answer))
+    held.released.set()
+    until(lambda: backends.stuck() == 0)
+    with pytest.raises(errors.BackendRefused):
+        backends.ask("memory", "fail", fail, 20, undo=lambda _, answer: undone.append(answer))
+    assert undone == []
 
 
 @pytest.mark.parametrize("in_place", [True, False])

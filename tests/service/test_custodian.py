@@ -239,7 +239,7 @@ def test_an_attempt_whose_end_could_not_be_recorded_is_repeated_by_the_same_cust
     # The custodian could not know whether the first pair was recorded, so it kept it: it is surplus, and listed.
     left = surplus(quiet)
     assert len(left) == 1
-    assert left == {orphan.label for orphan in find_orphans(quiet.registry, {"memory": quiet.backend})}
+    assert left == {orphan.label for orphan in find_orphans(quiet.registry, quiet.backends())}
 
 
 def test_a_module_slower_than_the_lease_does_not_lose_it(quiet: World) -> None:

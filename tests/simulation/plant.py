@@ -11,13 +11,14 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import structlog
 
 from kms_jwks import model, wire, wiring
 from kms_jwks.access import Role
+from kms_jwks.backends.base import Backend
 from kms_jwks.backends.calling import Backends, CallLimits
 from kms_jwks.config import Settings
 from kms_jwks.custodian.leader_lease import Fenced, LeaderLease
@@ -33,6 +34,7 @@ from tests.memory_backend import MemoryBackend
 from tests.simulation.store import MemoryStore, Registry
 from tests.unit.builders import T0
 
+T = TypeVar("T")
 TICK = 0.25
 """Seconds between two rounds in which every live process gets its turn."""
 URL = "https://keys.example"
@@ -41,6 +43,21 @@ NOWHERE = Path("/nowhere")
 
 class Crash(BaseException):
     """Ends a process as kill -9 would."""
+
+
+class InPlace(Backends):
+    """Makes every call in the caller's thread: nothing here runs in another one."""
+
+    def ask(
+        self,
+        name: str,
+        what: str,
+        question: Callable[[Backend], T],
+        seconds: float = 0.0,
+        *,
+        undo: Callable[[Backend, T], object] | None = None,
+    ) -> T:
+        return question(self.get(name))
 
 
 class Bomb:
@@ -256,7 +273,7 @@ class Plant:
         self.round()
 
     def backends(self) -> Backends:
-        return Backends({"memory": self.backend}, default="memory", limits={"memory": CallLimits(timeout=5.0)})
+        return InPlace({"memory": self.backend}, default="memory", limits={"memory": CallLimits(timeout=5.0)})
 
     def make_store(self) -> MemoryStore:
         """One process's way to the registry."""

@@ -1,4 +1,4 @@
-"""ML-DSA as PKCS#11 v3.2 has it, as far as it shows without a module: rows, parameter sets, public mechanisms."""
+"""ML-DSA of PKCS#11 v3.2, as far as it can be tested without a module: rows, parameter sets, public keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PKCS#11 URIs: RFC 7512's own examples, what is refused, round trips, and what fits."""
+"""PKCS#11 URIs: the examples of RFC 7512, refusals, round trips, and comparison with tokens and modules."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_whatever_is_sent_is_read_or_refused(tail: str) -> None:
     assert parse(str(found)) == found
 
 
-# --- what fits --------------------------------------------------------------------------------------------------------
+# --- comparison -------------------------------------------------------------------------------------------------------
 
 SHOWN = {"token": "prod", "serial": "00ff", "model": "SoftHSM v2", "slot-id": "7", "library-version": "2.6"}
 

@@ -1,4 +1,4 @@
-"""Backends of other packages: what cannot be used is an error that names it, and foreign errors stay inside."""
+"""Backends of other packages: an unusable one is an error that names it, and its own exceptions are translated."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ Installer = Callable[..., None]
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installer:
-    """Puts a package with one entry point on the path, as pip would leave it."""
+    """Put a package with one entry point on the path, as pip would install it."""
 
     def put(source: str, *, kind: str = "toy", package: str = "toys", target: str | None = None) -> None:
         site = tmp_path / package
@@ -226,7 +226,7 @@ def test_foreign_errors_do_not_leave_it(installed: Installer, error: str) -> Non
 
 @pytest.mark.parametrize("error", ["ValueError", "AttributeError", "SystemExit"])
 def test_foreign_errors_on_the_way_to_an_answer_do_not_leave_it_either(installed: Installer, error: str) -> None:
-    """Of properties, and of a generator that is listed by somebody else."""
+    """Exceptions of properties, and of a generator."""
     installed(BARBED.replace("ERROR", f"{error}('{SECRET}')"))
     backend = made()
     sys.modules["toys"].Barbed.loaded = True

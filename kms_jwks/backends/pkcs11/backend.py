@@ -9,9 +9,18 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from kms_jwks.algorithms import DEFAULT_RSA_BITS, Algorithm
-from kms_jwks.backends.base import Digest, Evidence, GeneratedKey, Health, KeyRef, Message, PublicJwk, StoredKey
+from kms_jwks.backends.base import (
+    CallTimeouts,
+    Digest,
+    Evidence,
+    GeneratedKey,
+    Health,
+    KeyRef,
+    Message,
+    PublicJwk,
+    StoredKey,
+)
 from kms_jwks.backends.pkcs11 import generation, objects
-from kms_jwks.backends.pkcs11.errands import Errands
 from kms_jwks.backends.pkcs11.error_map import ConnectionLost
 from kms_jwks.backends.pkcs11.locks import file_lock, lock_path
 from kms_jwks.backends.pkcs11.mechanisms import supported_algorithms
@@ -33,6 +42,8 @@ _READING: Final = 10.0
 """Seconds that calls without a deadline of their own wait for locks, sessions and the opening of the token."""
 _MUTATING: Final = 60.0
 """The same for making and destroying keys: another process may be making an RSA key."""
+_GRACE: Final = 0.25
+"""Seconds after these in which a call that waited in vain can say itself what it waited for."""
 _LABEL_BYTES: Final = 40
 
 
@@ -52,7 +63,6 @@ class Pkcs11Backend:
         self.recovered_at = 0.0
         self._module_path = options.module
         self._opener = TokenOpener(options, lock_dir=lock_dir, pin=pin)
-        self._errands = Errands()
         self._unfinished: list[bytes] = []
         """CKA_IDs of pairs that were not finished and are not destroyed yet; used under the mutation lock."""
         self._bound_to: str | None = None
@@ -68,9 +78,12 @@ class Pkcs11Backend:
             self._connection().bind(serial)
 
     @property
-    def stuck(self) -> int:
-        """See `stuck_in`: each keeps its session, and one that makes or destroys a key the token's lock besides."""
-        return self._errands.stuck
+    def timeouts(self) -> CallTimeouts:
+        """See `timeouts_of`. A call that hangs in the module keeps its session.
+
+        One that makes or destroys a key keeps the token's mutation lock as well.
+        """
+        return CallTimeouts(read=_READING + _GRACE, change=_MUTATING + _GRACE)
 
     # --- signing and reading --------------------------------------------------------------------------------------
 
@@ -154,11 +167,7 @@ class Pkcs11Backend:
         elif rsa_bits is not None:
             raise BackendRefused(f"{alg.name} keys have no RSA modulus.")
         request = generation.KeyRequest(label, alg, rsa_bits)
-        return self._mutate(
-            "generating a key",
-            lambda pooled: generation.generate(pooled, request, self._unfinished),
-            undo=lambda late: self.destroy(late.ref),
-        )
+        return self._mutate("generating a key", lambda pooled: generation.generate(pooled, request, self._unfinished))
 
     def destroy(self, ref: KeyRef) -> None:
         """See `Backend.destroy`. Both halves are gone, and were searched for again, when this returns."""
@@ -198,16 +207,11 @@ class Pkcs11Backend:
         self.recovered_at = at
 
     def _read(self, doing: str, work: Callable[[PooledSession], T]) -> T:
-        connection, deadline = self._connection(), time.monotonic() + _READING
-        return self._errands.run(lambda: connection.run(work, deadline, doing=doing), deadline, doing=doing)
+        return self._connection().run(work, time.monotonic() + _READING, doing=doing)
 
-    def _mutate(self, doing: str, work: Callable[[PooledSession], T], undo: Callable[[T], None] | None = None) -> T:
-        deadline = time.monotonic() + _MUTATING
-        return self._errands.run(lambda: self._mutate_locked(doing, work, deadline), deadline, doing=doing, undo=undo)
-
-    def _mutate_locked(self, doing: str, work: Callable[[PooledSession], T], deadline: float) -> T:
+    def _mutate(self, doing: str, work: Callable[[PooledSession], T]) -> T:
         """One mutation at a time per token, over all threads and processes: beside readers SoftHSM fails otherwise."""
-        connection = self._connection()
+        connection, deadline = self._connection(), time.monotonic() + _MUTATING
         serial = connection.run(lambda pooled: pooled.connection.serial, deadline, doing=doing)
         with file_lock(lock_path(self._opener.lock_dir, "mutate", serial), deadline):
             return connection.run(work, deadline, doing=doing, pool=lambda current: current.mutating)
