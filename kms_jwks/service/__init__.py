@@ -13,7 +13,6 @@ from kms_jwks.config import Settings
 from kms_jwks.service.clients import Clients
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control
-from kms_jwks.service.documents import Documents
 from kms_jwks.service.external_keys import ExternalKeys
 from kms_jwks.service.guard import Guard
 from kms_jwks.service.key_sets import KeySets
@@ -21,7 +20,7 @@ from kms_jwks.service.keys import Keys
 from kms_jwks.service.operation import Operation
 from kms_jwks.service.revocation import Revocation
 from kms_jwks.service.signing import Signing
-from kms_jwks.service.token_verification import TokenVerification
+from kms_jwks.service.verifiers import Verifiers
 from kms_jwks.service.versions import Versions
 from kms_jwks.store import Store
 from kms_jwks.worker.clocks import DatabaseClock, boot_clock
@@ -65,8 +64,7 @@ class Service:
         )
         control = Control(store, guard, self.confirmation, backends, settings.public_url)
         self.signing = Signing(self.sync, guard, backends)
-        self.token_verification = TokenVerification(self.sync, guard)
-        self.documents = Documents(
+        self.verifiers = Verifiers(
             self.sync, guard, public_url=settings.public_url, default_key_set=settings.default_key_set
         )
         self.key_sets = KeySets(control)

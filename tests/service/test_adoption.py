@@ -14,7 +14,7 @@ from kms_jwks.access import Role
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
 from kms_jwks.model import DAY, Origin, VersionState
-from kms_jwks.service.adoption import GIVEN
+from kms_jwks.service.adoption import PUBLIC_KEY_GIVEN
 from kms_jwks.service.context import RequestContext
 from kms_jwks.timeline import later
 from kms_jwks.times import to_datetime
@@ -194,11 +194,11 @@ def test_without_a_public_half_one_has_to_be_given_and_accepted(world: World) ->
         world.create(keys=[adopt(world, accept=True)])
     with pytest.raises(errors.AdoptionRefused) as refusal:
         world.create(keys=[adopt(world, public_key=dict(pair.public_jwk))])
-    assert refusal.value.fields["weaknesses"] == [GIVEN]
+    assert refusal.value.fields["weaknesses"] == [PUBLIC_KEY_GIVEN]
 
     pem = jose.to_pem(pair.public_jwk)
     (key,) = world.create(keys=[adopt(world, accept=True, public_key=pem)]).keys
-    assert key.versions[0].weaknesses == [GIVEN]
+    assert key.versions[0].weaknesses == [PUBLIC_KEY_GIVEN]
     world.sign()
 
 
@@ -297,7 +297,7 @@ def test_a_pair_that_was_made_here_is_not_adopted(world: World) -> None:
 def test_a_revoked_version_does_not_come_back(world: World) -> None:
     foreign(world)
     world.create(keys=[adopt(world)])
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises(errors.KeyTaken):
         create_version(world, kid="under another name")
 
@@ -400,7 +400,9 @@ def test_a_revoked_adopted_pair_stays_in_its_module_too(world: World) -> None:
     foreign(world)
     world.create(keys=[adopt(world)])
     world.standby()
-    done = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="test"))
+    done = world.service.revocation.revoke_version(
+        world.admin, "main", "default", "1", wire.RevokeRequest(reason="test")
+    )
     assert (done.version.state, done.version.destroy_at) == ("revoked", None)
     assert done.successor is not None
 

@@ -54,7 +54,7 @@ def test_i1_yields_to_a_reason_and_keeps_it(world: World, step: Callable[..., An
     assert world.sign().kid == standby.kid != first
     (breach,) = world.service.versions.get(world.admin, "main", "default", "2").breaches
     assert (breach.invariant, breach.reason, breach.who) == ("I1", WHY, "keeper")
-    world.service.versions.revoke(world.admin, "main", "default", "2", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "2", wire.RevokeRequest())
     world.advance(40 * DAY)
     gone = world.until(lambda: world.version(2) if world.version(2).state is S.DESTROYED else None)
     assert gone is not None

@@ -143,7 +143,7 @@ def test_a_destruction_can_be_taken_back(world: World) -> None:
 
 def test_a_destruction_date_leaves_a_week(world: World) -> None:
     world.create()
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     soon = wire.convert({"destroy_at": "2026-01-01T00:00:00Z"}, wire.DestroyRequest)
     with pytest.raises(errors.InvalidField, match="destroy_at"):
         world.service.versions.destroy(world.admin, "main", "default", "1", soon)
@@ -177,7 +177,9 @@ def test_a_revoked_version_is_gone_at_once_and_the_standby_signs(two_workers: Wo
     world = two_workers
     first = world.create().keys[0].active_kid
     standby = world.standby()
-    answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="it leaked"))
+    answer = world.service.revocation.revoke_version(
+        world.admin, "main", "default", "1", wire.RevokeRequest(reason="it leaked")
+    )
     for worker in world.workers:
         assert world.sign(worker=worker).kid == standby.kid
         assert first not in world.kids(worker)
@@ -192,9 +194,9 @@ def test_a_revoked_version_is_gone_at_once_and_the_standby_signs(two_workers: Wo
 def test_a_revocation_without_a_standby_stops_signing_until_one_is_visible(world: World) -> None:
     world.create()
     world.standby()
-    world.service.versions.revoke(world.admin, "main", "default", "2", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "2", wire.RevokeRequest())
     world.backend.fail = errors.BackendUnavailable("away")
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises((errors.NoActiveVersion, errors.BackendUnavailable)):
         world.sign()
     world.backend.fail = None
@@ -207,9 +209,13 @@ def test_a_revocation_without_a_standby_stops_signing_until_one_is_visible(world
 def test_a_revocation_can_be_repeated_by_who_lost_its_answer(world: World) -> None:
     world.create()
     world.standby()
-    first = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="once"))
+    first = world.service.revocation.revoke_version(
+        world.admin, "main", "default", "1", wire.RevokeRequest(reason="once")
+    )
     active = [v.number for v in world.versions() if v.state is S.ACTIVE]
-    again = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="twice"))
+    again = world.service.revocation.revoke_version(
+        world.admin, "main", "default", "1", wire.RevokeRequest(reason="twice")
+    )
     assert again.version == first.version
     assert (again.successor, again.unconfirmed) == (None, [])
     assert [v.number for v in world.versions() if v.state is S.ACTIVE] == active
@@ -291,11 +297,11 @@ def test_an_emergency_takes_a_standby_that_is_not_visible_yet(world: World) -> N
     world.standby()
     silent = world.worker()
     silent.sync.poll()
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     young = world.until(lambda: next((v for v in world.versions() if v.number == 3 and v.state is S.PUBLISHED), None))
     assert young is not None
     assert young.visible_since is None, "a silent worker keeps it from being visible"
-    answer = world.service.versions.revoke(world.admin, "main", "default", "2", wire.RevokeRequest())
+    answer = world.service.revocation.revoke_version(world.admin, "main", "default", "2", wire.RevokeRequest())
     assert answer.successor is not None
     assert (answer.successor.number, answer.successor.breaches[0].invariant) == (3, "I1")
     assert world.sign().kid == young.kid
@@ -340,7 +346,7 @@ def test_a_document_that_is_full_takes_no_more(world: World) -> None:
 def test_a_destruction_put_off_while_the_module_is_away_waits_for_its_new_date(world: World) -> None:
     world.create()
     world.standby()
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     world.until(lambda: any(v.number == 3 and v.state is S.PUBLISHED for v in world.versions()))
     world.backend.fail = errors.BackendUnavailable("away")
     world.advance(31 * DAY)

@@ -214,7 +214,9 @@ def test_an_emptied_document_stays(world: World, site: Site) -> None:
     world.until(lambda: any(v.alg == "ML-DSA-65" and v.kid for v in world.versions()))
     for version in world.versions():
         if version.alg == "ML-DSA-65" and version.state is not VersionState.CREATING:
-            world.service.versions.revoke(world.admin, "main", "pq", str(version.number), wire.RevokeRequest())
+            world.service.revocation.revoke_version(
+                world.admin, "main", "pq", str(version.number), wire.RevokeRequest()
+            )
     world.until(lambda: site.get(PQ).kids == [])
     assert site.get(PQ).body == b'{"keys":[]}'
 

@@ -25,12 +25,13 @@ from kms_jwks.errors import Error
 from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
 from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.context import RequestContext
-from kms_jwks.service.control import CUSTODIAN_WAIT, Control, _settled
+from kms_jwks.service.control import CUSTODIAN_WAIT, Control, is_settled
 from kms_jwks.service.external_keys import ExternalKeys
 from kms_jwks.service.guard import Guard
 from kms_jwks.service.key_sets import KeySets
 from kms_jwks.service.keys import Keys
 from kms_jwks.service.operation import Operation
+from kms_jwks.service.revocation import Revocation
 from kms_jwks.service.signing import Signing
 from kms_jwks.service.versions import Versions
 from kms_jwks.worker.clocks import DatabaseClock
@@ -152,7 +153,7 @@ class SimControl(Control):
         while plant.now < end:
             with self.store.read() as tx:
                 versions = [v for v in (tx.version(i) for i in ids) if v is not None]
-                if all(_settled(tx, v) for v in versions):
+                if all(is_settled(tx, v) for v in versions):
                     return True
             plant.round()
         return False
@@ -186,7 +187,7 @@ class SimWorker:
         self.store = store
         self.signing = Signing(self.sync, guard, backends)
         self.key_sets, self.keys, self.versions = KeySets(control), Keys(control), Versions(control)
-        self.external_keys = ExternalKeys(control)
+        self.external_keys, self.revocation = ExternalKeys(control), Revocation(control)
         self.operation = Operation(control, self.sync, RestartLimit(NOWHERE, 1))
 
     @property
