@@ -12,7 +12,6 @@ from kms_jwks import errors, wire
 from kms_jwks.access import Permission, Scope
 from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.calling import Backends
-from kms_jwks.custodian import transitions
 from kms_jwks.model import Epoch, Id, Instant, Key, KeyVersion, VersionState, name_error
 from kms_jwks.service import views
 from kms_jwks.service.context import RequestContext
@@ -95,21 +94,6 @@ class Control:
         if not request.reason.strip():
             raise errors.InvalidField("reason: breaking the glass needs one", fields={"field": "reason"})
         return request.reason
-
-    def activate(self, tx: WriteTx, found: Entered, version: KeyVersion, break_glass_reason: str | None) -> KeyVersion:
-        """Let `version` sign for its key; the reason overrides I1, and is recorded where I1 does not hold yet.
-
-        Raises NotYetUsable, TransitionRefused, RotationInProgress.
-        """
-        return transitions.activate(
-            tx,
-            found.key_set,
-            found.key,
-            version,
-            lease=self.confirmation.lease(tx),
-            breach=break_glass_reason if transitions.is_early(tx, found.key, version) else None,
-            who=found.caller.client,
-        )
 
 
 def is_settled(tx: ReadTx, version: KeyVersion) -> bool:

@@ -18,7 +18,7 @@ from kms_jwks.model import Access, Id, Instant, Key, KeySet, KeyVersion, Policy,
 from kms_jwks.service import adoption
 from kms_jwks.service.adoption import Candidate
 from kms_jwks.service.control import Control, check_name, find_algorithm, read_instant
-from kms_jwks.store import ReadTx, WriteTx
+from kms_jwks.store import WriteTx
 
 T = TypeVar("T", Policy, SigningProfile)
 
@@ -131,7 +131,7 @@ def add_key(
     )
     check_policy(key.policy, key_set, control.confirmation.lease(tx))
     check_profile(key)
-    check_compatible_algorithms(tx, key_set, key.alg)
+    document_limits.check_compatible_algorithms(tx, key_set, key.alg)
     document_limits.require_room(tx, key_set, key.alg, more_keys=1)
     tx.add(key)
     if candidate is None:
@@ -192,18 +192,4 @@ def check_profile(key: Key) -> None:
     if lifetime < 1 or (lifetime > most and lifetime != SigningProfile().default_lifetime):
         raise errors.PolicyRefused(
             f"default_lifetime {lifetime} is outside 1 to max_token_ttl {most}.", fields={"limit": most}
-        )
-
-
-def check_compatible_algorithms(tx: ReadTx, key_set: KeySet, alg: str) -> None:
-    """Raise LimitReached where verifiers that do not know one key's algorithm would reject the whole set (I5)."""
-    row = ALGORITHMS[alg]
-    others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id)]
-    others += [ALGORITHMS[e.alg] for e in tx.external_keys(key_set.id)]
-    # Algorithms of the other document (JWKS or post-quantum JWKS) do not count.
-    conflicting = [o for o in others if o.is_post_quantum is row.is_post_quantum and o.exclusive != row.exclusive]
-    if conflicting:
-        raise errors.LimitReached(
-            f"{alg} and {conflicting[0].name} cannot share a key set: "
-            "widespread verifiers reject a whole set over one key they do not know."
         )

@@ -14,7 +14,6 @@ from kms_jwks.model import ExternalKey, Id, KeySet, VersionState, new_id
 from kms_jwks.service import views
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, find_algorithm, read_instant
-from kms_jwks.service.definitions import check_compatible_algorithms
 from kms_jwks.store import ReadTx
 
 
@@ -48,7 +47,7 @@ class ExternalKeys:
                 raise errors.InvalidField("remove_at: lies in the past", fields={"field": "remove_at"})
             jwk = jose.check_public_jwk(_read_jwk(request), alg)
             _require_not_revoked(tx, jwk)
-            check_compatible_algorithms(tx, found.key_set, alg.name)
+            document_limits.check_compatible_algorithms(tx, found.key_set, alg.name)
             document_limits.require_room(tx, found.key_set, alg.name, more_externals=1)
             value = ExternalKey(
                 id=new_id(),

@@ -111,7 +111,15 @@ class Keys:
             standby = timeline.choose_standby(versions, found.key.policy)
             if standby is None:
                 raise errors.NoStandby(f"Key {key!r} has no published standby version.")
-            control.activate(tx, found, standby, control.check_break_glass(context, found, request))
+            transitions.activate(
+                tx,
+                found.key_set,
+                found.key,
+                standby,
+                lease=control.confirmation.lease(tx),
+                breach=control.check_break_glass(context, found, request),
+                who=found.caller.client,
+            )
             return views.key(tx, found.key_set, found.key)
 
     def disable(self, context: RequestContext, key_set: str, key: str) -> wire.Key:

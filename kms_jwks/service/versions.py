@@ -131,7 +131,15 @@ class Versions:
             found = control.guard.enter_key(tx, context, Permission.VERSION_ACTIVATE, key_set, key)
             require_enabled(found.key)
             reason = control.check_break_glass(context, found, request or wire.ActivateRequest())
-            value = control.activate(tx, found, find_version(tx, found.key, version), reason)
+            value = transitions.activate(
+                tx,
+                found.key_set,
+                found.key,
+                find_version(tx, found.key, version),
+                lease=control.confirmation.lease(tx),
+                breach=reason,
+                who=found.caller.client,
+            )
             return views.version(tx, found.key, value)
 
     def retire(
