@@ -25,7 +25,7 @@ from kms_jwks.store import ReadTx, WriteTx
 
 PUBLIC_KEY_GIVEN: Final = "its public key was given to us, not read from the module"
 """The weakness of a key whose module does not hold the public half."""
-_FIND_KEY: Final = "See how the key is called in its module, and whether it is in this backend's."
+_FIND_KEY: Final = "Check the label or id of the key in its module, and that this backend uses that module."
 _TRIAL: Final = b"\0kms-jwks: a trial signature\0"
 """Starts the input of every trial signature. A JWS signing input holds no zero byte, so the signature fits no token."""
 _TRIAL_SECONDS: Final = 5.0
@@ -68,7 +68,7 @@ def _examine(
     weaknesses = (*evidence.weaknesses, *((PUBLIC_KEY_GIVEN,) if is_given else ()))
     if weaknesses and not wanted.accept:
         raise errors.AdoptionRefused(
-            f"By what the module says of the key, {', '.join(weaknesses)}.", fields={"weaknesses": list(weaknesses)}
+            f"By the module's attributes of the key, {', '.join(weaknesses)}.", fields={"weaknesses": list(weaknesses)}
         )
     _make_trial_signature(backend, alg, found.ref, jwk)
     return Candidate(
@@ -126,12 +126,12 @@ def _require_new(tx: ReadTx, candidate: Candidate) -> None:
         same_key = version.public_jwk is not None and dict(version.public_jwk) == dict(candidate.public_jwk)
         if same_key or (version.backend == candidate.backend and version.ref == ref):
             raise errors.KeyTaken(
-                f"The key pair is a key version already, with kid {version.kid}.", fields={"kid": version.kid}
+                f"The key pair is or was a key version, with kid {version.kid}.", fields={"kid": version.kid}
             )
     for external in tx.external_keys():
         if external.kid == candidate.kid:
             raise errors.KidTaken(
-                "The kid is that of an external key, and a kid stays with what it was first given to.",
+                "The kid belongs to an external key, and no kid is ever given to a second key.",
                 next_step="Adopt the key under another kid. Until the external key is removed, its tokens verify with "
                 "that one.",
             )
@@ -174,7 +174,7 @@ def _check_public_key(alg: Algorithm, found: GeneratedKey, rsa_bits: int | None)
         raise errors.AdoptionRefused(error.detail, next_step=step, fields={"weaknesses": []}) from None
     if alg.is_rsa and _modulus_bits(jwk) not in (alg.rsa_bits if rsa_bits is None else (rsa_bits,)):
         raise errors.AdoptionRefused(
-            f"The key has {_modulus_bits(jwk)} bits, which does not fit {alg.name} here.",
+            f"The key has {_modulus_bits(jwk)} bits, which is not a modulus size of this key with {alg.name}.",
             next_step=step,
             fields={"weaknesses": []},
         )
@@ -189,7 +189,7 @@ def _make_trial_signature(backend: Backend, alg: Algorithm, ref: KeyRef, jwk: Ma
     except errors.TokenSignatureInvalid:
         raise errors.AdoptionRefused(
             "What the private key signed does not verify with the public key.",
-            next_step="See which public key belongs to it; two pairs may share a label or a CKA_ID.",
+            next_step="Check which public key belongs to it; two pairs may share a label or a CKA_ID.",
             fields={"weaknesses": []},
         ) from None
 
@@ -203,5 +203,5 @@ def _check_kid(kid: str) -> str:
         raise errors.InvalidField("kid: it holds characters that cannot be printed", fields={"field": "adopt.kid"})
     if looks_like_number(kid):
         # A request names a version by its number or its kid: in an emergency it would revoke the wrong version.
-        raise errors.InvalidField("kid: it would pass for the number of a version", fields={"field": "adopt.kid"})
+        raise errors.InvalidField("kid: it could be read as the number of a version", fields={"field": "adopt.kid"})
     return kid

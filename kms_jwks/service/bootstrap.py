@@ -9,7 +9,7 @@ from kms_jwks import authn, errors, wire
 from kms_jwks.access import Role
 from kms_jwks.backends.calling import Backends
 from kms_jwks.config import Settings
-from kms_jwks.model import DAY, DEFAULT_API_TOKEN_LIFETIME, Client, Id
+from kms_jwks.model import DAY, DEFAULT_API_TOKEN_LIFETIME, MAX_NAME, Client, Id
 from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.control import Control
 from kms_jwks.service.definitions import add_key_set
@@ -19,6 +19,9 @@ from kms_jwks.timeline import later
 from kms_jwks.worker.confirmation import Confirmation
 
 ADMIN = "admin-bootstrap"
+"""The client whose token `initialise` writes."""
+_KEY = "default"
+"""The key of the key set that `initialise` creates."""
 
 
 def initialise(
@@ -58,14 +61,14 @@ def initialise(
         if key_set is not None:
             found = tx.key_set(key_set)
             if found is None:
-                request = wire.KeySetCreate(name=key_set, keys=[wire.KeyCreate(name="default", alg=alg)])
+                request = wire.KeySetCreate(name=key_set, keys=[wire.KeyCreate(name=_KEY, alg=alg)])
                 found, _ = add_key_set(tx, control, request)
-                report.append(f"key set {key_set!r} with key 'default' ({alg}): created")
+                report.append(f"key set {key_set!r} with key {_KEY!r} ({alg}): created")
             else:
                 report.append(f"key set {key_set!r}: reused (issuer {found.issuer})")
-            key = tx.key(found.id, "default")
+            key = tx.key(found.id, _KEY)
             if signer_token_file is not None:
-                name = f"signer-{key_set}"[:63]
+                name = f"signer-{key_set}"[:MAX_NAME]
                 report.append(
                     _ensure_token_file(tx, name, Role.SIGNER, found.id, key.id if key else None, signer_token_file)
                 )

@@ -92,7 +92,7 @@ class Control:
             return None
         self.guard.require(context, Permission.BREAK_GLASS, Scope(found.key_set.id, found.key.id))
         if not request.reason.strip():
-            raise errors.InvalidField("reason: breaking the glass needs one", fields={"field": "reason"})
+            raise errors.InvalidField("reason: break_glass needs one", fields={"field": "reason"})
         return request.reason
 
 

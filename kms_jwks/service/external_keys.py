@@ -84,7 +84,7 @@ def _require_not_revoked(tx: ReadTx, jwk: Mapping[str, str]) -> None:
     for version in tx.versions(states={VersionState.REVOKED, VersionState.DESTROYED}):
         if version.revoked_at is not None and dict(version.public_jwk or {}) == dict(jwk):
             raise errors.KeyTaken(
-                f"The key is a version that was revoked, with kid {version.kid}.",
+                f"The public key is that of a revoked version, with kid {version.kid}.",
                 next_step="Publish another key: this one may be in the wrong hands.",
                 fields={"kid": version.kid},
             )

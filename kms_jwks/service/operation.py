@@ -13,7 +13,7 @@ from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control
 from kms_jwks.times import optional, to_datetime
 from kms_jwks.worker.restart_limit import RestartLimit
-from kms_jwks.worker.sync import RegistrySync
+from kms_jwks.worker.sync import OVERDUE, RegistrySync
 
 _PROBE_EVERY = 1.0
 """Seconds for which a backend's state is remembered: readiness needs no credentials and must not load the module."""
@@ -97,7 +97,8 @@ class Operation:
             serving = wire.Dependency(name="jwks", state=error.code, detail=error.detail)
         overdue = self._sync.overdue()
         if overdue:
-            registry = wire.Dependency(name="registry", state="unconfirmed", detail="no epoch confirmed for 15 minutes")
+            detail = f"no epoch confirmed for {OVERDUE // (60 * SECOND)} minutes"
+            registry = wire.Dependency(name="registry", state="unconfirmed", detail=detail)
         failing = serving.state != "ok" or overdue
         return wire.Readiness(status="failing" if failing else "ok", dependencies=[serving, registry])
 

@@ -63,8 +63,8 @@ def _has_post_quantum(tx: ReadTx, value: KeySet) -> bool:
 
 
 def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
-    """A key with the versions whose pair is not destroyed."""
-    versions = tx.versions(key_id=value.id)
+    """A key with the versions that are not destroyed; a version adopted in spite of a weakness adds a warning."""
+    versions = [v for v in tx.versions(key_id=value.id) if v.state is not VersionState.DESTROYED]
     active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
     p = value.policy
     return wire.Key(
@@ -92,21 +92,15 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
             typ=value.profile.typ,
             default_lifetime=min(value.profile.default_lifetime, p.max_token_ttl),
         ),
-        warnings=[*timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime), *weakness_warnings(versions)],
+        warnings=[
+            *timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime),
+            *(f"version {v.number} was adopted although {', '.join(v.weaknesses)}" for v in versions if v.weaknesses),
+        ],
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
-        versions=[version(tx, value, v) for v in versions if v.state is not VersionState.DESTROYED],
+        versions=[version(tx, value, v) for v in versions],
     )
-
-
-def weakness_warnings(versions: Sequence[KeyVersion]) -> list[str]:
-    """A warning for each adopted version that is weaker than one made here, until it is destroyed."""
-    return [
-        f"version {v.number} was adopted although {', '.join(v.weaknesses)}"
-        for v in versions
-        if v.weaknesses and v.state is not VersionState.DESTROYED
-    ]
 
 
 def checks(report: timeline.SafetyReport) -> list[wire.SafetyCheck]:

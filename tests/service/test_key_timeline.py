@@ -19,7 +19,7 @@ def states(found: wire.TimelineVersion) -> list[str]:
     return [span.state for span in found.spans]
 
 
-def test_a_rotation_as_it_was_and_as_it_goes_on(world: World) -> None:
+def test_a_rotation_with_its_recorded_and_its_planned_part(world: World) -> None:
     world.create(keys=[{"name": "default", "alg": "ES256"}, {"name": "second", "alg": "ES256"}])
     world.until(lambda: sum(v.state is S.PUBLISHED and v.visible_since is not None for v in world.versions()) == 2)
     world.advance(DAY + 1)
@@ -72,7 +72,7 @@ def test_a_planned_activation_retires_the_one_that_signs() -> None:
     ]
 
 
-def test_only_who_may_read_the_key(world: World) -> None:
+def test_a_timeline_needs_the_right_to_read_the_key(world: World) -> None:
     world.create()
     with pytest.raises(errors.Forbidden):
         world.service.keys.timeline(world.client("none", Role.VERIFIER), "main", "default")
