@@ -131,9 +131,9 @@ def _require_new(tx: ReadTx, candidate: Candidate) -> None:
     for external in tx.external_keys():
         if external.kid == candidate.kid:
             raise errors.KidTaken(
-                "The kid belongs to an external key, and no kid is ever given to a second key.",
-                next_step="Adopt the key under another kid. Until the external key is removed, its tokens verify with "
-                "that one.",
+                "The kid belongs to an external key; a version needs a kid of its own.",
+                next_step="Adopt the key under another kid. Tokens with the old kid verify with the external key until "
+                "that is removed.",
             )
 
 
@@ -172,9 +172,10 @@ def _check_public_key(alg: Algorithm, found: GeneratedKey, rsa_bits: int | None)
         jwk = jose.check_public_jwk(found.public_jwk, alg)
     except errors.InvalidJwk as error:
         raise errors.AdoptionRefused(error.detail, next_step=step, fields={"weaknesses": []}) from None
-    if alg.is_rsa and _modulus_bits(jwk) not in (alg.rsa_bits if rsa_bits is None else (rsa_bits,)):
+    allowed = alg.rsa_bits if rsa_bits is None else (rsa_bits,)
+    if alg.is_rsa and _modulus_bits(jwk) not in allowed:
         raise errors.AdoptionRefused(
-            f"The key has {_modulus_bits(jwk)} bits, which is not a modulus size of this key with {alg.name}.",
+            f"The modulus has {_modulus_bits(jwk)} bits; allowed are {', '.join(map(str, allowed))}.",
             next_step=step,
             fields={"weaknesses": []},
         )

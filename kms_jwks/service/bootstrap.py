@@ -15,7 +15,7 @@ from kms_jwks.service.control import Control
 from kms_jwks.service.definitions import add_key_set
 from kms_jwks.service.guard import Guard
 from kms_jwks.store import Store, WriteTx
-from kms_jwks.timeline import later
+from kms_jwks.times import later
 from kms_jwks.worker.confirmation import Confirmation
 
 ADMIN = "admin-bootstrap"

@@ -8,12 +8,12 @@ from msgspec import UNSET
 
 from kms_jwks import authn, errors, wire
 from kms_jwks.access import Permission, Role
-from kms_jwks.model import SECOND, ApiToken, Client, Grant, Id, Instant, new_id
+from kms_jwks.model import ApiToken, Client, Grant, Id, new_id
 from kms_jwks.service import views
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, check_name
 from kms_jwks.store import ReadTx, WriteTx
-from kms_jwks.times import to_datetime
+from kms_jwks.times import later, to_datetime
 
 
 class Clients:
@@ -148,7 +148,7 @@ def add_token(tx: WriteTx, owner: Client, expires_in: int) -> tuple[authn.NewTok
     """A new token of `owner` that lives `expires_in` seconds."""
     made = authn.new_token()
     now = tx.now()
-    row = ApiToken(new_id(), owner.id, made.sha256, now, Instant(now + expires_in * SECOND))
+    row = ApiToken(new_id(), owner.id, made.sha256, now, later(now, expires_in))
     tx.add(row)
     return made, row
 

@@ -22,7 +22,7 @@ from kms_jwks.worker.confirmation import Confirmation
 
 CUSTODIAN_WAIT = 10.0
 """Seconds a call waits for the custodian before it answers 202."""
-_PACE = 0.05
+_POLL_INTERVAL = 0.05
 """Seconds between two reads of the registry while a call waits for the custodian."""
 
 
@@ -70,7 +70,7 @@ class Control:
                     return True
             if time.monotonic() >= end:
                 return False
-            time.sleep(_PACE)
+            time.sleep(_POLL_INTERVAL)
 
     def _read_settled_epoch(self, ids: list[Id]) -> Epoch | None:
         """The epoch under which the versions are settled, None while one is not."""

@@ -41,7 +41,10 @@ class Versions:
     def create(
         self, context: RequestContext, key_set: str, key: str, request: wire.VersionCreate
     ) -> Created[wire.Version]:
-        """Ask for a standby, or adopt one. Raises TransitionRefused when one is to be made and there is one already."""
+        """Request a further version: one to be made, as the standby, or one to adopt.
+
+        Raises TransitionRefused for a standby to be made where there is one already.
+        """
         control = self._control
         if request.adopt is not UNSET:
             return self._adopt(context, key_set, key, request.adopt)
@@ -77,7 +80,7 @@ class Versions:
         return Created(answer, complete, path)
 
     def public_jwk(self, context: RequestContext, key_set: str, key: str, version: str) -> dict[str, object]:
-        """The public half as the JWKS shows it. Raises VersionNotFound while there is no pair."""
+        """The public half as the JWKS shows it. Raises VersionNotFound while the pair is not made."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, context, Permission.KEY_READ, key_set, key)
             jwk = views.published_jwk(find_version(tx, found.key, version))
@@ -161,7 +164,7 @@ class Versions:
     def destroy(
         self, context: RequestContext, key_set: str, key: str, version: str, request: wire.DestroyRequest
     ) -> wire.Version:
-        """Date the destruction of a retired or revoked version, 7 days ahead at least."""
+        """Schedule the destruction of a retired or revoked version, at least 7 days ahead."""
         with self._control.change() as tx:
             found = self._control.guard.enter_key(tx, context, Permission.VERSION_DESTROY, key_set, key)
             when = None if request.destroy_at is UNSET else read_instant(request.destroy_at, "destroy_at")
@@ -170,7 +173,7 @@ class Versions:
             return views.version(tx, found.key, value)
 
     def cancel_destroy(self, context: RequestContext, key_set: str, key: str, version: str) -> wire.Version:
-        """Take a dated destruction back."""
+        """Cancel a scheduled destruction."""
         with self._control.change() as tx:
             found = self._control.guard.enter_key(tx, context, Permission.VERSION_DESTROY, key_set, key)
             value = transitions.cancel_destruction(tx, find_version(tx, found.key, version))
