@@ -26,9 +26,11 @@ SECOND = 1_000_000
 DAY = 86_400
 """Seconds."""
 
-NAME_PATTERN: Final = "[a-z0-9][a-z0-9-]{0,62}"
+MAX_NAME: Final = 63
+"""Characters of the longest name."""
+NAME_PATTERN: Final = f"[a-z0-9][a-z0-9-]{{0,{MAX_NAME - 1}}}"
 """The grammar of names, as a regular expression that has to match the whole name."""
-NAME_RULE: Final = "1 to 63 of a-z, 0-9 and '-', and starts with a letter or digit"
+NAME_RULE: Final = f"1 to {MAX_NAME} of a-z, 0-9 and '-', and starts with a letter or digit"
 """`NAME_PATTERN` in words."""
 _NAME: Final = re.compile(NAME_PATTERN)
 

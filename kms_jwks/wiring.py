@@ -21,7 +21,6 @@ from kms_jwks.custodian.loop import Custodian
 from kms_jwks.service import Service
 from kms_jwks.service.clients import Clients
 from kms_jwks.service.control import Control
-from kms_jwks.service.documents import Documents
 from kms_jwks.service.external_keys import ExternalKeys
 from kms_jwks.service.guard import Guard
 from kms_jwks.service.key_sets import KeySets
@@ -29,7 +28,7 @@ from kms_jwks.service.keys import Keys
 from kms_jwks.service.operation import Operation
 from kms_jwks.service.revocation import Revocation
 from kms_jwks.service.signing import Signing
-from kms_jwks.service.token_verification import TokenVerification
+from kms_jwks.service.verifiers import Verifiers
 from kms_jwks.service.versions import Versions
 from kms_jwks.store import ConnectionSettings, Store
 from kms_jwks.worker.clocks import DatabaseClock, boot_clock
@@ -135,8 +134,7 @@ def assemble(
         confirmation=confirmation,
         restart_limit=restart_limit,
         signing=Signing(sync, guard, backends),
-        token_verification=TokenVerification(sync, guard),
-        documents=Documents(sync, guard, public_url=settings.public_url, default_key_set=settings.default_key_set),
+        verifiers=Verifiers(sync, guard, public_url=settings.public_url, default_key_set=settings.default_key_set),
         key_sets=KeySets(parts),
         keys=Keys(parts),
         versions=Versions(parts),

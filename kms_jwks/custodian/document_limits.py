@@ -1,10 +1,11 @@
-"""What a JWKS document can hold (I5), checked in the caller's transaction: room for keys, for rotations, its size."""
+"""What a JWKS document can hold (I5), checked in the caller's transaction: keys, rotations, size, algorithms."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from kms_jwks import errors, timeline
+from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.model import Key, KeySet, KeyVersion, VersionState
 from kms_jwks.store import ReadTx
 from kms_jwks.times import optional
@@ -71,4 +72,18 @@ def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[
         raise errors.RotationInProgress(
             f"With the next standby the document would hold {kids} kids of {timeline.MAX_KIDS}.",
             fields={"possible_at": optional(min(retiring, default=None))},
+        )
+
+
+def check_compatible_algorithms(tx: ReadTx, key_set: KeySet, alg: str) -> None:
+    """Raise LimitReached where verifiers that do not know one key's algorithm would reject the whole set (I5)."""
+    row = ALGORITHMS[alg]
+    others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id)]
+    others += [ALGORITHMS[e.alg] for e in tx.external_keys(key_set.id)]
+    # Algorithms of the other document (JWKS or post-quantum JWKS) do not count.
+    conflicting = [o for o in others if o.is_post_quantum is row.is_post_quantum and o.exclusive != row.exclusive]
+    if conflicting:
+        raise errors.LimitReached(
+            f"{alg} and {conflicting[0].name} cannot share a key set: "
+            "widespread verifiers reject a whole set over one key they do not know."
         )

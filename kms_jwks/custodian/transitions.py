@@ -136,13 +136,16 @@ def activate(
 ) -> KeyVersion:
     """Make `version` the active one: the version that was active becomes `retiring`, a standby is requested (I4).
 
-    Raises NotYetUsable (I1), TransitionRefused, RotationInProgress (I5). `breach` overrides I1 with that reason, which
-    is recorded on the version, together with `who` if an admin did it.
+    Raises NotYetUsable (I1), TransitionRefused, RotationInProgress (I5). `breach` overrides I1 with that reason. Where
+    I1 does not hold, the reason is recorded on the version, together with `who` if an admin did it.
     """
     now = tx.now()
     if version.state is not _S.PUBLISHED:
         raise _refused(version, _S.ACTIVE)
-    require_usable(version, key, now, overridden=breach is not None)
+    usable = timeline.usable_at(version, key.policy)
+    early = usable is None or usable > now
+    if early and breach is None:
+        raise _not_yet_usable(version, key, usable, now)
     versions = tx.versions(key_set_id=key_set.id)
     own = [v for v in versions if v.key_id == key.id]
     active = next((v for v in own if v.state is _S.ACTIVE), None)
@@ -159,7 +162,7 @@ def activate(
         state=_S.ACTIVE,
         activated_at=now,
         bounds=in_force,
-        breaches=(*version.breaches, Breach("I1", now, breach, who)) if breach is not None else version.breaches,
+        breaches=(*version.breaches, Breach("I1", now, breach, who)) if early and breach else version.breaches,
         emergency=took_over or goes_on,
     )
     tx.save(started)
@@ -169,11 +172,7 @@ def activate(
     return started
 
 
-def require_usable(version: KeyVersion, key: Key, now: Instant, *, overridden: bool = False) -> None:
-    """Raise NotYetUsable unless verifiers could fetch `version` for its publish lead (I1)."""
-    usable = timeline.usable_at(version, key.policy)
-    if overridden or (usable is not None and usable <= now):
-        return
+def _not_yet_usable(version: KeyVersion, key: Key, usable: Instant | None, now: Instant) -> errors.NotYetUsable:
     fields: Mapping[str, object] = {
         "kid": version.kid,
         "visible_since": optional(version.visible_since),
@@ -182,10 +181,10 @@ def require_usable(version: KeyVersion, key: Key, now: Instant, *, overridden: b
         "now": to_datetime(now),
     }
     if usable is None:
-        detail = f"Version {version.number} is not served by every live worker yet."
-    else:
-        detail = f"Version {version.number} may sign from {to_datetime(usable).isoformat()} on."
-    raise errors.NotYetUsable(detail, fields=fields)
+        return errors.NotYetUsable(f"Version {version.number} is not served by every live worker yet.", fields=fields)
+    return errors.NotYetUsable(
+        f"Version {version.number} may sign from {to_datetime(usable).isoformat()} on.", fields=fields
+    )
 
 
 def ensure_standby(tx: WriteTx, key: Key) -> KeyVersion | None:
@@ -194,12 +193,6 @@ def ensure_standby(tx: WriteTx, key: Key) -> KeyVersion | None:
     if standbys or key.disabled_at is not None:
         return None
     return add_version(tx, key)
-
-
-def is_early(tx: ReadTx, key: Key, version: KeyVersion) -> bool:
-    """Whether activating `version` now would break I1."""
-    usable = timeline.usable_at(version, key.policy)
-    return usable is None or usable > tx.now()
 
 
 def retire(
@@ -262,16 +255,8 @@ def revoke(
     if was_active and key.disabled_at is None:
         standby = timeline.choose_standby(tx.versions(key_id=key.id), key.policy)
         if standby is not None:
-            usable = timeline.usable_at(standby, key.policy)
-            early = usable is None or usable > now
-            successor = activate(
-                tx,
-                key_set,
-                key,
-                standby,
-                lease=lease,
-                breach=f"emergency: version {version.number} was revoked" if early else None,
-            )
+            reason = f"emergency: version {version.number} was revoked"
+            successor = activate(tx, key_set, key, standby, lease=lease, breach=reason)
     if successor is None and version.state is not _S.RETIRED:
         ensure_standby(tx, key)
     return successor

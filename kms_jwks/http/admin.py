@@ -128,12 +128,12 @@ def retire_version(service: Service, request: Request, body: wire.RetireRequest)
 
 def revoke_version(service: Service, request: Request, body: wire.RevokeRequest) -> Response:
     """Emergency: withdraw a version for ever; the standby becomes active at once."""
-    return ok(service.versions.revoke(request.context, *_version(request), body))
+    return ok(service.revocation.revoke_version(request.context, *_version(request), body))
 
 
 def create_revocation(service: Service, request: Request, body: wire.RevocationCreate) -> Response:
     """Emergency: revoke every version of a backend or key set in one transaction."""
-    return ok(service.revocation.everything(request.context, body))
+    return ok(service.revocation.revoke_scope(request.context, body))
 
 
 def destroy_version(service: Service, request: Request, body: wire.DestroyRequest) -> Response:

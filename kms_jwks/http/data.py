@@ -32,8 +32,8 @@ def jwks_pq(service: Service, request: Request) -> Response:
 
 
 def _jwks(service: Service, request: Request, *, post_quantum: bool) -> Response:
-    name = request.params.get("key_set") or service.documents.default_key_set
-    document = service.documents.jwks(request.context, name, post_quantum=post_quantum)
+    name = request.params.get("key_set") or service.verifiers.default_key_set
+    document = service.verifiers.jwks(request.context, name, post_quantum=post_quantum)
     # Some clients reject the registered media type, so it is sent only where Accept names it.
     named = JWK_SET in (request.header("accept") or "").lower()
     return _published(request, document, JWK_SET if named else JSON, vary="Accept")
@@ -41,7 +41,7 @@ def _jwks(service: Service, request: Request, *, post_quantum: bool) -> Response
 
 def discovery(service: Service, request: Request) -> Response:
     """Issuer metadata, under either of its well-known names."""
-    return _published(request, service.documents.discovery(request.context, request.params.get("key_set")), JSON)
+    return _published(request, service.verifiers.discovery(request.context, request.params.get("key_set")), JSON)
 
 
 def preflight(service: Service, request: Request) -> Response:
@@ -121,4 +121,4 @@ def active(service: Service, request: Request) -> Response:
 
 def verify(service: Service, request: Request, body: wire.VerifyRequest) -> Response:
     """Verify a token against the keys that the key set publishes."""
-    return ok(service.token_verification.verify(request.context, request.params["key_set"], body))
+    return ok(service.verifiers.verify_token(request.context, request.params["key_set"], body))

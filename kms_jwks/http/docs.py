@@ -21,7 +21,7 @@ from kms_jwks.http.exchange import Route
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_TAG_ORDER = ("signing and token_verification", "documents", "keys", "callers", "operation")
+_TAG_ORDER = ("signing and verifying", "documents", "keys", "callers", "operation")
 
 
 @dataclass(frozen=True, slots=True)

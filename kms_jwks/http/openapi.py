@@ -121,7 +121,7 @@ def tag(route: Route) -> str:
     if "/.well-known/" in route.path:
         return "documents"
     if route.hot:
-        return "signing and token_verification"
+        return "signing and verifying"
     for start, name in _TAGS.items():
         if route.path.startswith(start):
             return name

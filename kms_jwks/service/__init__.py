@@ -13,7 +13,6 @@ from kms_jwks.backends.calling import Backends
 from kms_jwks.config import Settings
 from kms_jwks.service.clients import Clients
 from kms_jwks.service.context import RequestContext
-from kms_jwks.service.documents import Documents
 from kms_jwks.service.external_keys import ExternalKeys
 from kms_jwks.service.guard import Guard
 from kms_jwks.service.key_sets import KeySets
@@ -21,7 +20,7 @@ from kms_jwks.service.keys import Keys
 from kms_jwks.service.operation import Operation
 from kms_jwks.service.revocation import Revocation
 from kms_jwks.service.signing import Signing
-from kms_jwks.service.token_verification import TokenVerification
+from kms_jwks.service.verifiers import Verifiers
 from kms_jwks.service.versions import Versions
 from kms_jwks.store import Store
 from kms_jwks.worker.confirmation import Confirmation
@@ -48,8 +47,7 @@ class Service:
     confirmation: Confirmation
     restart_limit: RestartLimit
     signing: Signing
-    token_verification: TokenVerification
-    documents: Documents
+    verifiers: Verifiers
     key_sets: KeySets
     keys: Keys
     versions: Versions

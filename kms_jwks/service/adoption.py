@@ -1,7 +1,7 @@
-"""Adopting a key pair that a module holds already: looking at it before anything is written, then writing a version.
+"""Adoption of a key pair that a module holds already: the pair is examined, then written as a version.
 
-`examine` asks the module and writes nothing, so it runs outside every transaction; what it found is checked against
-the registry again inside. Nobody hands over a private key: it is in the module, or it is not adopted.
+`examine` asks the module and writes nothing, so it runs outside every transaction; its result is checked against the
+registry inside one. The private key never leaves the module: a key that is not in the module cannot be adopted.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from typing import Final
 from msgspec import UNSET
 
 from kms_jwks import errors, jose, wire
-from kms_jwks.algorithms import ALGORITHMS, Algorithm
+from kms_jwks.algorithms import Algorithm
 from kms_jwks.backends.base import Backend, GeneratedKey, KeyRef, Message
 from kms_jwks.backends.calling import Backends
 from kms_jwks.custodian import document_limits, transitions
 from kms_jwks.model import Key, KeySet, KeyVersion, Origin, VersionState, new_id
+from kms_jwks.service.control import looks_like_number
 from kms_jwks.store import ReadTx, WriteTx
 
-GIVEN: Final = "its public key was given to us, not read from the module"
+PUBLIC_KEY_GIVEN: Final = "its public key was given to us, not read from the module"
 """The weakness of a key whose module does not hold the public half."""
-_LOOK: Final = "See how the key is called in its module, and whether it is in this backend's."
+_FIND_KEY: Final = "Check the label or id of the key in its module, and that this backend uses that module."
 _TRIAL: Final = b"\0kms-jwks: a trial signature\0"
-"""Begins every input of a trial signature: no JWS signing input holds a zero byte, so no token can come of it."""
+"""Starts the input of every trial signature. A JWS signing input holds no zero byte, so the signature fits no token."""
 _TRIAL_SECONDS: Final = 5.0
+"""Seconds a module may take for a trial signature."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A key pair that may be adopted: it was found, fits, and has signed."""
+    """A key pair that may be adopted: it was found, fits its algorithm, and made a trial signature."""
 
     alg: Algorithm
     backend: str
@@ -45,42 +47,36 @@ class Candidate:
 
 
 def examine(
-    backends: Backends, backend_name: str, alg_name: str, wanted: wire.Adopt, rsa_bits: int | None = None
+    backends: Backends, backend_name: str, alg: Algorithm, wanted: wire.Adopt, rsa_bits: int | None = None
 ) -> Candidate:
-    """Find the key pair, hold it against `alg` and promise 1, and have it sign something that is nobody's.
+    """Find the key pair, check it against `alg` and promise 1, and have it make a trial signature.
 
-    Raises AdoptionRefused with what would have to be accepted, InvalidJwk, InvalidField, BackendError.
+    Raises AdoptionRefused with the weaknesses that the request would have to accept, InvalidJwk, InvalidField,
+    BackendError.
     """
-    alg = ALGORITHMS.get(alg_name)
-    if alg is None:
-        raise errors.UnsupportedAlgorithmRequested(
-            f"The algorithm is none of {', '.join(sorted(ALGORITHMS))}.", fields={"algorithms": sorted(ALGORITHMS)}
-        )
-
-    def look(backend: Backend) -> Candidate:
-        return _examined(backend_name, backend, alg, wanted, rsa_bits)
-
-    return backends.ask(backend_name, "adopting a key", look)
+    return backends.ask(
+        backend_name, "adopting a key", lambda backend: _examine(backend_name, backend, alg, wanted, rsa_bits)
+    )
 
 
-def _examined(
+def _examine(
     backend_name: str, backend: Backend, alg: Algorithm, wanted: wire.Adopt, rsa_bits: int | None
 ) -> Candidate:
-    found, is_given = _found(backend, alg, wanted)
-    jwk = _fitting(alg, found, rsa_bits)
+    found, is_given = _find_pair(backend, alg, wanted)
+    jwk = _check_public_key(alg, found, rsa_bits)
     evidence = backend.attributes(found.ref)
-    weaknesses = (*evidence.weaknesses, *((GIVEN,) if is_given else ()))
+    weaknesses = (*evidence.weaknesses, *((PUBLIC_KEY_GIVEN,) if is_given else ()))
     if weaknesses and not wanted.accept:
         raise errors.AdoptionRefused(
-            f"By what the module says of the key, {', '.join(weaknesses)}.", fields={"weaknesses": list(weaknesses)}
+            f"By the module's attributes of the key, {', '.join(weaknesses)}.", fields={"weaknesses": list(weaknesses)}
         )
-    _try(backend, alg, found.ref, jwk)
+    _make_trial_signature(backend, alg, found.ref, jwk)
     return Candidate(
         alg=alg,
         backend=backend_name,
         ref=found.ref,
         public_jwk=jwk,
-        kid=jose.thumbprint(jwk) if wanted.kid is UNSET else _printable(wanted.kid),
+        kid=jose.thumbprint(jwk) if wanted.kid is UNSET else _check_kid(wanted.kid),
         rsa_bits=_modulus_bits(jwk) if alg.is_rsa else None,
         weaknesses=weaknesses,
         evidence=evidence.as_dict(),
@@ -112,7 +108,7 @@ def add_adopted(tx: WriteTx, key: Key, candidate: Candidate) -> KeyVersion:
 
 
 def publish(tx: WriteTx, key_set: KeySet, candidates: Iterable[Candidate]) -> None:
-    """Publish what was adopted, as any version whose pair is there. Raises LimitReached."""
+    """Publish adopted versions, as any version whose pair is made. Raises LimitReached."""
     for candidate in candidates:
         document_limits.require_room(tx, key_set, candidate.alg.name)
     transitions.publish_ready(tx, key_set)
@@ -120,33 +116,33 @@ def publish(tx: WriteTx, key_set: KeySet, candidates: Iterable[Candidate]) -> No
 
 
 def _require_new(tx: ReadTx, candidate: Candidate) -> None:
-    """Raise KeyTaken where a version, of whatever key, state and kid, is or was this key pair.
+    """Raise KeyTaken where a version of any key, in any state and under any kid, is or was this key pair.
 
-    By the public key first: a module may show one pair under several names, and a copy is the same key. An external
-    key may be the same: its kid stays its own, so the version needs another.
+    Versions are compared by public key first: a module may show one pair under several names, and a copy of a pair is
+    the same key. An external key may be the same key, but its kid stays its own: raise KidTaken for the same kid.
     """
     ref = candidate.ref.as_dict()
     for version in tx.versions():
         same_key = version.public_jwk is not None and dict(version.public_jwk) == dict(candidate.public_jwk)
         if same_key or (version.backend == candidate.backend and version.ref == ref):
             raise errors.KeyTaken(
-                f"The key pair is a key version already, with kid {version.kid}.", fields={"kid": version.kid}
+                f"The key pair is or was a key version, with kid {version.kid}.", fields={"kid": version.kid}
             )
     for external in tx.external_keys():
         if external.kid == candidate.kid:
             raise errors.KidTaken(
-                "The kid is that of an external key, and a kid stays with what it was first given to.",
-                next_step="Adopt the key under another kid; its tokens verify with the external key until that is "
-                "removed.",
+                "The kid belongs to an external key; a version needs a kid of its own.",
+                next_step="Adopt the key under another kid. Tokens with the old kid verify with the external key until "
+                "that is removed.",
             )
 
 
-def _found(backend: Backend, alg: Algorithm, wanted: wire.Adopt) -> tuple[GeneratedKey, bool]:
-    """The pair, and whether its public half is the one that was given.
+def _find_pair(backend: Backend, alg: Algorithm, wanted: wire.Adopt) -> tuple[GeneratedKey, bool]:
+    """The pair, and whether its public half was taken from the request because the module does not hold it.
 
-    What the backend refuses here is the caller's locator, not the backend's state: that was asked for before.
+    The backend's state is checked first, so a later refusal is about the caller's locator.
     """
-    given = None if wanted.public_key is UNSET else _public_jwk(wanted.public_key, alg)
+    given = None if wanted.public_key is UNSET else _read_public_jwk(wanted.public_key, alg)
     backend.ping()
     try:
         try:
@@ -156,7 +152,7 @@ def _found(backend: Backend, alg: Algorithm, wanted: wire.Adopt) -> tuple[Genera
                 raise
             return backend.adopt(wanted.locator, given), True
     except (errors.BackendRefused, errors.BackendKeyNotFound, errors.UnsupportedAlgorithm) as error:
-        step = _LOOK if isinstance(error, errors.BackendKeyNotFound) else error.next_step
+        step = _FIND_KEY if isinstance(error, errors.BackendKeyNotFound) else error.next_step
         raise errors.AdoptionRefused(error.detail, next_step=step, fields={"weaknesses": []}) from None
     if given is not None and dict(found.public_jwk) != given:
         raise errors.InvalidField(
@@ -165,35 +161,36 @@ def _found(backend: Backend, alg: Algorithm, wanted: wire.Adopt) -> tuple[Genera
     return found, False
 
 
-def _public_jwk(given: str | dict[str, object], alg: Algorithm) -> dict[str, str]:
+def _read_public_jwk(given: str | dict[str, object], alg: Algorithm) -> dict[str, str]:
     return jose.check_public_jwk(dict(jose.jwk_from_pem(given)) if isinstance(given, str) else given, alg)
 
 
-def _fitting(alg: Algorithm, found: GeneratedKey, rsa_bits: int | None) -> dict[str, str]:
-    """The public key, when it is a sound one for `alg`. Raises AdoptionRefused: no `accept` helps."""
+def _check_public_key(alg: Algorithm, found: GeneratedKey, rsa_bits: int | None) -> dict[str, str]:
+    """The public key, if it is a valid one for `alg`. Raises AdoptionRefused, which no `accept` overrides."""
     step = "Name the algorithm that the key is made for, or another key."
     try:
         jwk = jose.check_public_jwk(found.public_jwk, alg)
     except errors.InvalidJwk as error:
         raise errors.AdoptionRefused(error.detail, next_step=step, fields={"weaknesses": []}) from None
-    if alg.is_rsa and _modulus_bits(jwk) not in (alg.rsa_bits if rsa_bits is None else (rsa_bits,)):
+    allowed = alg.rsa_bits if rsa_bits is None else (rsa_bits,)
+    if alg.is_rsa and _modulus_bits(jwk) not in allowed:
         raise errors.AdoptionRefused(
-            f"The key has {_modulus_bits(jwk)} bits, which does not fit {alg.name} here.",
+            f"The modulus has {_modulus_bits(jwk)} bits; allowed are {', '.join(map(str, allowed))}.",
             next_step=step,
             fields={"weaknesses": []},
         )
     return jwk
 
 
-def _try(backend: Backend, alg: Algorithm, ref: KeyRef, jwk: Mapping[str, str]) -> None:
-    """A signature over something that can be no token, verified: the two halves are one pair, and it signs."""
+def _make_trial_signature(backend: Backend, alg: Algorithm, ref: KeyRef, jwk: Mapping[str, str]) -> None:
+    """Sign an input that fits no token, and verify it: the private key signs, and the public key belongs to it."""
     data = _TRIAL + os.urandom(32)
     try:
         jose.verify_signature(alg, jwk, data, backend.sign(ref, alg, Message(data), time.monotonic() + _TRIAL_SECONDS))
     except errors.TokenSignatureInvalid:
         raise errors.AdoptionRefused(
             "What the private key signed does not verify with the public key.",
-            next_step="See which public key belongs to it; two pairs may share a label or a CKA_ID.",
+            next_step="Check which public key belongs to it; two pairs may share a label or a CKA_ID.",
             fields={"weaknesses": []},
         ) from None
 
@@ -202,10 +199,10 @@ def _modulus_bits(jwk: Mapping[str, str]) -> int:
     return int.from_bytes(jose.b64u_decode(jwk["n"]), "big").bit_length()
 
 
-def _printable(kid: str) -> str:
+def _check_kid(kid: str) -> str:
     if not kid.isprintable():
         raise errors.InvalidField("kid: it holds characters that cannot be printed", fields={"field": "adopt.kid"})
-    if kid.isascii() and kid.isdigit() and len(kid) < 10:
-        # A version is named by its number or its kid: in an emergency the wrong one would be revoked.
-        raise errors.InvalidField("kid: it would pass for the number of a version", fields={"field": "adopt.kid"})
+    if looks_like_number(kid):
+        # A request names a version by its number or its kid: in an emergency it would revoke the wrong version.
+        raise errors.InvalidField("kid: it could be read as the number of a version", fields={"field": "adopt.kid"})
     return kid

@@ -1,4 +1,4 @@
-"""The first rows of a registry: an administrator, and on request a key set with a key and a client that signs."""
+"""The first rows of a registry: an administrator, and on request a key set with one key and a client that signs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from pathlib import Path
 
 from kms_jwks import authn, errors, wire
 from kms_jwks.access import Role
-from kms_jwks.model import DEFAULT_API_TOKEN_LIFETIME, Client, Id
+from kms_jwks.model import DAY, DEFAULT_API_TOKEN_LIFETIME, MAX_NAME, Client, Id
 from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.control import Control
-from kms_jwks.service.key_sets import add_key_set
+from kms_jwks.service.definitions import add_key_set
 from kms_jwks.store import WriteTx
+from kms_jwks.times import later
 
 ADMIN = "admin-bootstrap"
+"""The client whose token `initialise` writes."""
+_KEY = "default"
+"""The key of the key set that `initialise` creates."""
 
 
 def initialise(
@@ -24,50 +28,53 @@ def initialise(
     admin_token_file: Path | None,
     signer_token_file: Path | None,
 ) -> list[str]:
-    """Bring the registry up to date and make what is missing; what is there is left as it is.
+    """Bring the registry up to date and create what is missing; leave existing objects as they are.
 
-    Works on the node itself, without an API token: who can write the registry's file needs none. The custodian makes
-    the key once the service runs. Token files are written with mode 0600. Returns a line for each thing made or reused.
+    Works on the node itself and without an API token: write access to the database is all the right it needs. The
+    custodian makes the key pair once the service runs. Token files are written with mode 0600. Returns a line for each
+    object created or reused.
     """
     store = control.store
     store.upgrade()
-    said = [f"registry: {store.url}"]
+    report = [f"registry: {store.url}"]
     with store.write() as tx:
         if admin_token_file is not None:
-            said.append(_token_file(tx, ADMIN, Role.ADMIN, None, None, admin_token_file))
+            report.append(_ensure_token_file(tx, ADMIN, Role.ADMIN, None, None, admin_token_file))
         if key_set is not None:
             found = tx.key_set(key_set)
             if found is None:
-                request = wire.KeySetCreate(name=key_set, keys=[wire.KeyCreate(name="default", alg=alg)])
+                request = wire.KeySetCreate(name=key_set, keys=[wire.KeyCreate(name=_KEY, alg=alg)])
                 found, _ = add_key_set(tx, control, request)
-                said.append(f"key set {key_set!r} with key 'default' ({alg}): created")
+                report.append(f"key set {key_set!r} with key {_KEY!r} ({alg}): created")
             else:
-                said.append(f"key set {key_set!r}: reused (issuer {found.issuer})")
-            key = tx.key(found.id, "default")
+                report.append(f"key set {key_set!r}: reused (issuer {found.issuer})")
+            key = tx.key(found.id, _KEY)
             if signer_token_file is not None:
-                name = f"signer-{key_set}"[:63]
-                said.append(_token_file(tx, name, Role.SIGNER, found.id, key.id if key else None, signer_token_file))
-    return said
+                name = f"signer-{key_set}"[:MAX_NAME]
+                report.append(
+                    _ensure_token_file(tx, name, Role.SIGNER, found.id, key.id if key else None, signer_token_file)
+                )
+    return report
 
 
-def _token_file(tx: WriteTx, name: str, role: Role, key_set: Id | None, key: Id | None, file: Path) -> str:
-    """Make sure that `file` holds a token of client `name` that is good for another day."""
+def _ensure_token_file(tx: WriteTx, name: str, role: Role, key_set: Id | None, key: Id | None, file: Path) -> str:
+    """Make sure that `file` holds a token of client `name` that is valid for at least one more day."""
     owner = tx.client(name) or add_client(tx, name)
     add_grant(tx, owner, role, key_set, key)
-    if _holds_good_token(tx, owner, file):
+    if _holds_valid_token(tx, owner, file):
         return f"client {name!r} ({role.value}): token in {file} reused"
     made, _ = add_token(tx, owner, DEFAULT_API_TOKEN_LIFETIME)
     _write_secret(file, made.token)
     return f"client {name!r} ({role.value}): new token in {file}"
 
 
-def _holds_good_token(tx: WriteTx, owner: Client, file: Path) -> bool:
+def _holds_valid_token(tx: WriteTx, owner: Client, file: Path) -> bool:
     try:
         sha256 = authn.parse(file.read_text().strip())
     except (OSError, errors.CredentialsMalformed, UnicodeDecodeError):
         return False
     row = tx.token_by_sha256(sha256)
-    tomorrow = tx.now() + 86_400 * 1_000_000
+    tomorrow = later(tx.now(), DAY)
     return row is not None and row.client_id == owner.id and row.revoked_at is None and row.expires_at > tomorrow
 
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from msgspec import UNSET
 
 from kms_jwks import authn, errors, wire
-from kms_jwks.access import Caller, Permission, Role
-from kms_jwks.model import SECOND, ApiToken, Client, Grant, Id, Instant, name_error, new_id
+from kms_jwks.access import Permission, Role
+from kms_jwks.model import ApiToken, Client, Grant, Id, new_id
 from kms_jwks.service import views
 from kms_jwks.service.context import RequestContext
-from kms_jwks.service.control import Control
+from kms_jwks.service.control import Control, check_name
 from kms_jwks.store import ReadTx, WriteTx
-from kms_jwks.times import to_datetime
+from kms_jwks.times import later, to_datetime
 
 
 class Clients:
@@ -29,7 +29,7 @@ class Clients:
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_READ)
             rows = tx.clients(after=Id(cursor) if cursor else None, limit=limit + 1)
-        return views.page([views.client(c) for c in rows], [c.id for c in rows], limit)
+        return views.page(rows, limit, views.client)
 
     def get(self, context: RequestContext, name: str) -> wire.Client:
         """One client. Raises ClientNotFound."""
@@ -39,19 +39,17 @@ class Clients:
 
     def create(self, context: RequestContext, request: wire.ClientCreate) -> wire.Client:
         """A new client, without token or grant."""
-        with self._control.store.write() as tx:
+        with self._control.change() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
-            value = add_client(tx, request.name)
-        self._control.confirmation.wait_for_live_workers(tx.committed_epoch)
-        return views.client(value)
+            return views.client(add_client(tx, request.name))
 
     def delete(self, context: RequestContext, name: str) -> None:
-        """Remove a client with its tokens and grants; its name stays taken. True everywhere once this returns."""
-        control = self._control
-        with control.store.write() as tx:
-            caller = control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
+        """Remove a client with its tokens and grants; its name stays taken. No worker admits it once this returns."""
+        with self._control.change_everywhere() as tx:
+            caller = self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             value = find_client(tx, name)
-            _not_oneself(caller, value.id, "delete its own client")
+            if caller.client_id == value.id:
+                raise errors.Conflict("A client cannot delete its own client.", next_step="Use another administrator.")
             now = tx.now()
             for token in tx.tokens(value.id):
                 if token.revoked_at is None:
@@ -59,8 +57,6 @@ class Clients:
             for grant in tx.grants(value.id):
                 tx.save(replace(grant, deleted_at=now))
             tx.save(replace(value, deleted_at=now))
-            lease, here = control.confirmation.lease(tx), tx.epoch()
-        control.confirmation.wait_until_confirmed(tx.committed_epoch or here, lease)
 
     # --- tokens
 
@@ -70,29 +66,25 @@ class Clients:
             self._control.guard.enter(tx, context, Permission.CLIENT_READ)
             owner = find_client(tx, client)
             rows = tx.tokens(owner.id, after=Id(cursor) if cursor else None, limit=limit + 1)
-        return views.page([views.token(owner, t) for t in rows], [t.id for t in rows], limit)
+        return views.page(rows, limit, lambda t: views.token(owner, t))
 
     def create_token(self, context: RequestContext, client: str, request: wire.TokenCreate) -> wire.TokenCreated:
         """A new API token. The registry keeps its SHA-256; the token itself is in this answer and nowhere else."""
-        with self._control.store.write() as tx:
+        with self._control.change() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             made, row = add_token(tx, find_client(tx, client), request.expires_in)
-        self._control.confirmation.wait_for_live_workers(tx.committed_epoch)
         return wire.TokenCreated(token=made.token, id=row.id, expires_at=to_datetime(row.expires_at))
 
     def revoke_token(self, context: RequestContext, client: str, token_id: str) -> None:
         """Revoke a token. No worker accepts it once this returns."""
-        control = self._control
-        with control.store.write() as tx:
-            control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
+        with self._control.change_everywhere() as tx:
+            self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             owner = find_client(tx, client)
             token = tx.token(Id(token_id))
             if token is None or token.client_id != owner.id:
                 raise errors.ApiTokenNotFound(f"Client {client!r} has no such token.")
             if token.revoked_at is None:
                 tx.save(replace(token, revoked_at=tx.now()))
-            lease, here = control.confirmation.lease(tx), tx.epoch()
-        control.confirmation.wait_until_confirmed(tx.committed_epoch or here, lease)
 
     # --- grants
 
@@ -101,8 +93,7 @@ class Clients:
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_READ)
             rows = tx.grants(after=Id(cursor) if cursor else None, limit=limit + 1)
-            items = [views.grant(tx, g) for g in rows]
-        return views.page(items, [g.id for g in rows], limit)
+            return views.page(rows, limit, lambda g: views.grant(tx, g))
 
     def grant(self, context: RequestContext, grant_id: str) -> wire.Grant:
         """One grant. Raises GrantNotFound."""
@@ -112,7 +103,7 @@ class Clients:
 
     def create_grant(self, context: RequestContext, request: wire.GrantCreate) -> wire.Grant:
         """Give a client a role in a scope; the same grant twice is one."""
-        with self._control.store.write() as tx:
+        with self._control.change() as tx:
             self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
             owner = find_client(tx, request.client)
             scope = request.scope
@@ -129,19 +120,13 @@ class Clients:
                     key_id = key.id
             elif scope.key is not UNSET:
                 raise errors.InvalidField("scope: a key needs its key_set", fields={"field": "scope"})
-            value = add_grant(tx, owner, Role(request.role), key_set_id, key_id)
-            answer = views.grant(tx, value)
-        self._control.confirmation.wait_for_live_workers(tx.committed_epoch)
-        return answer
+            return views.grant(tx, add_grant(tx, owner, Role(request.role), key_set_id, key_id))
 
     def delete_grant(self, context: RequestContext, grant_id: str) -> None:
         """Take a grant away. No worker honours it once this returns."""
-        control = self._control
-        with control.store.write() as tx:
-            control.guard.enter(tx, context, Permission.GRANT_MANAGE)
+        with self._control.change_everywhere() as tx:
+            self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
             tx.save(replace(_find_grant(tx, grant_id), deleted_at=tx.now()))
-            lease, here = control.confirmation.lease(tx), tx.epoch()
-        control.confirmation.wait_until_confirmed(tx.committed_epoch or here, lease)
 
 
 def find_client(tx: ReadTx, name: str) -> Client:
@@ -154,10 +139,7 @@ def find_client(tx: ReadTx, name: str) -> Client:
 
 def add_client(tx: WriteTx, name: str) -> Client:
     """Write a client. Raises InvalidField, NameTaken."""
-    problem = name_error(name)
-    if problem is not None:
-        raise errors.InvalidField(f"name: {problem}", fields={"field": "name"})
-    value = Client(new_id(), name, tx.now())
+    value = Client(new_id(), check_name(name), tx.now())
     tx.add(value)
     return value
 
@@ -166,13 +148,13 @@ def add_token(tx: WriteTx, owner: Client, expires_in: int) -> tuple[authn.NewTok
     """A new token of `owner` that lives `expires_in` seconds."""
     made = authn.new_token()
     now = tx.now()
-    row = ApiToken(new_id(), owner.id, made.sha256, now, Instant(now + expires_in * SECOND))
+    row = ApiToken(new_id(), owner.id, made.sha256, now, later(now, expires_in))
     tx.add(row)
     return made, row
 
 
 def add_grant(tx: WriteTx, owner: Client, role: Role, key_set_id: Id | None, key_id: Id | None) -> Grant:
-    """A new grant, or the one that says the same already."""
+    """A new grant, or the one that the client has already."""
     for existing in tx.grants(owner.id):
         if (existing.role, existing.key_set_id, existing.key_id) == (role.value, key_set_id, key_id):
             return existing
@@ -186,8 +168,3 @@ def _find_grant(tx: ReadTx, grant_id: str) -> Grant:
     if found is None or found.deleted_at is not None:
         raise errors.GrantNotFound("There is no such grant.")
     return found
-
-
-def _not_oneself(caller: Caller, client_id: Id, what: str) -> None:
-    if caller.client_id == client_id:
-        raise errors.Conflict(f"A client cannot {what}.", next_step="Use another administrator.")

@@ -1,21 +1,29 @@
-"""What every use case of the control plane shares: the store, the guard, waiting for workers and for the custodian."""
+"""What the use cases of the control plane share: transactions that wait for the workers, and checks of a request."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
-from kms_jwks import errors
+from kms_jwks import errors, wire
+from kms_jwks.access import Permission, Scope
+from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.calling import Backends
-from kms_jwks.model import Epoch, Id, Key, KeyVersion, VersionState
-from kms_jwks.service.guard import Guard
-from kms_jwks.store import ReadTx, Store
+from kms_jwks.model import Epoch, Id, Instant, Key, KeyVersion, VersionState, name_error
+from kms_jwks.service import views
+from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import Entered, Guard
+from kms_jwks.store import ReadTx, Store, WriteTx
+from kms_jwks.times import to_instant
 from kms_jwks.worker.confirmation import Confirmation
 
 CUSTODIAN_WAIT = 10.0
 """Seconds a call waits for the custodian before it answers 202."""
-_PACE = 0.05
+_POLL_INTERVAL = 0.05
+"""Seconds between two reads of the registry while a call waits for the custodian."""
 
 
 @dataclass(frozen=True)
@@ -28,57 +36,81 @@ class Control:
     backends: Backends
     public_url: str
 
-    def wait_for_custodian(self, ids: list[Id]) -> bool:
-        """Wait until the versions `ids` are published everywhere and sign if they may at once. False after 10 s.
+    @contextlib.contextmanager
+    def change(self) -> Iterator[WriteTx]:
+        """A write transaction; after the commit, wait (at most 2 s) until live workers have confirmed the change."""
+        with self.store.write() as tx:
+            yield tx
+        self.confirmation.wait_for_live_workers(tx.committed_epoch)
 
-        They are in the registry already, so one that does not answer for a while is waited for as well.
+    @contextlib.contextmanager
+    def change_everywhere(self) -> Iterator[WriteTx]:
+        """A write transaction; after the commit, wait until no worker acts on the older state any more.
+
+        That is when every registered worker has confirmed, or when the longest lease + 1 s has passed. The call waits
+        also where nothing changed: a caller that lost the first answer repeats the call and gets the same certainty.
+        """
+        with self.store.write() as tx:
+            yield tx
+            lease, epoch_before = self.confirmation.lease(tx), tx.epoch()
+        self.confirmation.wait_until_confirmed(tx.committed_epoch or epoch_before, lease)
+
+    def wait_for_custodian(self, ids: list[Id]) -> bool:
+        """Wait until the versions `ids` are published everywhere, and sign if they may sign at once. False after 10 s.
+
+        The versions are committed already, so keep waiting while the database is down. Raises
+        UnsupportedAlgorithmRequested for a version whose key pair will never be made.
         """
         end = time.monotonic() + CUSTODIAN_WAIT
         while True:
             with contextlib.suppress(errors.StoreUnavailable):
-                epoch = self._settled_at(ids)
+                epoch = self._read_settled_epoch(ids)
                 if epoch is not None:
                     self.confirmation.wait_for_live_workers(epoch)
                     return True
             if time.monotonic() >= end:
                 return False
-            time.sleep(_PACE)
+            time.sleep(_POLL_INTERVAL)
 
-    def _settled_at(self, ids: list[Id]) -> Epoch | None:
-        """The epoch under which they are, or None. Raises UnsupportedAlgorithmRequested when one will never be."""
+    def _read_settled_epoch(self, ids: list[Id]) -> Epoch | None:
+        """The epoch under which the versions are settled, None while one is not."""
         with self.store.read() as tx:
             versions = [v for v in (tx.version(i) for i in ids) if v is not None]
-            failed = next((v for v in versions if v.state is VersionState.DESTROYED), None)
-            reason = _failure(tx, failed) if failed else None
-            settled = all(_settled(tx, v) for v in versions)
-            epoch = tx.epoch()
-        if reason is not None:
-            raise errors.UnsupportedAlgorithmRequested(reason)
-        return epoch if settled else None
+            for version in versions:
+                if version.state is VersionState.DESTROYED and version.kid is None:
+                    reason = views.last_failure(tx, version) or "The module could not make this key."
+                    raise errors.UnsupportedAlgorithmRequested(reason)
+            return tx.epoch() if all(is_settled(tx, v) for v in versions) else None
+
+    def check_break_glass(self, context: RequestContext, found: Entered, request: wire.BreakGlassRequest) -> str | None:
+        """The reason for which this call may override an invariant, None where the call does not ask for that.
+
+        Raises Forbidden without the permission and InvalidField without a reason, whether there is something to
+        override or not.
+        """
+        if not request.break_glass:
+            return None
+        self.guard.require(context, Permission.BREAK_GLASS, Scope(found.key_set.id, found.key.id))
+        if not request.reason.strip():
+            raise errors.InvalidField("reason: break_glass needs one", fields={"field": "reason"})
+        return request.reason
 
 
-def _settled(tx: ReadTx, version: KeyVersion) -> bool:
+def is_settled(tx: ReadTx, version: KeyVersion) -> bool:
+    """Whether the creation of `version` needs no more waiting: visible everywhere, and active where it may be."""
     if version.state is VersionState.CREATING:
         return False
     if version.state is not VersionState.PUBLISHED:
         return True
     if version.visible_since is None:
         return False
-    siblings = tx.versions(key_id=version.key_id, states={VersionState.ACTIVE})
-    return bool(siblings) or not version.first_fill or _held(tx, version)
-
-
-def _held(tx: ReadTx, version: KeyVersion) -> bool:
-    """Whether `hold_until` keeps a version from signing for now."""
+    if not version.first_fill or tx.versions(key_id=version.key_id, states={VersionState.ACTIVE}):
+        return True
     key = tx.key_by_id(version.key_id)
     return key is not None and key.policy.hold_until is not None and key.policy.hold_until > tx.now()
 
 
-def _failure(tx: ReadTx, version: KeyVersion) -> str | None:
-    if version.kid is not None:
-        return None
-    intents = tx.intents(version_id=version.id)
-    return next((i.error for i in reversed(intents) if i.error), "The module could not make this key.")
+# --- checks of a request ----------------------------------------------------------------------------------------------
 
 
 def check_revision(found: int, if_match: int | None) -> None:
@@ -91,10 +123,40 @@ def check_revision(found: int, if_match: int | None) -> None:
         )
 
 
+def check_name(name: str) -> str:
+    """The name of a new object. Raises InvalidField."""
+    problem = name_error(name)
+    if problem is not None:
+        raise errors.InvalidField(f"name: {problem}", fields={"field": "name"})
+    return name
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm of that name. Raises UnsupportedAlgorithmRequested."""
+    alg = ALGORITHMS.get(name)
+    if alg is None:
+        names = sorted(ALGORITHMS)
+        raise errors.UnsupportedAlgorithmRequested(
+            f"The algorithm is none of {', '.join(names)}.", fields={"algorithms": names}
+        )
+    return alg
+
+
+def read_instant(moment: datetime, name: str, *, field: str | None = None) -> Instant:
+    """A datetime of a request as an instant; `field` is its path where that is not its name. Raises InvalidField."""
+    try:
+        return to_instant(moment)
+    except ValueError as error:
+        raise errors.InvalidField(f"{name}: {error}", fields={"field": field or name}) from None
+
+
 def find_version(tx: ReadTx, key: Key, version: str) -> KeyVersion:
-    """A version of `key` by number or kid; a kid that looks like a number is found by kid when no number fits."""
+    """A version of `key` by number or kid; a kid that looks like a number is found by kid when no number fits.
+
+    Raises VersionNotFound.
+    """
     value = None
-    if version.isascii() and version.isdigit() and len(version) < 10:
+    if looks_like_number(version):
         value = tx.version_by_number(key.id, int(version))
     if value is None:
         by_kid = tx.version_by_kid(version)
@@ -102,3 +164,14 @@ def find_version(tx: ReadTx, key: Key, version: str) -> KeyVersion:
     if value is None:
         raise errors.VersionNotFound(f"Key {key.name!r} has no such version.")
     return value
+
+
+def looks_like_number(version: str) -> bool:
+    """Whether `version` is read as the number of a version before it is read as a kid."""
+    return version.isascii() and version.isdigit() and len(version) < 10
+
+
+def require_enabled(key: Key) -> None:
+    """Raise KeyDisabled."""
+    if key.disabled_at is not None:
+        raise errors.KeyDisabled(f"Key {key.name!r} is disabled.")

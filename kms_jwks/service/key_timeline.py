@@ -1,4 +1,4 @@
-"""The life of one key in time: each version's states, recorded and foreseen, and the steps that are planned."""
+"""The timeline of one key: each version's states, recorded and planned, and the steps that are planned."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _STATES: Mapping[str, VersionState] = {
     StepKind.RETIRE: _S.RETIRED,
     StepKind.DESTROY: _S.DESTROYED,
 }
-"""What an event makes of the version it is about."""
+"""The state of a version after an event of each kind."""
 
-Entry = tuple[Instant, VersionState]
+StateChange = tuple[Instant, VersionState]
 """When a version comes into a state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the registry holds of a key's set, from one read."""
+    """What the registry holds of a key's set, from one transaction."""
 
     now: Instant
     key_set: KeySet
@@ -46,19 +46,21 @@ class Facts:
     externals: Sequence[ExternalKey]
 
 
-def read(tx: ReadTx, key_set: KeySet, key: Key) -> Facts:
-    """All that a timeline is made of. Making it takes a while, so that is not done in the transaction."""
+def read_facts(tx: ReadTx, key_set: KeySet, key: Key) -> Facts:
+    """Everything that a timeline is built from. Building it takes a while and is done after the transaction."""
     versions, externals = tx.versions(key_set_id=key_set.id), tx.external_keys(key_set.id)
     return Facts(tx.now(), key_set, key, tx.keys(key_set.id), versions, externals)
 
 
-def of_key(facts: Facts) -> wire.Timeline:
-    """The timeline of one key, as far ahead as its policy reaches: one rotation, or the destruction of what retires."""
+def build_timeline(facts: Facts) -> wire.Timeline:
+    """The timeline of one key as far ahead as its policy reaches: one rotation, or the destruction of a version that
+    retires."""
     now, key_set, key, keys = facts.now, facts.key_set, facts.key, facts.keys
     versions, externals = facts.versions, facts.externals
     until = timeline.later(now, max(key.policy.rotate_every, key.policy.destroy_after) + key.policy.publish_lead + DAY)
     events = timeline.forecast(key_set, keys, versions, now, key, until, externals)
     own = [v for v in versions if v.key_id == key.id]
+    numbers = {v.number for v in own}
     planned = timeline.plan(key_set, keys, versions, now, externals)
     return wire.Timeline(
         key_set=key_set.name,
@@ -67,21 +69,24 @@ def of_key(facts: Facts) -> wire.Timeline:
         now=to_datetime(now),
         until=to_datetime(until),
         versions=[
-            *(_version(v, events, key, key_set, now) for v in own),
-            *(_coming(number, events, now) for number in _numbers_to_come(own, events)),
+            *(_view_version(v, events, key, key_set, now) for v in own),
+            *(_view_planned_version(n, events, now) for n in sorted({e.number for e in events} - numbers)),
         ],
-        steps=[*_waiting(planned, key, own), *_foreseen(planned, events)],
+        steps=[*_list_undated_steps(planned, key, own), *_list_dated_steps(planned, events)],
     )
 
 
-def entries(number: int, events: Sequence[Event]) -> list[Entry]:
-    """When a version came, and will come, into each of its states, in order; an activation retires the one before."""
-    found: list[Entry] = []
+def find_state_changes(number: int, events: Sequence[Event]) -> list[StateChange]:
+    """When version `number` came, and will come, into each of its states, in order.
+
+    A planned activation of another version retires the one that signs.
+    """
+    found: list[StateChange] = []
     signs = revoked = False
     for event in events:
         state = _STATES.get(event.kind)
         if event.number == number and state is not None:
-            # A revocation of the version that signed deactivates it: it is never `retiring`.
+            # A revocation deactivates the version that signs in the same instant; that version is never `retiring`.
             if state is _S.REVOKED and found and found[-1] == (event.at, _S.RETIRING):
                 found.pop()
             revoked = revoked or state is _S.REVOKED
@@ -94,12 +99,7 @@ def entries(number: int, events: Sequence[Event]) -> list[Entry]:
     return found
 
 
-def _numbers_to_come(own: Sequence[KeyVersion], events: Sequence[Event]) -> list[int]:
-    known = {v.number for v in own}
-    return sorted({e.number for e in events} - known)
-
-
-def _waiting(planned: Sequence[Step], key: Key, own: Sequence[KeyVersion]) -> list[wire.TimelineStep]:
+def _list_undated_steps(planned: Sequence[Step], key: Key, own: Sequence[KeyVersion]) -> list[wire.TimelineStep]:
     """The steps of this key that wait for something without a date."""
     numbers: dict[Id, int | None] = {key.id: None, **{v.id: v.number for v in own}}
     return [
@@ -116,13 +116,14 @@ def _waiting(planned: Sequence[Step], key: Key, own: Sequence[KeyVersion]) -> li
     ]
 
 
-def _foreseen(planned: Sequence[Step], events: Sequence[Event]) -> list[wire.TimelineStep]:
-    now = {(s.kind.value, s.subject): s for s in planned}
+def _list_dated_steps(planned: Sequence[Step], events: Sequence[Event]) -> list[wire.TimelineStep]:
+    """The forecast's events to come, each with what its step waits for where that is planned already."""
+    planned_steps = {(s.kind.value, s.subject): s for s in planned}
     steps = []
     for event in events:
         if event.past:
             continue
-        step = now.get((event.kind, event.subject))
+        step = planned_steps.get((event.kind, event.subject))
         steps.append(
             wire.TimelineStep(
                 kind=event.kind,
@@ -136,15 +137,15 @@ def _foreseen(planned: Sequence[Step], events: Sequence[Event]) -> list[wire.Tim
     return steps
 
 
-def _spans(found: Sequence[Entry], now: Instant) -> list[wire.TimelineSpan]:
-    ends = [*(at for _, (at, _) in pairwise(found)), None]
+def _list_spans(changes: Sequence[StateChange], now: Instant) -> list[wire.TimelineSpan]:
+    ends = [*(at for _, (at, _) in pairwise(changes)), None]
     return [
         wire.TimelineSpan(state=state.value, start=to_datetime(at), end=optional(end), planned=at > now)
-        for (at, state), end in zip(found, ends, strict=True)
+        for (at, state), end in zip(changes, ends, strict=True)
     ]
 
 
-def _version(
+def _view_version(
     version: KeyVersion, events: Sequence[Event], key: Key, key_set: KeySet, now: Instant
 ) -> wire.TimelineVersion:
     report = timeline.safety(version, key, key_set, now)
@@ -152,22 +153,22 @@ def _version(
         number=version.number,
         kid=version.kid,
         state=version.state.value,
-        spans=_spans(entries(version.number, events), now),
+        spans=_list_spans(find_state_changes(version.number, events), now),
         checks=views.checks(report),
         next=report.next,
         next_at=optional(report.next_at),
     )
 
 
-def _coming(number: int, events: Sequence[Event], now: Instant) -> wire.TimelineVersion:
-    """A version that is not made yet."""
-    found = entries(number, events)
+def _view_planned_version(number: int, events: Sequence[Event], now: Instant) -> wire.TimelineVersion:
+    """A version whose key pair is not made yet."""
+    changes = find_state_changes(number, events)
     return wire.TimelineVersion(
         number=number,
         kid=None,
         state="planned",
-        spans=_spans(found, now),
+        spans=_list_spans(changes, now),
         checks=[],
         next="it is made as the standby of the version before",
-        next_at=optional(found[0][0]) if found else None,
+        next_at=optional(changes[0][0]) if changes else None,
     )

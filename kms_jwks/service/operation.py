@@ -13,35 +13,38 @@ from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control
 from kms_jwks.times import optional, to_datetime
 from kms_jwks.worker.restart_limit import RestartLimit
-from kms_jwks.worker.sync import RegistrySync
+from kms_jwks.worker.sync import OVERDUE, RegistrySync
 
 _PROBE_EVERY = 1.0
-"""Seconds for which a backend's state is remembered: anybody may ask for readiness, and not wear the module out."""
+"""Seconds for which a backend's state is remembered: readiness needs no credentials and must not load the module."""
 _PROBE_SECONDS = 5.0
-"""How long a backend may take to answer a probe; opening a module is part of it."""
+"""Seconds a backend may take to answer a probe; opening a module is part of it."""
 
 
 class Operation:
     """For operators, and for the probes of an orchestrator."""
 
-    def __init__(self, control: Control, watcher: RegistrySync, restart_limit: RestartLimit) -> None:
+    def __init__(self, control: Control, sync: RegistrySync, restart_limit: RestartLimit) -> None:
         self._control = control
-        self._sync = watcher
+        self._sync = sync
         self._restart_limit = restart_limit
         self._probed: dict[str, tuple[float, wire.Backend]] = {}
 
     def nodes(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
-        """Every registered worker with the epoch it has confirmed."""
+        """Every registered worker with the epoch that it has confirmed."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.NODE_READ)
             workers = tx.workers()
             epoch, now = tx.epoch(), tx.now()
         if cursor:
             workers = [w for w in workers if w.id > cursor]
-        return views.page([self._node(w, epoch, now) for w in workers], [w.id for w in workers], limit)
+        return views.page(workers, limit, lambda w: self._view_node(w, epoch, now))
 
     def forget(self, context: RequestContext, worker_id: str) -> None:
-        """Stop counting a worker that will not come back, e.g. one of a node that is gone. It may come back as new."""
+        """Stop counting a worker that will not come back, e.g. one of a lost node. A restart registers it anew.
+
+        Raises WorkerNotFound, Conflict while it is alive.
+        """
         with self._control.store.write() as tx:
             self._control.guard.enter(tx, context, Permission.NODE_MANAGE)
             worker = tx.worker(Id(worker_id))
@@ -52,7 +55,7 @@ class Operation:
             tx.save(replace(worker, stopped_at=tx.now(), stop_reason="forgotten"))
 
     def custodian(self, context: RequestContext) -> wire.Custodian:
-        """Who acts, since when, and why not."""
+        """Which custodian acts and since when, or why none does."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.NODE_READ)
             lease, now = tx.custodian_lease(), tx.now()
@@ -72,55 +75,57 @@ class Operation:
         )
 
     def backends(self, context: RequestContext) -> wire.Page:
-        """Every configured backend and how this worker finds it."""
+        """Every configured backend in the state that this worker finds it in."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.BACKEND_READ)
-        return wire.Page(items=[self._backend(name) for name in self._control.backends.names()])
+        return wire.Page(items=[self._check_backend(name) for name in self._control.backends.names()])
 
     def backend(self, context: RequestContext, name: str) -> wire.Backend:
         """One backend. Raises BackendUnknown."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.BACKEND_READ)
         self._control.backends.get(name)
-        return self._backend(name)
+        return self._check_backend(name)
 
     def ready(self) -> wire.Readiness:
-        """Whether a JWKS can be served. Nothing in it is secret: anybody may ask."""
-        registry = self._registry()
+        """Whether a JWKS can be served. The answer holds nothing secret and needs no credentials."""
+        registry = self._check_registry()
         try:
             self._sync.snapshot()
             serving = wire.Dependency(name="jwks", state="ok")
         except errors.Error as error:
             serving = wire.Dependency(name="jwks", state=error.code, detail=error.detail)
-        failing = serving.state != "ok" or self._sync.overdue()
-        if self._sync.overdue():
-            registry = wire.Dependency(name="registry", state="unconfirmed", detail="no epoch confirmed for 15 minutes")
+        overdue = self._sync.overdue()
+        if overdue:
+            detail = f"no epoch confirmed for {OVERDUE // (60 * SECOND)} minutes"
+            registry = wire.Dependency(name="registry", state="unconfirmed", detail=detail)
+        failing = serving.state != "ok" or overdue
         return wire.Readiness(status="failing" if failing else "ok", dependencies=[serving, registry])
 
     def ready_sign(self) -> wire.Readiness:
         """Whether signing works on this worker, and if not which dependency is the cause."""
-        found = [self._registry()]
+        registry = self._check_registry()
         if not self._sync.has_lease():
-            found[0] = wire.Dependency(name="registry", state="registry_stale", detail=found[0].detail)
+            registry = wire.Dependency(name="registry", state="registry_stale", detail=registry.detail)
+        found = [registry]
         for name in self._control.backends.names():
-            backend = self._backend(name)
+            backend = self._check_backend(name)
             found.append(wire.Dependency(name=f"backend:{name}", state=backend.state, detail=backend.detail))
         failing = any(d.state != "ok" for d in found)
         return wire.Readiness(status="failing" if failing else "ok", dependencies=found)
 
-    def _registry(self) -> wire.Dependency:
+    def _check_registry(self) -> wire.Dependency:
         trouble = self._sync.trouble
         return wire.Dependency(
             name="registry", state="ok" if trouble is None else "store_unavailable", detail=trouble or ""
         )
 
-    def _backend(self, name: str) -> wire.Backend:
+    def _check_backend(self, name: str) -> wire.Backend:
         probed = self._probed.get(name)
-        if probed is not None and time.monotonic() - probed[0] < _PROBE_EVERY:
-            return probed[1]
-        answer = self._probe(name)
-        self._probed[name] = (time.monotonic(), answer)
-        return answer
+        if probed is None or time.monotonic() - probed[0] >= _PROBE_EVERY:
+            answer = self._probe(name)
+            probed = self._probed[name] = (time.monotonic(), answer)
+        return probed[1]
 
     def _probe(self, name: str) -> wire.Backend:
         backends = self._control.backends
@@ -145,17 +150,18 @@ class Operation:
             recycled=self._restart_limit.count(),
         )
 
-    def _node(self, worker: Worker, epoch: Epoch, now: Instant) -> wire.Node:
+    def _view_node(self, worker: Worker, epoch: Epoch, now: Instant) -> wire.Node:
         confirmed = worker.confirmed
-        counts = confirmed is not None and confirmed.incarnation == epoch.incarnation
+        if confirmed is not None and confirmed.incarnation != epoch.incarnation:
+            confirmed = None
         return wire.Node(
             worker=worker.id,
             node=worker.node,
             pid=worker.pid,
             started_at=to_datetime(worker.started_at),
             heartbeat_at=to_datetime(worker.heartbeat_at),
-            epoch=confirmed.counter if confirmed is not None and counts else None,
-            lag=epoch.counter - confirmed.counter if confirmed is not None and counts else None,
+            epoch=confirmed.counter if confirmed is not None else None,
+            lag=epoch.counter - confirmed.counter if confirmed is not None else None,
             lease=worker.lease,
             lease_left=max(0, -(-(worker.heartbeat_at + worker.lease * SECOND - now) // SECOND)),
             backends=dict(worker.backends or {}),

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+from msgspec import UNSET
 
 from kms_jwks import exposure as exposures
 from kms_jwks import jose, timeline, wire
-from kms_jwks.model import (
-    ApiToken,
-    Client,
-    ExternalKey,
-    Grant,
-    Key,
-    KeySet,
-    KeyVersion,
-    VersionState,
-)
+from kms_jwks.model import ApiToken, Client, ExternalKey, Grant, Id, Key, KeySet, KeyVersion, VersionState
 from kms_jwks.store import ReadTx
 from kms_jwks.times import optional, to_datetime
 from kms_jwks.worker.snapshot import is_post_quantum
 
-T = TypeVar("T", bound=wire.Answer)
+
+class Row(Protocol):
+    """What a list can be made of."""
+
+    @property
+    def id(self) -> Id:
+        """The value that a cursor holds."""
+
+
+A = TypeVar("A", bound=wire.Answer)
+R = TypeVar("R", bound=Row)
 
 
 @dataclass(frozen=True, slots=True)
-class Created(Generic[T]):
-    """What a creation answers: `complete` is False while the custodian still works on it (202 with a Location)."""
+class Created(Generic[A]):
+    """The answer to a creation. `complete` is False while the custodian still works on it (202 with a Location)."""
 
-    answer: T
+    answer: A
     complete: bool
     location: str
 
@@ -60,8 +63,8 @@ def _has_post_quantum(tx: ReadTx, value: KeySet) -> bool:
 
 
 def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
-    """A key with the versions whose pair is not destroyed."""
-    versions = tx.versions(key_id=value.id)
+    """A key with the versions that are not destroyed; a version adopted in spite of a weakness adds a warning."""
+    versions = [v for v in tx.versions(key_id=value.id) if v.state is not VersionState.DESTROYED]
     active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
     p = value.policy
     return wire.Key(
@@ -89,21 +92,15 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
             typ=value.profile.typ,
             default_lifetime=min(value.profile.default_lifetime, p.max_token_ttl),
         ),
-        warnings=[*timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime), *weakness_warnings(versions)],
+        warnings=[
+            *timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime),
+            *(f"version {v.number} was adopted although {', '.join(v.weaknesses)}" for v in versions if v.weaknesses),
+        ],
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
-        versions=[version(value, v, trouble(tx, v)) for v in versions if v.state is not VersionState.DESTROYED],
+        versions=[version(tx, value, v) for v in versions],
     )
-
-
-def weakness_warnings(versions: Sequence[KeyVersion]) -> list[str]:
-    """What every report must show of adopted keys that are weaker than ours and still there."""
-    return [
-        f"version {v.number} was adopted although {', '.join(v.weaknesses)}"
-        for v in versions
-        if v.weaknesses and v.state is not VersionState.DESTROYED
-    ]
 
 
 def checks(report: timeline.SafetyReport) -> list[wire.SafetyCheck]:
@@ -120,15 +117,13 @@ def checks(report: timeline.SafetyReport) -> list[wire.SafetyCheck]:
     ]
 
 
-def trouble(tx: ReadTx, value: KeyVersion) -> str | None:
-    """What the last failed attempt to make a version's pair ended in, while there is none."""
-    if value.state is not VersionState.CREATING:
-        return None
+def last_failure(tx: ReadTx, value: KeyVersion) -> str | None:
+    """The error of the last failed attempt to make the version's pair, None where no attempt failed."""
     return next((i.error for i in reversed(tx.intents(version_id=value.id)) if i.error), None)
 
 
-def version(owner: Key, value: KeyVersion, trouble: str | None = None) -> wire.Version:
-    """A version; `usable_at` only while it waits."""
+def version(tx: ReadTx, owner: Key, value: KeyVersion) -> wire.Version:
+    """A version; `usable_at` only while it is published, `trouble` only while its pair is not made."""
     waiting = value.state is VersionState.PUBLISHED
     return wire.Version(
         kid=value.kid,
@@ -138,7 +133,7 @@ def version(owner: Key, value: KeyVersion, trouble: str | None = None) -> wire.V
         public_jwk=published_jwk(value),
         created_at=to_datetime(value.created_at),
         backend=value.backend,
-        trouble=trouble,
+        trouble=last_failure(tx, value) if value.state is VersionState.CREATING else None,
         published_at=optional(value.published_at),
         visible_since=optional(value.visible_since),
         usable_at=optional(timeline.usable_at(value, owner.policy)) if waiting else None,
@@ -160,14 +155,21 @@ def version(owner: Key, value: KeyVersion, trouble: str | None = None) -> wire.V
 
 
 def published_jwk(value: KeyVersion) -> dict[str, object] | None:
-    """The version's public JWK as the JWKS shows it; None while there is no pair."""
+    """The version's public JWK as the JWKS shows it; None while its pair is not made."""
     if value.kid is None or value.public_jwk is None:
         return None
     return jose.published_jwk(value.public_jwk, alg=value.alg, kid=value.kid, x5c=value.x5c)
 
 
+def key_place(tx: ReadTx, value: Key) -> wire.KeyPlace:
+    """The names that lead to a key."""
+    owner = tx.key_set_by_id(value.key_set_id)
+    assert owner is not None
+    return wire.KeyPlace(key_set=owner.name, key=value.name)
+
+
 def exposure(case: exposures.Case, rows: Sequence[exposures.Exposed]) -> wire.Exposure:
-    """What a revocation leaves open."""
+    """Which verifiers go on trusting what was revoked, and until when."""
     return wire.Exposure(
         withdrawn_at=to_datetime(case.withdrawn_at),
         cache_lifetime=case.cache_lifetime,
@@ -240,8 +242,7 @@ def grant(tx: ReadTx, value: Grant) -> wire.Grant:
     )
 
 
-def page(items: Sequence[object], ids: Sequence[str], limit: int) -> wire.Page:
-    """One page of at most `limit`, from up to `limit` + 1 things that were read; the cursor is the last id shown."""
-    if len(items) > limit:
-        return wire.Page(items=list(items[:limit]), next=ids[limit - 1])
-    return wire.Page(items=list(items))
+def page(found: Sequence[R], limit: int, view: Callable[[R], object]) -> wire.Page:
+    """One page of at most `limit` rows, from up to `limit` + 1 that were read; the cursor is the last id shown."""
+    shown = found[:limit]
+    return wire.Page(items=[view(row) for row in shown], next=shown[-1].id if len(found) > limit else UNSET)

@@ -29,7 +29,8 @@ _LAST_USED_INTERVAL = 60 * SECOND
 _LAST_USED_BATCH = 100
 """Tokens whose last use is written in one transaction: the writers of all nodes wait for it."""
 _DEAD_WORKERS_INTERVAL = SECOND
-_OVERDUE = 15 * 60 * SECOND
+OVERDUE = 15 * 60 * SECOND
+"""Without a confirmation for so many microseconds, a worker that reaches the database is not ready."""
 
 
 class _PinnedSnapshot:
@@ -147,7 +148,7 @@ class RegistrySync:
 
     def overdue(self) -> bool:
         """Whether this worker reaches the database but could not confirm an epoch for 15 minutes."""
-        return self._trouble is None and self.clock.boot() - self._confirmed_at > _OVERDUE
+        return self._trouble is None and self.clock.boot() - self._confirmed_at > OVERDUE
 
     # --- start and stop
 

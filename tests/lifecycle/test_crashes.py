@@ -45,7 +45,7 @@ def a_life(plant: Plant) -> None:
     plant.until(lambda: state(1, S.RETIRED) and any(v.number == 1 and v.destroy_told for v in plant.versions()))
     api = plant.api()
     assert api is not None
-    api.versions.revoke(plant.who, "main", "default", "2", wire.RevokeRequest(reason="leaked"))
+    api.revocation.revoke_version(plant.who, "main", "default", "2", wire.RevokeRequest(reason="leaked"))
     plant.until(lambda: state(3, S.ACTIVE) and any(v.number == 4 and v.visible_since for v in plant.versions()))
     plant.advance(7200)
     plant.until(lambda: state(4, S.ACTIVE) and state(5, S.PUBLISHED))

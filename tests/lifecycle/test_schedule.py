@@ -20,7 +20,7 @@ def states(world: World) -> dict[int, str]:
 
 
 def revoke(world: World, number: int) -> wire.Revoked:
-    return world.service.versions.revoke(world.admin, "main", "default", str(number), wire.RevokeRequest())
+    return world.service.revocation.revoke_version(world.admin, "main", "default", str(number), wire.RevokeRequest())
 
 
 def intents(world: World, kind: IntentKind) -> list[IntentState]:

@@ -116,7 +116,9 @@ def test_an_emergency_and_the_second_rotation_after_it(age: int, known: bool, fi
         assert revoked.kid is not None
         before = dict(fleet.tally.rejected)
         began = plant.now
-        api.versions.revoke(plant.who, "main", "default", str(revoked.number), wire.RevokeRequest(reason="leaked"))
+        api.revocation.revoke_version(
+            plant.who, "main", "default", str(revoked.number), wire.RevokeRequest(reason="leaked")
+        )
         rejects: dict[str, int] = {}
         trusts: dict[str, int] = {}
         while plant.now < began + 26 * HOUR * SECOND:

@@ -193,7 +193,7 @@ class Histories(RuleBasedStateMachine):
         key, version = found
 
         def revoke(worker: SimWorker) -> None:
-            worker.versions.revoke(self.plant.who, "main", key, str(version.number), wire.RevokeRequest())
+            worker.revocation.revoke_version(self.plant.who, "main", key, str(version.number), wire.RevokeRequest())
             assert version.kid is not None
             self.oracle.revoked(version.kid)
 

@@ -1,4 +1,4 @@
-"""Key pairs that a module holds already become key versions: what is looked at, refused, accepted and recorded."""
+"""Adoption of key pairs that a module holds already: what is examined, refused, accepted and recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kms_jwks.access import Role
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
 from kms_jwks.model import DAY, Origin, VersionState
-from kms_jwks.service.adoption import GIVEN
+from kms_jwks.service.adoption import PUBLIC_KEY_GIVEN
 from kms_jwks.service.context import RequestContext
 from kms_jwks.timeline import later
 from kms_jwks.times import to_datetime
@@ -29,7 +29,7 @@ WEAK = {
 
 
 def foreign(world: World, alg: str = "ES256", label: str = "theirs", rsa_bits: int | None = None) -> GeneratedKey:
-    """A pair that somebody else made, of any size."""
+    """A key pair that was not made by this service, of any size."""
     if rsa_bits is not None:
         ref = KeyRef.of(id=f"{label}-{rsa_bits}", label=label)
         world.backend.keys[ref["id"]] = (label, rsa.generate_private_key(65537, rsa_bits))
@@ -38,23 +38,23 @@ def foreign(world: World, alg: str = "ES256", label: str = "theirs", rsa_bits: i
 
 
 def adopt(world: World, locator: str = "theirs", **more: Any) -> dict[str, Any]:
-    """A key to create, in JSON."""
+    """The JSON of a key to create by adoption."""
     alg = more.pop("alg", "ES256")
     fields: dict[str, Any] = {name: more.pop(name) for name in ("name", "rsa_bits") if name in more}
     return {"name": "default", "alg": alg, **fields, "adopt": {"locator": locator, **more}}
 
 
-def create_key(world: World, key: dict[str, Any], who: RequestContext | None = None) -> wire.Key:
-    return world.service.keys.create(who or world.admin, "main", wire.convert(key, wire.KeyCreate)).answer
+def create_key(world: World, key: dict[str, Any], context: RequestContext | None = None) -> wire.Key:
+    return world.service.keys.create(context or world.admin, "main", wire.convert(key, wire.KeyCreate)).answer
 
 
-def create_version(world: World, who: RequestContext | None = None, **adopted: Any) -> wire.Version:
+def create_version(world: World, context: RequestContext | None = None, **adopted: Any) -> wire.Version:
     request = wire.convert({"adopt": {"locator": "theirs", **adopted}}, wire.VersionCreate)
-    return world.service.versions.create(who or world.admin, "main", "default", request).answer
+    return world.service.versions.create(context or world.admin, "main", "default", request).answer
 
 
 def signing_kid(world: World) -> str | None:
-    """Which kid the worker signs with now."""
+    """The kid that the worker signs with now, None where no version is active."""
     try:
         return world.sign().kid
     except errors.NoActiveVersion:
@@ -81,14 +81,14 @@ def test_an_adopted_key_is_the_first_version_and_signs(world: World) -> None:
     }
 
 
-def test_its_successor_is_made_here(world: World) -> None:
+def test_the_standby_of_an_adopted_version_is_generated(world: World) -> None:
     foreign(world)
     world.create(keys=[adopt(world)])
     standby = world.standby()
     assert (standby.number, standby.origin.value) == (2, "generated")
 
 
-def test_it_keeps_the_kid_that_verifiers_know(world: World) -> None:
+def test_an_adopted_version_keeps_the_kid_that_verifiers_know(world: World) -> None:
     foreign(world)
     world.create(existing_issuer=True, keys=[adopt(world, kid="2019/key#7")])
     assert world.kids() == ["2019/key#7"]
@@ -97,7 +97,7 @@ def test_it_keeps_the_kid_that_verifiers_know(world: World) -> None:
     assert world.service.versions.get(world.admin, "main", "default", "2019/key#7").number == 1
 
 
-def test_in_a_set_that_published_before_it_waits_for_the_publish_lead(world: World) -> None:
+def test_an_adopted_key_waits_for_the_publish_lead_in_a_set_that_published_before(world: World) -> None:
     world.create(keys=[{"name": "other", "alg": "ES256"}])
     foreign(world)
     made = create_key(world, adopt(world))
@@ -109,7 +109,7 @@ def test_in_a_set_that_published_before_it_waits_for_the_publish_lead(world: Wor
 
 
 @pytest.mark.parametrize("alg", sorted(ALGORITHMS))
-def test_every_algorithm_is_tried_and_verified(world: World, alg: str) -> None:
+def test_a_pair_of_every_algorithm_is_adopted(world: World, alg: str) -> None:
     bits = 2048 if ALGORITHMS[alg].is_rsa else None
     pair = foreign(world, alg, rsa_bits=bits)
     (key,) = world.create(keys=[adopt(world, alg=alg)]).keys
@@ -143,7 +143,7 @@ def test_a_version_is_adopted_beside_the_standby_and_activated_by_name(world: Wo
     assert signing_kid(world) == "theirs-1"
 
 
-def test_the_trial_signature_is_over_what_can_be_no_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_input_of_the_trial_signature_fits_no_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     signed: list[bytes] = []
     really = world.backend.sign
 
@@ -187,22 +187,22 @@ def test_accept_alone_makes_no_key_weak(world: World) -> None:
     assert world.create(keys=[adopt(world, accept=True)]).keys[0].versions[0].weaknesses == []
 
 
-def test_without_a_public_half_one_has_to_be_given_and_accepted(world: World) -> None:
+def test_a_pair_without_its_public_half_needs_a_given_one_and_accept(world: World) -> None:
     pair = foreign(world)
     world.backend.halved.add(pair.ref["id"])
     with pytest.raises(errors.AdoptionRefused, match="public half"):
         world.create(keys=[adopt(world, accept=True)])
     with pytest.raises(errors.AdoptionRefused) as refusal:
         world.create(keys=[adopt(world, public_key=dict(pair.public_jwk))])
-    assert refusal.value.fields["weaknesses"] == [GIVEN]
+    assert refusal.value.fields["weaknesses"] == [PUBLIC_KEY_GIVEN]
 
     pem = jose.to_pem(pair.public_jwk)
     (key,) = world.create(keys=[adopt(world, accept=True, public_key=pem)]).keys
-    assert key.versions[0].weaknesses == [GIVEN]
+    assert key.versions[0].weaknesses == [PUBLIC_KEY_GIVEN]
     world.sign()
 
 
-def test_a_given_public_key_that_is_not_the_keys_is_found_out(world: World) -> None:
+def test_a_given_public_key_of_another_pair_is_refused(world: World) -> None:
     pair = foreign(world)
     world.backend.halved.add(pair.ref["id"])
     other = jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
@@ -238,9 +238,9 @@ def test_a_modulus_of_another_size_is_refused(world: World, bits: int, wanted: i
         world.create(keys=[key])
 
 
-def test_what_is_not_there_or_not_one_is_refused(world: World) -> None:
+def test_a_locator_that_names_no_pair_or_several_is_refused(world: World) -> None:
     with pytest.raises(errors.AdoptionRefused):
-        world.create(keys=[adopt(world, "nobody")])
+        world.create(keys=[adopt(world, "unknown")])
     one = foreign(world, label="a")
     foreign(world, label="b")
     world.backend.keys[one.ref["id"]] = ("b", world.backend.keys[one.ref["id"]][1])
@@ -248,7 +248,7 @@ def test_what_is_not_there_or_not_one_is_refused(world: World) -> None:
         world.create(keys=[adopt(world, "b")])
 
 
-def test_a_module_that_is_away_is_said_so_and_writes_nothing(world: World) -> None:
+def test_an_adoption_from_a_failing_module_raises_its_error_and_writes_nothing(world: World) -> None:
     foreign(world)
     world.backend.fail = errors.BackendUnavailable()
     with pytest.raises(errors.BackendUnavailable):
@@ -271,7 +271,7 @@ def test_a_kid_outside_its_bounds_is_refused(world: World, kid: str) -> None:
 # --- twice
 
 
-def test_one_pair_is_one_version_for_ever(world: World) -> None:
+def test_one_pair_is_one_version_only(world: World) -> None:
     pair = foreign(world)
     world.create(keys=[adopt(world)])
     for more in ({}, {"kid": "another"}):
@@ -286,7 +286,7 @@ def test_one_pair_is_one_version_for_ever(world: World) -> None:
         create_version(world, locator="copy", kid="copy")
 
 
-def test_a_pair_that_was_made_here_is_not_adopted(world: World) -> None:
+def test_a_generated_pair_is_not_adopted(world: World) -> None:
     world.create()
     standby = world.standby()
     assert standby.ref is not None
@@ -294,19 +294,19 @@ def test_a_pair_that_was_made_here_is_not_adopted(world: World) -> None:
         create_version(world, locator=standby.ref["label"])
 
 
-def test_a_revoked_version_does_not_come_back(world: World) -> None:
+def test_a_revoked_pair_is_not_adopted_again(world: World) -> None:
     foreign(world)
     world.create(keys=[adopt(world)])
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises(errors.KeyTaken):
         create_version(world, kid="under another name")
 
 
-def test_two_who_adopt_one_pair_at_once_do_not_both_get_it(world: World) -> None:
+def test_of_two_simultaneous_adoptions_of_one_pair_one_succeeds(world: World) -> None:
     foreign(world)
     world.create()
-    looked = threading.Barrier(2, timeout=60)
-    world.backend.before = lambda call: looked.wait() if call == "sign" else None  # type: ignore[assignment]
+    both_examined = threading.Barrier(2, timeout=60)
+    world.backend.before = lambda call: both_examined.wait() if call == "sign" else None  # type: ignore[assignment]
 
     def adopted(number: int) -> str | None:
         try:
@@ -320,7 +320,7 @@ def test_two_who_adopt_one_pair_at_once_do_not_both_get_it(world: World) -> None
     assert len([v for v in world.versions() if v.origin is Origin.ADOPTED]) == 1
 
 
-def test_twice_in_one_call_is_refused_whole(world: World) -> None:
+def test_one_pair_twice_in_one_call_is_refused_and_nothing_is_written(world: World) -> None:
     foreign(world)
     with pytest.raises(errors.KeyTaken):
         world.create(keys=[adopt(world, name="one"), adopt(world, name="two", kid="two")])
@@ -343,10 +343,10 @@ def test_a_kid_stays_with_what_it_was_given_to(world: World) -> None:
     assert {"known", made.kid} <= set(world.kids())
 
 
-# --- who may, and what becomes of it
+# --- permissions, destruction, limits
 
 
-def test_only_who_may_adopt_adopts(world: World) -> None:
+def test_an_adoption_needs_its_permission(world: World) -> None:
     foreign(world)
     world.create(keys=[{"name": "default", "alg": "ES256"}])
     operator = world.client("operator", Role.OPERATOR)
@@ -360,7 +360,7 @@ def test_only_who_may_adopt_adopts(world: World) -> None:
         assert refusal.value.fields["permission"] == "key:adopt"
 
 
-def test_the_module_is_not_asked_for_who_may_not(world: World) -> None:
+def test_a_refused_caller_causes_no_call_to_the_module(world: World) -> None:
     world.create()
     asked: list[str] = []
     world.backend.before = asked.append
@@ -369,7 +369,7 @@ def test_the_module_is_not_asked_for_who_may_not(world: World) -> None:
     assert "adopt" not in asked
 
 
-def test_a_disabled_key_adopts_nothing(world: World) -> None:
+def test_a_disabled_key_adopts_no_pair(world: World) -> None:
     foreign(world)
     world.create()
     world.service.keys.disable(world.admin, "main", "default")
@@ -377,7 +377,7 @@ def test_a_disabled_key_adopts_nothing(world: World) -> None:
         create_version(world)
 
 
-def test_an_adopted_pair_is_destroyed_only_when_somebody_says_so(world: World) -> None:
+def test_an_adopted_pair_is_destroyed_on_request_only(world: World) -> None:
     pair = foreign(world)
     world.create(keys=[adopt(world)])
     world.standby()
@@ -396,16 +396,18 @@ def test_an_adopted_pair_is_destroyed_only_when_somebody_says_so(world: World) -
     assert pair.ref["id"] not in world.backend.keys
 
 
-def test_a_revoked_adopted_pair_stays_in_its_module_too(world: World) -> None:
+def test_a_revoked_adopted_pair_stays_in_its_module(world: World) -> None:
     foreign(world)
     world.create(keys=[adopt(world)])
     world.standby()
-    done = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="test"))
+    done = world.service.revocation.revoke_version(
+        world.admin, "main", "default", "1", wire.RevokeRequest(reason="test")
+    )
     assert (done.version.state, done.version.destroy_at) == ("revoked", None)
     assert done.successor is not None
 
 
-def test_the_document_has_room_for_so_many(world: World) -> None:
+def test_adoptions_fill_the_document_up_to_its_limit(world: World) -> None:
     world.create()
     world.standby()
     for number in range(6):
@@ -414,4 +416,4 @@ def test_the_document_has_room_for_so_many(world: World) -> None:
     foreign(world, label="one too many")
     with pytest.raises(errors.LimitReached):
         create_version(world, locator="one too many")
-    assert len(world.kids()) == 8, "one retiring version and one to spare still fit"
+    assert len(world.kids()) == 8, "one retiring version and one spare kid still fit"

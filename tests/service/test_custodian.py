@@ -28,7 +28,7 @@ class Crash(BaseException):
 
 def ask(world: World) -> None:
     """Request a key set with one key, without waiting for it."""
-    from kms_jwks.service.key_sets import add_key_set
+    from kms_jwks.service.definitions import add_key_set
 
     with world.store().write() as tx:
         request = wire.KeySetCreate(name="main", keys=[wire.KeyCreate(name="default", alg="ES256")])
@@ -104,7 +104,9 @@ def test_a_crash_before_a_destruction_is_recorded_is_repeated(quiet: World) -> N
     custodian = quiet.custodian()
     settle(quiet, custodian)
     revoke = threading.Thread(
-        target=lambda: quiet.service.versions.revoke(quiet.admin, "main", "default", "1", wire.RevokeRequest())
+        target=lambda: quiet.service.revocation.revoke_version(
+            quiet.admin, "main", "default", "1", wire.RevokeRequest()
+        )
     )
     revoke.start()
     revoke.join()

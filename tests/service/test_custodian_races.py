@@ -28,7 +28,7 @@ from kms_jwks.custodian import loop as custodians
 from kms_jwks.custodian.leader_lease import LeaderLease
 from kms_jwks.custodian.loop import Custodian
 from kms_jwks.model import IntentKind, IntentState, VersionState
-from kms_jwks.service.key_sets import add_key_set
+from kms_jwks.service.definitions import add_key_set
 from kms_jwks.store import ConnectionSettings, Store
 from kms_jwks.worker.confirmation import Confirmation
 from tests.memory_backend import MemoryBackend, PrivateKey

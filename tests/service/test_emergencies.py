@@ -22,7 +22,7 @@ S = VersionState
 
 def revoke(world: World, version: str) -> wire.Revoked:
     request = wire.RevokeRequest(reason="it leaked")
-    return world.service.versions.revoke(world.admin, "main", "default", version, request)
+    return world.service.revocation.revoke_version(world.admin, "main", "default", version, request)
 
 
 def of(tx: WriteTx) -> tuple[KeySet, Key]:
@@ -76,7 +76,7 @@ def test_a_pair_that_is_being_made_in_a_revoked_module_is_surplus(world: World) 
         coming = transitions.add_version(tx, key)
         intent = tx.intents(version_id=coming.id)[0]
         tx.save(replace(intent, not_before=later(tx.now(), 3600)))
-    world.service.revocation.everything(world.admin, wire.RevocationCreate(reason="stolen", backend="memory"))
+    world.service.revocation.revoke_scope(world.admin, wire.RevocationCreate(reason="stolen", backend="memory"))
     assert world.version(coming.number).state is S.DESTROYED
     with world.registry.read() as reading:
         assert {i.state for i in reading.intents(version_id=coming.id)} <= {IntentState.PENDING, IntentState.ABANDONED}
@@ -84,7 +84,7 @@ def test_a_pair_that_is_being_made_in_a_revoked_module_is_surplus(world: World) 
 
 def test_a_disabled_key_does_not_delay_the_first_document(quiet: World) -> None:
     with quiet.store().write() as tx:
-        from kms_jwks.service.key_sets import add_key_set
+        from kms_jwks.service.definitions import add_key_set
 
         keys = [wire.KeyCreate(name=name, alg="ES256") for name in ("default", "second")]
         add_key_set(tx, quiet.service.key_sets._control, wire.KeySetCreate(name="main", keys=keys))

@@ -19,7 +19,7 @@ def states(found: wire.TimelineVersion) -> list[str]:
     return [span.state for span in found.spans]
 
 
-def test_a_rotation_as_it_was_and_as_it_goes_on(world: World) -> None:
+def test_a_rotation_with_its_recorded_and_its_planned_part(world: World) -> None:
     world.create(keys=[{"name": "default", "alg": "ES256"}, {"name": "second", "alg": "ES256"}])
     world.until(lambda: sum(v.state is S.PUBLISHED and v.visible_since is not None for v in world.versions()) == 2)
     world.advance(DAY + 1)
@@ -49,7 +49,7 @@ def test_a_rotation_as_it_was_and_as_it_goes_on(world: World) -> None:
 def test_a_revoked_version_is_not_shown_as_retiring(world: World) -> None:
     world.create()
     world.standby()
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     first = world.service.keys.timeline(world.admin, "main", "default").versions[0]
     assert states(first)[-2:] == ["revoked", "destroyed"]
     assert "retiring" not in states(first)
@@ -63,16 +63,16 @@ def test_a_planned_activation_retires_the_one_that_signs() -> None:
     was = [event(T0, "created", 1, past=True), event(at(1), "published", 1, past=True)]
     was += [event(at(2), "activated", 1, past=True), event(at(3), "published", 2, past=True)]
     comes = [event(at(100), "activate", 2), event(at(200), "withdraw", 1), event(at(300), "activate", 3)]
-    assert key_timeline.entries(1, was) == [(T0, S.CREATING), (at(1), S.PUBLISHED), (at(2), S.ACTIVE)]
-    assert key_timeline.entries(1, [*was, *comes])[3:] == [(at(100), S.RETIRING), (at(200), S.RETIRED)]
-    assert key_timeline.entries(2, [*was, *comes]) == [
+    assert key_timeline.find_state_changes(1, was) == [(T0, S.CREATING), (at(1), S.PUBLISHED), (at(2), S.ACTIVE)]
+    assert key_timeline.find_state_changes(1, [*was, *comes])[3:] == [(at(100), S.RETIRING), (at(200), S.RETIRED)]
+    assert key_timeline.find_state_changes(2, [*was, *comes]) == [
         (at(3), S.PUBLISHED),
         (at(100), S.ACTIVE),
         (at(300), S.RETIRING),
     ]
 
 
-def test_only_who_may_read_the_key(world: World) -> None:
+def test_a_timeline_needs_the_right_to_read_the_key(world: World) -> None:
     world.create()
     with pytest.raises(errors.Forbidden):
         world.service.keys.timeline(world.client("none", Role.VERIFIER), "main", "default")

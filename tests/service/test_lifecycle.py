@@ -1,4 +1,4 @@
-"""The life of key versions through the use cases, with the calendar moved by hand."""
+"""The life of key versions through the use cases; the tests move the clock."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_existing_issuer_has_no_first_publication(world: World) -> None:
     world.until(lambda: world.service.key_sets.get(world.admin, "main").keys[0].active_kid)
 
 
-def test_a_stopped_worker_does_not_hold_up_visibility_but_a_silent_one_does(
+def test_a_silent_worker_delays_visibility_and_a_stopped_one_does_not(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kms_jwks.service.control.CUSTODIAN_WAIT", 1.0)
@@ -89,7 +89,7 @@ def test_a_stopped_worker_does_not_hold_up_visibility_but_a_silent_one_does(
 # --- rotation
 
 
-def test_rotate_names_the_earliest_time_and_works_then(world: World) -> None:
+def test_rotate_names_the_earliest_time_and_succeeds_then(world: World) -> None:
     first = world.create().keys[0].active_kid
     standby = world.standby()
     with pytest.raises(errors.NotYetUsable) as refusal:
@@ -123,7 +123,7 @@ def test_a_retiring_version_leaves_when_no_token_can_be_alive_and_is_destroyed_o
     assert retired.ref["id"] not in world.backend.keys
 
 
-def test_a_destruction_can_be_taken_back(world: World) -> None:
+def test_a_destruction_can_be_cancelled(world: World) -> None:
     world.create()
     world.standby()
     world.advance(DAY + 1)
@@ -141,9 +141,9 @@ def test_a_destruction_can_be_taken_back(world: World) -> None:
     assert scheduled.destroy_at is not None
 
 
-def test_a_destruction_date_leaves_a_week(world: World) -> None:
+def test_a_destruction_date_is_at_least_a_week_ahead(world: World) -> None:
     world.create()
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     soon = wire.convert({"destroy_at": "2026-01-01T00:00:00Z"}, wire.DestroyRequest)
     with pytest.raises(errors.InvalidField, match="destroy_at"):
         world.service.versions.destroy(world.admin, "main", "default", "1", soon)
@@ -177,7 +177,9 @@ def test_a_revoked_version_is_gone_at_once_and_the_standby_signs(two_workers: Wo
     world = two_workers
     first = world.create().keys[0].active_kid
     standby = world.standby()
-    answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="it leaked"))
+    answer = world.service.revocation.revoke_version(
+        world.admin, "main", "default", "1", wire.RevokeRequest(reason="it leaked")
+    )
     for worker in world.workers:
         assert world.sign(worker=worker).kid == standby.kid
         assert first not in world.kids(worker)
@@ -192,9 +194,9 @@ def test_a_revoked_version_is_gone_at_once_and_the_standby_signs(two_workers: Wo
 def test_a_revocation_without_a_standby_stops_signing_until_one_is_visible(world: World) -> None:
     world.create()
     world.standby()
-    world.service.versions.revoke(world.admin, "main", "default", "2", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "2", wire.RevokeRequest())
     world.backend.fail = errors.BackendUnavailable("away")
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises((errors.NoActiveVersion, errors.BackendUnavailable)):
         world.sign()
     world.backend.fail = None
@@ -204,12 +206,16 @@ def test_a_revocation_without_a_standby_stops_signing_until_one_is_visible(world
     assert successor.breaches
 
 
-def test_a_revocation_can_be_repeated_by_who_lost_its_answer(world: World) -> None:
+def test_a_revocation_can_be_repeated_after_a_lost_answer(world: World) -> None:
     world.create()
     world.standby()
-    first = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="once"))
+    first = world.service.revocation.revoke_version(
+        world.admin, "main", "default", "1", wire.RevokeRequest(reason="once")
+    )
     active = [v.number for v in world.versions() if v.state is S.ACTIVE]
-    again = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest(reason="twice"))
+    again = world.service.revocation.revoke_version(
+        world.admin, "main", "default", "1", wire.RevokeRequest(reason="twice")
+    )
     assert again.version == first.version
     assert (again.successor, again.unconfirmed) == (None, [])
     assert [v.number for v in world.versions() if v.state is S.ACTIVE] == active
@@ -253,7 +259,7 @@ def test_a_disabled_key_signs_nothing_and_stays_published(two_workers: World) ->
         ({"keys": [{"name": n, "alg": "ES256"} for n in "abcde"]}, errors.LimitReached),
     ],
 )
-def test_refused_definitions_leave_nothing(world: World, fields: dict[str, Any], error: type[errors.Error]) -> None:
+def test_refused_definitions_write_nothing(world: World, fields: dict[str, Any], error: type[errors.Error]) -> None:
     with pytest.raises(error):
         world.create(**({"name": "main"} | fields))
     with world.registry.read() as tx:
@@ -277,7 +283,7 @@ def test_an_issuer_has_one_key_set(world: World) -> None:
         world.service.key_sets.patch(world.admin, "c", wire.KeySetPatch(issuer="https://issuer.example"), 1)
 
 
-def test_a_default_lifetime_that_no_token_could_have(world: World) -> None:
+def test_a_default_lifetime_that_no_token_could_have_is_refused(world: World) -> None:
     long = {"name": "default", "alg": "ES256", "profile": {"default_lifetime": 4000}}
     with pytest.raises(errors.PolicyRefused):
         world.create(keys=[long])
@@ -291,18 +297,20 @@ def test_an_emergency_takes_a_standby_that_is_not_visible_yet(world: World) -> N
     world.standby()
     silent = world.worker()
     silent.sync.poll()
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     young = world.until(lambda: next((v for v in world.versions() if v.number == 3 and v.state is S.PUBLISHED), None))
     assert young is not None
     assert young.visible_since is None, "a silent worker keeps it from being visible"
-    answer = world.service.versions.revoke(world.admin, "main", "default", "2", wire.RevokeRequest())
+    answer = world.service.revocation.revoke_version(world.admin, "main", "default", "2", wire.RevokeRequest())
     assert answer.successor is not None
     assert (answer.successor.number, answer.successor.breaches[0].invariant) == (3, "I1")
     assert world.sign().kid == young.kid
     silent.stop()
 
 
-def test_a_key_that_cannot_be_made_says_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_refusal_of_a_key_that_cannot_be_made_names_the_reason(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kms_jwks.service.control.CUSTODIAN_WAIT", 0.5)
     world.backend.fail = errors.BackendRefused("the PIN is wrong")
     request = wire.KeySetCreate(name="main", keys=[wire.KeyCreate(name="default", alg="ES256")])
@@ -312,7 +320,7 @@ def test_a_key_that_cannot_be_made_says_why(world: World, monkeypatch: pytest.Mo
     world.backend.fail = None
 
 
-def test_an_algorithm_that_the_module_lacks_leaves_nothing(world: World) -> None:
+def test_an_algorithm_that_the_module_lacks_is_refused_and_nothing_is_written(world: World) -> None:
     world.backend.offered = frozenset({"RS256"})
     with pytest.raises(errors.UnsupportedAlgorithmRequested):
         world.create()
@@ -320,7 +328,7 @@ def test_an_algorithm_that_the_module_lacks_leaves_nothing(world: World) -> None
         assert tx.key_sets() == []
 
 
-def test_a_document_that_is_full_takes_no_more(world: World) -> None:
+def test_a_full_document_takes_no_more_keys(world: World) -> None:
     world.create(keys=[{"name": "default", "alg": "ES256", "policy": UNSAFE}])
     for number in range(2, 10):
         world.until(lambda: any(v.number == number and v.visible_since for v in world.versions()))  # noqa: B023
@@ -340,7 +348,7 @@ def test_a_document_that_is_full_takes_no_more(world: World) -> None:
 def test_a_destruction_put_off_while_the_module_is_away_waits_for_its_new_date(world: World) -> None:
     world.create()
     world.standby()
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     world.until(lambda: any(v.number == 3 and v.state is S.PUBLISHED for v in world.versions()))
     world.backend.fail = errors.BackendUnavailable("away")
     world.advance(31 * DAY)
@@ -367,7 +375,7 @@ def test_a_destruction_put_off_while_the_module_is_away_waits_for_its_new_date(w
     world.until(lambda: world.version(1).state is S.DESTROYED)
 
 
-def test_a_policy_is_shown_with_its_danger(world: World) -> None:
+def test_an_unsafe_policy_is_shown_with_a_warning(world: World) -> None:
     made = world.create(keys=[{"name": "default", "alg": "ES256", "policy": UNSAFE}])
     assert "unsafe publish_lead" in made.keys[0].warnings[0]
 

@@ -13,7 +13,7 @@ import pytest
 from kms_jwks import errors, wire
 from kms_jwks.backends.base import KeyRef
 from kms_jwks.model import Epoch, IntentState, VersionState
-from kms_jwks.service.key_sets import add_key_set
+from kms_jwks.service.definitions import add_key_set
 from kms_jwks.store import Store
 from kms_jwks.worker import registration
 from tests.service.world import World

@@ -1,4 +1,4 @@
-"""What operators see of an installation: workers with their lease and their modules, and the custodian."""
+"""The state of an installation as operators read it: workers with their lease and their modules, the custodian."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mine(world: World) -> wire.Node:
     return next(n for n in nodes(world) if n.worker == world.service.sync.worker_id)
 
 
-def test_each_worker_with_its_epoch_and_lease(two_workers: World) -> None:
+def test_each_worker_is_listed_with_its_epoch_and_lease(two_workers: World) -> None:
     world = two_workers
     world.create()
     world.standby()
@@ -31,7 +31,7 @@ def test_each_worker_with_its_epoch_and_lease(two_workers: World) -> None:
     assert all(n.live and 0 < n.lease_left <= n.lease == 10 for n in found)
 
 
-def test_a_worker_that_is_silent_has_no_lease_left_and_may_be_forgotten(world: World) -> None:
+def test_a_silent_worker_has_no_lease_left_and_may_be_forgotten(world: World) -> None:
     world.create()
     silent = world.worker()
     silent.sync.poll()
@@ -46,7 +46,7 @@ def test_a_worker_that_is_silent_has_no_lease_left_and_may_be_forgotten(world: W
     silent.stop()
 
 
-def test_backends_as_each_worker_saw_them(world: World) -> None:
+def test_each_worker_is_listed_with_its_backends_states(world: World) -> None:
     world.create()
     world.standby()
     assert mine(world).backends in ({}, {"memory": "ok"})
@@ -65,10 +65,10 @@ def test_backends_as_each_worker_saw_them(world: World) -> None:
     world.offset += SECOND
     world.until(lambda: mine(world).backends == {"memory": "ok"})
     with world.registry.read() as tx:
-        assert tx.epoch() == before, "what a worker sees of its modules is in no snapshot"
+        assert tx.epoch() == before, "a change of a backend's state changes no snapshot"
 
 
-def test_the_poll_asks_no_module(world: World) -> None:
+def test_a_poll_asks_no_module(world: World) -> None:
     world.create()
     world.standby()
     asked: list[str] = []
@@ -79,7 +79,7 @@ def test_the_poll_asks_no_module(world: World) -> None:
     assert asked == []
 
 
-def test_health_is_seen_too(world: World) -> None:
+def test_a_health_probe_updates_the_backends_state(world: World) -> None:
     world.create()
     world.backend.fail = errors.BackendUnavailable("away")
     assert world.service.operation.ready_sign().status == "failing"
@@ -88,7 +88,7 @@ def test_health_is_seen_too(world: World) -> None:
     world.backend.fail = None
 
 
-def test_who_is_the_custodian(world: World) -> None:
+def test_the_acting_custodian_is_shown(world: World) -> None:
     world.create()
     first = world.service.operation.custodian(world.admin)
     assert (first.acting, first.node, first.term, first.halted) == (True, "node-1", 1, None)
@@ -106,8 +106,8 @@ def test_who_is_the_custodian(world: World) -> None:
     assert second.since > first.since
 
 
-def test_only_who_may_look_sees_nodes(world: World) -> None:
-    nobody = world.client("nobody", Role.SIGNER)
-    for ask in (world.service.operation.custodian, lambda who: world.service.operation.nodes(who, 1, None)):
+def test_nodes_and_the_custodian_need_a_permission(world: World) -> None:
+    signer = world.client("other", Role.SIGNER)
+    for ask in (world.service.operation.custodian, lambda context: world.service.operation.nodes(context, 1, None)):
         with pytest.raises(errors.Forbidden):
-            ask(nobody)
+            ask(signer)

@@ -1,4 +1,4 @@
-"""ML-DSA keys over real HTTP: a document of their own, tokens that another library verifies, room of their own."""
+"""ML-DSA keys over real HTTP: a document and a limit of kids of their own, tokens that another library verifies."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class Site:
         self._thread.join(10)
 
     def ask(
-        self, method: str, path: str, who: RequestContext | None = None, body: Any = None, **headers: str
+        self, method: str, path: str, context: RequestContext | None = None, body: Any = None, **headers: str
     ) -> Answer:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
-        if who is not None and who.authorization:
-            given["Authorization"] = who.authorization
+        if context is not None and context.authorization:
+            given["Authorization"] = context.authorization
         data = None if body is None else json.dumps(body).encode()
         if data is not None:
             given["Content-Type"] = "application/json"
@@ -85,8 +85,8 @@ class Site:
             with error:
                 return Answer(error.code, error.headers, error.read())
 
-    def get(self, path: str, who: RequestContext | None = None, **headers: str) -> Answer:
-        return self.ask("GET", path, who, **headers)
+    def get(self, path: str, context: RequestContext | None = None, **headers: str) -> Answer:
+        return self.ask("GET", path, context, **headers)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def with_jwcrypto(token: str, document: bytes) -> dict[str, Any]:
 # --- the two documents ------------------------------------------------------------------------------------------------
 
 
-def test_the_ordinary_document_stays_as_it_was_to_the_byte(world: World, site: Site) -> None:
+def test_the_ordinary_document_stays_the_same_to_the_byte(world: World, site: Site) -> None:
     world.create()
     world.standby()
     world.until(lambda: len(site.get(JWKS).kids) == 2)
@@ -145,7 +145,7 @@ def test_the_ordinary_document_stays_as_it_was_to_the_byte(world: World, site: S
     assert post_quantum.status == 200
 
 
-def test_it_is_served_as_the_ordinary_one_is(world: World, site: Site) -> None:
+def test_the_post_quantum_document_is_served_like_the_ordinary_one(world: World, site: Site) -> None:
     world.create(keys=[{"name": "pq", "alg": "ML-DSA-44"}, {"name": "default", "alg": "ES256"}])
     world.until(lambda: len(site.get(PQ).kids) == 2 and len(site.get(JWKS).kids) == 2)
     for path in (JWKS, PQ):
@@ -170,7 +170,7 @@ def test_a_restricted_set_restricts_both(world: World, site: Site) -> None:
     found = site.get(PQ, world.admin)
     assert (found.status, found.headers["Access-Control-Allow-Origin"]) == (200, None)
     assert found.headers["Cache-Control"].startswith("private")
-    assert site.get("/nobody/.well-known/jwks-pq.json").status == 404
+    assert site.get("/unknown/.well-known/jwks-pq.json").status == 404
 
 
 def test_the_default_set_has_both_at_the_root(world: World, site: Site) -> None:
@@ -187,7 +187,7 @@ def test_a_set_of_ml_dsa_keys_alone_has_no_ordinary_document_until_it_has_an_ord
     missing = site.get(JWKS)
     assert (missing.status, missing.headers["Cache-Control"]) == (404, "no-store")
     assert made.jwks_pq_uri == "https://keys.example/main/.well-known/jwks-pq.json"
-    # Nobody can have cached a document that was never there, so its first key signs at once.
+    # No verifier can have cached a document that was never published, so its first key signs at once.
     kid = add_key(world, "ES256", "default").active_kid
     assert kid is not None
     assert site.get(JWKS).kids[0] == kid
@@ -210,16 +210,16 @@ def test_an_existing_issuers_document_has_no_first_publication(world: World) -> 
 def test_an_emptied_document_stays(world: World, site: Site) -> None:
     world.create()
     add_key(world, policy=UNSAFE)
+    published = {VersionState.ACTIVE, VersionState.PUBLISHED}
+    world.until(lambda: {v.state for v in world.versions() if v.alg == "ML-DSA-65"} == published)  # with its standby
     world.service.keys.disable(world.admin, "main", "pq")
-    world.until(lambda: any(v.alg == "ML-DSA-65" and v.kid for v in world.versions()))
-    for version in world.versions():
-        if version.alg == "ML-DSA-65" and version.state is not VersionState.CREATING:
-            world.service.versions.revoke(world.admin, "main", "pq", str(version.number), wire.RevokeRequest())
+    for number in ("1", "2"):
+        world.service.revocation.revoke_version(world.admin, "main", "pq", number, wire.RevokeRequest())
     world.until(lambda: site.get(PQ).kids == [])
     assert site.get(PQ).body == b'{"keys":[]}'
 
 
-def test_an_external_key_stands_in_the_document_of_its_kind(world: World, site: Site) -> None:
+def test_an_external_key_is_published_in_the_document_of_its_kind(world: World, site: Site) -> None:
     world.create()
     before = site.get(JWKS).kids
     jwk = jose.public_jwk(mldsa.MLDSA87PrivateKey.generate().public_key())
@@ -232,7 +232,7 @@ def test_an_external_key_stands_in_the_document_of_its_kind(world: World, site: 
     assert set(before) <= set(site.get(JWKS).kids)
 
 
-def test_issuer_metadata_speaks_of_the_ordinary_document(world: World, site: Site) -> None:
+def test_issuer_metadata_names_the_ordinary_document(world: World, site: Site) -> None:
     world.create()
     path = "/main/.well-known/openid-configuration"
     before = site.get(path)
@@ -264,12 +264,12 @@ def test_a_verifier_that_rejects_what_it_does_not_know_can_read_the_ordinary_doc
     add_key(world)
     ordinary, post_quantum = site.get(JWKS).json, site.get(PQ).json
     token = signed(world, site, "default")
-    # Authlib loses a whole set over one AKP key, which is what the two documents are for.
+    # Authlib rejects a whole set over one AKP key: that is the reason for two documents.
     keys = JsonWebKey.import_key_set(ordinary)
     assert keys.find_by_kid(token["kid"]) is not None
     with pytest.raises(KeyError, match="AKP"):
         JsonWebKey.import_key_set({"keys": [*ordinary["keys"], *post_quantum["keys"]]})
-    # PyJWT passes over it; from a set of nothing else it makes none.
+    # PyJWT skips an AKP key, and rejects a set that holds no other key.
     assert [key.key_id for key in jwt.PyJWKSet.from_dict(ordinary).keys] == [k["kid"] for k in ordinary["keys"]]
     with pytest.raises(jwt.PyJWKSetError):
         jwt.PyJWKSet.from_dict(post_quantum)
@@ -307,7 +307,7 @@ def test_a_signing_input_and_a_batch_are_signed(world: World, site: Site) -> Non
     world.create()
     kid = add_key(world, "ML-DSA-87").active_kid
     assert kid is not None
-    pad = "x" * 20_000  # with the signature well over what other algorithms come to
+    pad = "x" * 20_000  # with the signature, far longer than a token of another algorithm
     now = world.now() // 1_000_000
     claims = {"iss": "https://keys.example/main", "iat": now, "exp": now + 60, "pad": pad}
     head = jose.header_segment(alg="ML-DSA-87", kid=kid, typ="JWT")
@@ -345,7 +345,7 @@ def test_each_document_counts_its_own_kids(world: World) -> None:
             add_key(world, alg, "one-too-many")
 
 
-def test_keys_of_the_two_documents_rotate_side_by_side(world: World) -> None:
+def test_keys_of_the_two_documents_rotate_at_the_same_time(world: World) -> None:
     world.create(keys=[{"name": "default", "alg": "ES256"}, {"name": "pq", "alg": "ML-DSA-44"}])
     for key in ("default", "pq"):
         world.until(lambda key=key: len(world.service.keys.get(world.admin, "main", key).versions) == 2)  # type: ignore[misc]

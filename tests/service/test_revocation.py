@@ -21,11 +21,11 @@ TWO = [{"name": "default", "alg": "ES256"}, {"name": "second", "alg": "ES256"}]
 
 def revoke(world: World, version: str = "1", **fields: Any) -> wire.Revoked:
     request = wire.RevokeRequest(**({"reason": "it leaked"} | fields))
-    return world.service.versions.revoke(world.admin, "main", "default", version, request)
+    return world.service.revocation.revoke_version(world.admin, "main", "default", version, request)
 
 
 def everything(world: World, **fields: Any) -> wire.Revocation:
-    return world.service.revocation.everything(world.admin, wire.RevocationCreate(**({"reason": "stolen"} | fields)))
+    return world.service.revocation.revoke_scope(world.admin, wire.RevocationCreate(**({"reason": "stolen"} | fields)))
 
 
 def settled(world: World, keys: int = 1) -> World:
@@ -81,9 +81,9 @@ def test_a_rehearsal_needs_the_same_permission(world: World) -> None:
     world.create()
     auditor = world.client("auditor", Role.AUDITOR)
     with pytest.raises(errors.Forbidden):
-        world.service.versions.revoke(auditor, "main", "default", "1", wire.RevokeRequest(dry_run=True))
+        world.service.revocation.revoke_version(auditor, "main", "default", "1", wire.RevokeRequest(dry_run=True))
     with pytest.raises(errors.Forbidden):
-        world.service.revocation.everything(auditor, wire.RevocationCreate(reason="x", key_set="main", dry_run=True))
+        world.service.revocation.revoke_scope(auditor, wire.RevocationCreate(reason="x", key_set="main", dry_run=True))
 
 
 def test_an_old_standby_breaks_nothing(world: World) -> None:
@@ -285,11 +285,11 @@ def test_all_or_nothing_when_one_key_is_out_of_reach(world: World) -> None:
     narrow = world.client("narrow", Role.OPERATOR, found.id)
     before = everything_kept(world)
     with pytest.raises(errors.Forbidden):
-        world.service.revocation.everything(narrow, wire.RevocationCreate(reason="x", backend="memory"))
+        world.service.revocation.revoke_scope(narrow, wire.RevocationCreate(reason="x", backend="memory"))
     with pytest.raises(errors.Forbidden):
-        world.service.revocation.everything(narrow, wire.RevocationCreate(reason="x", key_set="other"))
+        world.service.revocation.revoke_scope(narrow, wire.RevocationCreate(reason="x", key_set="other"))
     assert everything_kept(world) == before
-    done = world.service.revocation.everything(narrow, wire.RevocationCreate(reason="x", key_set="main"))
+    done = world.service.revocation.revoke_scope(narrow, wire.RevocationCreate(reason="x", key_set="main"))
     assert {v.key_set for v in done.versions} == {"main"}
 
 

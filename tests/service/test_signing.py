@@ -38,7 +38,7 @@ def call(
 
 
 def decode(world: World, token: str, kid: str) -> dict[str, Any]:
-    document: Any = strictjson.loads(world.service.documents.jwks(RequestContext(), "main").body)
+    document: Any = strictjson.loads(world.service.verifiers.jwks(RequestContext(), "main").body)
     entry = next(jwk for jwk in document["keys"] if jwk["kid"] == kid)
     claims: dict[str, Any] = jwt.decode(token, jwt.PyJWK(entry), audience="demo", issuer="https://keys.example/main")
     return claims
@@ -172,7 +172,7 @@ def test_a_pinned_kid_is_never_honoured_after_its_revocation(world: World) -> No
     world.standby()
     world.advance(DAY + 1)
     world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises(errors.KidNotActive):
         call(world, SigningOperation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old})
 
@@ -278,7 +278,10 @@ def during_sign(world: World, action: Any) -> None:
 def test_a_revocation_that_overtakes_a_signature_wins(world: World) -> None:
     old = world.create().keys[0].active_kid
     world.standby()
-    during_sign(world, lambda: world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest()))
+    during_sign(
+        world,
+        lambda: world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest()),
+    )
     assert world.sign().kid != old
 
 
@@ -286,7 +289,10 @@ def test_a_pinned_call_that_a_revocation_overtakes_is_refused(world: World) -> N
     old = world.create().keys[0].active_kid or ""
     world.standby()
     shown = signing_input(world, old)
-    during_sign(world, lambda: world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest()))
+    during_sign(
+        world,
+        lambda: world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest()),
+    )
     with pytest.raises(errors.KidNotActive):
         call(world, SigningOperation.SIGNATURE, {"signing_input": shown, "kid": old})
 
@@ -495,12 +501,12 @@ def test_verify_follows_the_registry(world: World) -> None:
     world.standby()
     token = world.sign({"sub": "a", "aud": "demo"}).token
     request = wire.VerifyRequest(token=token, audience="demo")
-    assert world.service.token_verification.verify(world.signer, "main", request).claims["sub"] == "a"
+    assert world.service.verifiers.verify_token(world.signer, "main", request).claims["sub"] == "a"
     with pytest.raises(errors.TokenAudienceMismatch):
-        world.service.token_verification.verify(world.signer, "main", wire.VerifyRequest(token=token, audience="other"))
-    world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+        world.service.verifiers.verify_token(world.signer, "main", wire.VerifyRequest(token=token, audience="other"))
+    world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises(errors.TokenKeyRevoked):
-        world.service.token_verification.verify(world.signer, "main", request)
+        world.service.verifiers.verify_token(world.signer, "main", request)
     assert world.version(1).state is VersionState.REVOKED
 
 
@@ -514,9 +520,9 @@ def test_who_signs_with_one_key_may_verify_with_its_set(world: World) -> None:
     narrow = world.client("narrow", Role.SIGNER, key_set.id, key.id)
     world.until(lambda: _admitted(world, narrow))
     request = wire.VerifyRequest(token=world.sign({"aud": "demo"}).token, audience="demo")
-    assert world.service.token_verification.verify(narrow, "main", request).kid
+    assert world.service.verifiers.verify_token(narrow, "main", request).kid
     with pytest.raises(errors.Forbidden):
-        world.service.token_verification.verify(narrow, "other", request)
+        world.service.verifiers.verify_token(narrow, "other", request)
 
 
 def test_a_batch_is_whole_or_stale(world: World) -> None:

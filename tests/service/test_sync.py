@@ -56,7 +56,7 @@ def test_a_revocation_waits_for_an_answer_under_way_but_not_beyond_the_lease(tmp
         world.create()
         world.standby()
         world.service.pin()
-        answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+        answer = world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
         assert [w.worker for w in answer.unconfirmed] == [world.service.sync.worker_id]
     finally:
         world.close()
@@ -114,8 +114,8 @@ def test_restricted_documents_are_not_kept_on_disk(world: World, tmp_path: Path)
 def test_a_restricted_set_needs_a_grant(world: World) -> None:
     world.create("hidden", access="restricted")
     with pytest.raises(errors.CredentialsMissing):
-        world.service.documents.jwks(RequestContext(), "hidden")
-    document = world.service.documents.jwks(world.signer, "hidden")
+        world.service.verifiers.jwks(RequestContext(), "hidden")
+    document = world.service.verifiers.jwks(world.signer, "hidden")
     assert document.cache_control.startswith("private")
     assert not document.public
 
@@ -137,7 +137,7 @@ def test_a_dead_worker_is_deregistered_because_its_lock_is_free(two_workers: Wor
     os.close(lock._fd)  # what the kernel does when a process ends
     lock._fd = -1
     world.standby()
-    answer = world.service.versions.revoke(world.admin, "main", "default", "1", wire.RevokeRequest())
+    answer = world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     assert answer.unconfirmed == []
     with world.registry.read() as tx:
         assert [w.id for w in tx.workers()] == [world.service.sync.worker_id]
@@ -185,14 +185,14 @@ def test_discovery_only_where_the_issuer_is_the_url(world: World) -> None:
     world.create("elsewhere", issuer="https://other.example", keys=[{"name": "default", "alg": "ES256"}])
     import msgspec
 
-    document = world.service.documents.discovery(RequestContext(), "main")
+    document = world.service.verifiers.discovery(RequestContext(), "main")
     found = msgspec.json.decode(document.body)
     assert found["issuer"] == "https://keys.example/main"
     assert found["jwks_uri"] == "https://keys.example/main/.well-known/jwks.json"
     assert found["id_token_signing_alg_values_supported"] == ["ES256"]
     for name in ("elsewhere", None):
         with pytest.raises(errors.NotFound):
-            world.service.documents.discovery(RequestContext(), name)
+            world.service.verifiers.discovery(RequestContext(), name)
 
 
 # --- what the log says

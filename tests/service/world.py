@@ -160,7 +160,7 @@ class World:
         return answer
 
     def kids(self, worker: Service | None = None, key_set: str = "main") -> list[str]:
-        document = (worker or self.service).documents.jwks(RequestContext(), key_set)
+        document = (worker or self.service).verifiers.jwks(RequestContext(), key_set)
         return [jwk["kid"] for jwk in msgspec.json.decode(document.body)["keys"]]
 
     def versions(self) -> list[KeyVersion]:

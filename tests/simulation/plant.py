@@ -27,7 +27,7 @@ from kms_jwks.errors import Error
 from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
 from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.context import RequestContext
-from kms_jwks.service.control import CUSTODIAN_WAIT, Control, _settled
+from kms_jwks.service.control import CUSTODIAN_WAIT, Control, is_settled
 from kms_jwks.worker.confirmation import Confirmation
 from kms_jwks.worker.snapshot import Snapshot
 from tests.memory_backend import MemoryBackend
@@ -169,7 +169,7 @@ class SimControl(Control):
         while plant.now < end:
             with self.store.read() as tx:
                 versions = [v for v in (tx.version(i) for i in ids) if v is not None]
-                if all(_settled(tx, v) for v in versions):
+                if all(is_settled(tx, v) for v in versions):
                     return True
             plant.round()
         return False
@@ -202,6 +202,7 @@ class SimWorker:
         self.key_sets, self.keys, self.versions = service.key_sets, service.keys, service.versions
         self.external_keys = service.external_keys
         self.operation = service.operation
+        self.revocation = service.revocation
 
     @property
     def snapshot(self) -> Snapshot | None:

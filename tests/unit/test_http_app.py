@@ -41,9 +41,10 @@ class FakeService:
         self.refuse: errors.Error | None = None
         self.authenticated: list[bool] = []
         self.pins = 0
-        self.documents = SimpleNamespace(default_key_set="main", jwks=self._use, discovery=self._use)
+        self.verifiers = SimpleNamespace(
+            default_key_set="main", jwks=self._use, discovery=self._use, verify_token=self._use
+        )
         self.signing = SimpleNamespace(handle=self._use, active=self._use)
-        self.token_verification = SimpleNamespace(verify=self._use)
         self.key_sets = SimpleNamespace(list=self._use, create=self._use, get=self._use, patch=self._use)
         self.keys = SimpleNamespace(rotate=self._use, disable=self._use)
         self.versions = SimpleNamespace(public_jwk=self._use)

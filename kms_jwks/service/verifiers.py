@@ -1,0 +1,93 @@
+"""Use cases for verifiers, answered from the snapshot: JWKS, issuer metadata, and the check of a token."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+from msgspec import UNSET
+
+from kms_jwks import errors, verification, wire
+from kms_jwks.access import Permission
+from kms_jwks.model import SECOND, Purpose
+from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import Guard
+from kms_jwks.worker.snapshot import Document, PublishedSet
+from kms_jwks.worker.sync import RegistrySync
+
+
+class Verifiers:
+    """The data plane's use cases besides signing. Documents are served without a signing lease too."""
+
+    def __init__(self, sync: RegistrySync, guard: Guard, *, public_url: str, default_key_set: str) -> None:
+        self._sync = sync
+        self._guard = guard
+        self._public_url = public_url
+        self.default_key_set = default_key_set
+
+    def jwks(self, context: RequestContext, key_set: str, *, post_quantum: bool = False) -> Document:
+        """The set's JWKS, or the one of its ML-DSA keys. A restricted set needs `jwks:read`.
+
+        Raises KeySetNotFound, NotPublished.
+        """
+        found = self._admit_reader(context, key_set)
+        document = found.jwks_pq if post_quantum else found.jwks
+        if document is None:
+            what = "no ML-DSA key" if post_quantum else "nothing"
+            raise errors.NotPublished(f"Key set {key_set!r} has published {what} yet.")
+        return document
+
+    def discovery(self, context: RequestContext, key_set: str | None) -> Document:
+        """Issuer metadata (OpenID Connect Discovery §4, RFC 8414), None for the paths without a key set's name.
+
+        RouteNotFound unless the issuer is this very URL and signs JWTs: clients reject metadata whose issuer is
+        another URL.
+        """
+        name = self.default_key_set if key_set is None else key_set
+        found = self._admit_reader(context, name)
+        url = self._public_url if key_set is None else f"{self._public_url}/{key_set}"
+        if found.issuer != url or found.jwks is None or found.purpose is not Purpose.JWT:
+            raise errors.RouteNotFound("This URL is not the key set's issuer.")
+        body = msgspec.json.encode(
+            {
+                "issuer": found.issuer,
+                "jwks_uri": f"{self._public_url}/{name}/.well-known/jwks.json",
+                "response_types_supported": ["id_token"],
+                "subject_types_supported": ["public"],
+                "id_token_signing_alg_values_supported": list(found.algorithms),
+            }
+        )
+        etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+        return Document(body, etag, found.jwks.cache_control, found.public)
+
+    def verify_token(self, context: RequestContext, key_set: str, request: wire.VerifyRequest) -> wire.Verified:
+        """The header and claims of a token that holds against what the key set publishes at this moment.
+
+        Raises TokenRejected, PurposeMismatch, and RegistryStale where this worker may not know of a revocation.
+        """
+        snapshot = self._sync.snapshot()
+        now = self._sync.clock.now()
+        found = self._guard.admit_set(snapshot, context, Permission.TOKEN_VERIFY, key_set, now)
+        self._sync.leased()
+        if found.purpose is not Purpose.JWT:
+            raise errors.PurposeMismatch("Only key sets with purpose jwt issue tokens.")
+        verified = verification.verify(
+            request.token,
+            keys=found.verify_keys,
+            issuer=found.issuer,
+            audience=request.audience,
+            typ=None if request.typ is UNSET else request.typ,
+            now=now // SECOND,
+            clock_skew=found.clock_skew,
+        )
+        return wire.Verified(header=dict(verified.header), claims=dict(verified.claims), kid=verified.kid)
+
+    def _admit_reader(self, context: RequestContext, name: str) -> PublishedSet:
+        """The key set, for any caller where it is public, for a caller with the permission where it is restricted."""
+        snapshot = self._sync.snapshot()
+        found = snapshot.key_sets.get(name)
+        if found is not None and found.public:
+            return found
+        if found is None and context.authorization is None:
+            raise errors.KeySetNotFound(f"There is no public key set {name!r}.")
+        return self._guard.admit_set(snapshot, context, Permission.JWKS_READ, name, self._sync.clock.now())
