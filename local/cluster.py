@@ -147,7 +147,7 @@ def watch(children: list[Child], nodes: list[Child], stop: _StopSignal) -> None:
             code = child.process.poll()
             if code is not None:
                 running.remove(child)
-                say(f"{child.name} exited with code {code}; the others go on")
+                say(f"{child.name} ended with exit code {code}; the others go on")
         stop.check()
         time.sleep(0.1)
     raise Failure("no node is left")
