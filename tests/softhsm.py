@@ -7,22 +7,16 @@ that break theirs, run in a process of their own (`in_child`).
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
 from kms_jwks.config import Pkcs11Options
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 INIT_TOKEN = Path(__file__).resolve().parent.parent / "softhsm" / "init-token"
 
@@ -128,9 +122,3 @@ def sessions_in_module(backend: Pkcs11Backend) -> int:
     library = ctypes.CDLL(str(recovering.module.path))
     room = ctypes.create_string_buffer(64)
     return sum(library.C_GetSessionInfo(ctypes.c_ulong(number), room) == 0 for number in range(1, newest + 1))
-
-
-def in_child(function: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> T:
-    """What `function` returns or raises in a fresh Python process. A crash there is an error here."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as children:
-        return children.submit(function, *arguments, **more).result(timeout=120)

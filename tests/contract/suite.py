@@ -15,13 +15,12 @@ skipped.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -50,6 +49,7 @@ from kms_jwks.errors import (
     UnsupportedAlgorithm,
 )
 from kms_jwks.jose import b64u_decode, b64u_encode, public_key
+from tests.children import fresh_processes
 
 Factory: TypeAlias = Callable[[], Backend]
 Case: TypeAlias = tuple[str, int | None]
@@ -489,7 +489,7 @@ class BackendContract:
         alg = ALGORITHMS["ES256"]
         key = backend.generate(new_label(), alg)
         backend.sign(key.ref, alg, Message(b"x"), soon())
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as others:
+        with fresh_processes(1) as others:
             signature = others.submit(sign_elsewhere, factory, key.ref, "ES256", b"elsewhere").result()
             verify(alg, dict(key.public_jwk), Message(b"elsewhere"), signature)
             others.submit(destroy_elsewhere, factory, key.ref).result()

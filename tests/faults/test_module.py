@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import threading
@@ -20,9 +19,10 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, Message
 from kms_jwks.backends.pkcs11 import Pkcs11Backend
 from kms_jwks.backends.pkcs11.module import Cryptoki
+from tests.children import FRESH, in_child
 from tests.contract.suite import verify
 from tests.faults.harness import FUNCTIONS, Faults, Violations
-from tests.softhsm import SoftHsm, in_child, make_token
+from tests.softhsm import SoftHsm, make_token
 
 pytestmark = pytest.mark.softhsm
 
@@ -238,7 +238,7 @@ def test_a_crash_is_a_segmentation_fault(hsm: SoftHsm) -> None:
     faults, through = Faults.over(hsm)
     key = in_child(_made, through)
     faults.crash("C_SignInit")
-    child = multiprocessing.get_context("spawn").Process(target=sign_once, args=(through, key))
+    child = FRESH.Process(target=sign_once, args=(through, key))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGSEGV

@@ -15,9 +15,10 @@ from kms_jwks import jose
 from kms_jwks.client import Client
 from kms_jwks.errors import AdoptionRefused, Forbidden, KeyTaken
 from kms_jwks.wire import Adopt
+from tests.children import in_child
 from tests.foreign_keys import EC, P256, RSA, Pair, make_pairs
 from tests.integration.conftest import Server, fresh, wait_until
-from tests.softhsm import SoftHsm, in_child
+from tests.softhsm import SoftHsm
 
 pytestmark = pytest.mark.softhsm
 

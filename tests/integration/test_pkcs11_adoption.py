@@ -19,9 +19,10 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend, generation
 from kms_jwks.errors import BackendKeyNotFound, BackendRefused, BackendUnavailable, UnsupportedAlgorithm
+from tests.children import in_child
 from tests.contract.suite import verify
 from tests.foreign_keys import BRAINPOOL, EC, P256, P384, RSA, SIGN_ONLY, Pair, make_pairs, theirs
-from tests.softhsm import SoftHsm, in_child, make_token
+from tests.softhsm import SoftHsm, make_token
 
 pytestmark = pytest.mark.softhsm
 

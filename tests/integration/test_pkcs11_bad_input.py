@@ -13,8 +13,9 @@ import pytest
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
 from kms_jwks.errors import BackendError, BackendRefused, BackendUnavailable, UnsupportedAlgorithm
+from tests.children import in_child
 from tests.faults.harness import Faults
-from tests.softhsm import SoftHsm, in_child, make_token
+from tests.softhsm import SoftHsm, make_token
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,8 @@ from pkcs11 import Attribute, ObjectClass
 
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import KeyRef
-from tests.softhsm import SoftHsm, in_child, make_token
+from tests.children import in_child
+from tests.softhsm import SoftHsm, make_token
 
 pytestmark = pytest.mark.softhsm
 

@@ -21,9 +21,10 @@ from kms_jwks.backends.calling import Backends
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
 from kms_jwks.backends.pkcs11.locks import file_lock
 from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendTimeout, BackendUnavailable
+from tests.children import in_child
 from tests.contract.suite import verify
 from tests.faults.harness import Faults, Violations
-from tests.softhsm import SoftHsm, in_child, make_token
+from tests.softhsm import SoftHsm, make_token
 
 if TYPE_CHECKING:
     from pathlib import Path

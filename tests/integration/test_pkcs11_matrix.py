@@ -8,7 +8,6 @@ and tried no refused PIN again.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from kms_jwks.backends.base import GeneratedKey, Message
 from kms_jwks.backends.pkcs11 import connection, objects, opening, recovery
 from kms_jwks.backends.pkcs11.error_map import CODES, Meaning, meaning_of, name_of
 from kms_jwks.errors import BackendError, BackendRefused, BackendUnavailable
+from tests.children import fresh_processes
 from tests.contract.suite import verify
 from tests.faults.harness import FUNCTIONS, Faults, Violations
 from tests.softhsm import SoftHsm, make_token
@@ -293,7 +293,7 @@ def used() -> set[str]:
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
     hsm = make_token(tmp_path_factory.mktemp("matrix"))
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with fresh_processes(1) as pool:
         pool.submit(start, hsm).result(60)
         yield pool
 

@@ -25,8 +25,9 @@ from kms_jwks.backends.pkcs11.mechanisms import prepare
 from kms_jwks.backends.pkcs11.module import CKR_CANT_LOCK, Cryptoki
 from kms_jwks.backends.pkcs11.objects import read_jwk
 from kms_jwks.errors import BackendRefused, BackendUnavailable, UnsupportedAlgorithm
+from tests.children import in_child
 from tests.contract.suite import verify
-from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
+from tests.softhsm import SoftHsm, make_token, sessions_in_module
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,8 @@ import pytest
 
 from kms_jwks.backends.pkcs11 import PinSource
 from kms_jwks.errors import BackendRefused
-from tests.softhsm import SoftHsm, in_child, make_token
+from tests.children import in_child
+from tests.softhsm import SoftHsm, make_token
 
 pytestmark = pytest.mark.softhsm
 

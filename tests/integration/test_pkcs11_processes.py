@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -12,8 +11,9 @@ import pytest
 
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
+from tests.children import FRESH, in_child
 from tests.contract.suite import verify
-from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
+from tests.softhsm import SoftHsm, make_token, sessions_in_module
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier
@@ -24,7 +24,6 @@ ES256 = ALGORITHMS["ES256"]
 LONG = os.environ.get("KMS_JWKS_TEST_LONG") == "1"
 ROUNDS = 50 if LONG else 5
 WORKERS = 4
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -56,8 +55,8 @@ def start_and_sign(hsm: SoftHsm, key: GeneratedKey, barrier: Barrier, rounds: in
 
 def test_processes_that_start_at_the_same_instant_all_log_in_and_sign(hsm: SoftHsm) -> None:
     key = in_child(make_key, hsm)
-    barrier = SPAWN.Barrier(WORKERS)
-    workers = [SPAWN.Process(target=start_and_sign, args=(hsm, key, barrier, ROUNDS)) for _ in range(WORKERS)]
+    barrier = FRESH.Barrier(WORKERS)
+    workers = [FRESH.Process(target=start_and_sign, args=(hsm, key, barrier, ROUNDS)) for _ in range(WORKERS)]
     for worker in workers:
         worker.start()
     for worker in workers:

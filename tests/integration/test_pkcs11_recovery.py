@@ -15,8 +15,9 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
 from kms_jwks.backends.pkcs11 import PinSource, Pkcs11Backend
 from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendTimeout, BackendUnavailable
+from tests.children import in_child
 from tests.contract.suite import verify
-from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
+from tests.softhsm import SoftHsm, make_token, sessions_in_module
 
 pytestmark = pytest.mark.softhsm
 

@@ -7,10 +7,9 @@ and another starts anew all the time.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import GeneratedKey, Message
 from kms_jwks.backends.pkcs11 import Pkcs11Backend
 from kms_jwks.errors import BackendKeyNotFound
+from tests.children import fresh_processes, in_child
 from tests.contract.suite import verify
-from tests.softhsm import SoftHsm, in_child, make_token, sessions_in_module
+from tests.softhsm import SoftHsm, make_token, sessions_in_module
 
 pytestmark = [pytest.mark.softhsm, pytest.mark.slow]
 
@@ -119,7 +119,7 @@ def start_again_and_again(hsm: SoftHsm, key: GeneratedKey, until: float) -> int:
 def test_signing_while_keys_come_and_go(tmp_path: Path) -> None:
     hsm = make_token(tmp_path / "softhsm")
     keys = in_child(make_keys, hsm)
-    with ProcessPoolExecutor(PROCESSES + 2, mp_context=multiprocessing.get_context("spawn")) as processes:
+    with fresh_processes(PROCESSES + 2) as processes:
         until = time.time() + SECONDS + 1.5  # interpreters start meanwhile
         signers = [processes.submit(sign_all_the_time, hsm, keys, until) for _ in range(PROCESSES)]
         starter = processes.submit(start_again_and_again, hsm, keys["ES256"], until)

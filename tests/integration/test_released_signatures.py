@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +19,10 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, Message
 from kms_jwks.backends.calling import Backends, CallLimits
 from kms_jwks.worker.snapshot import Signer
+from tests.children import fresh_processes, in_child
 from tests.contract.suite import verify
 from tests.faults.harness import Faults, Violations
-from tests.softhsm import SoftHsm, in_child, make_token
+from tests.softhsm import SoftHsm, make_token
 
 pytestmark = [pytest.mark.softhsm, pytest.mark.slow]
 
@@ -73,7 +72,7 @@ def flipped(tmp_path: Path, name: str, count: int, *, in_place: bool) -> tuple[l
     faults.flip(bit=777 if signer.alg.is_rsa else 77, every=ONE_IN if count > ONE_IN else 50)
     through = replace(hsm, module=faults.module)
     work = [through, signer, count // PROCESSES, in_place]
-    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as processes:
+    with fresh_processes(PROCESSES) as processes:
         started = time.monotonic()
         reports = list(processes.map(sign_many, *(itertools.repeat(one, PROCESSES) for one in work)))
     print(

@@ -7,7 +7,6 @@ random moment of a key's making: every step is recorded exactly once, and no pai
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -31,6 +30,7 @@ from kms_jwks.model import IntentKind, IntentState, VersionState
 from kms_jwks.service.definitions import add_key_set
 from kms_jwks.store import ConnectionSettings, Store
 from kms_jwks.worker.confirmation import Confirmation
+from tests.children import FRESH
 from tests.memory_backend import MemoryBackend, PrivateKey
 from tests.postgres import Postgres
 from tests.service.world import World
@@ -102,11 +102,9 @@ def act(url: str, state: Path, keys: Path, name: str, seed: int) -> None:
 
 @contextlib.contextmanager
 def two(url: str, state: Path, keys: Path, seed: int) -> Iterator[dict[str, BaseProcess]]:
-    context = multiprocessing.get_context("spawn")
     names = ("first", "second")
     processes: dict[str, BaseProcess] = {
-        name: context.Process(target=act, args=(url, state / name, keys, name, seed + i))
-        for i, name in enumerate(names)
+        name: FRESH.Process(target=act, args=(url, state / name, keys, name, seed + i)) for i, name in enumerate(names)
     }
     for process in processes.values():
         process.start()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 from pathlib import Path
 
 import pytest
 
 from kms_jwks.model import SECOND
 from kms_jwks.worker.restart_limit import LONGEST_PAUSE, REMEMBERED, RestartLimit
+from tests.children import fresh_processes
 
 
 class Clock:
@@ -87,6 +87,6 @@ def _permit(folder: Path) -> float:
 
 
 def test_of_many_that_ask_at_once_one_is_replaced(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(4) as processes:
-        waits = processes.map(_permit, [tmp_path] * 16)
+    with fresh_processes(4) as processes:
+        waits = list(processes.map(_permit, [tmp_path] * 16))
     assert sum(wait == 0.0 for wait in waits) == 1
