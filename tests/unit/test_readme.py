@@ -5,6 +5,7 @@ What README.md and docs/ show runs in tests/interop.
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections import Counter
@@ -14,6 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from kms_jwks import config
 from kms_jwks.cli.app import cli
 from kms_jwks.errors import BY_CODE
 from kms_jwks.http.problems import status_of
@@ -173,3 +175,29 @@ def test_each_entry_says_its_status() -> None:
     for heading, text in zip(entries[1::2], entries[2::2], strict=True):
         if heading in BY_CODE:
             assert text.lstrip().startswith(f"Status {status_of(BY_CODE[heading])}"), heading
+
+
+def log_events() -> set[str]:
+    """The events that the package logs."""
+    calls = (
+        node
+        for path in (ROOT / "kms_jwks").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args
+    )
+    return {
+        str(call.args[0].value)
+        for call in calls
+        if ast.unparse(call.func) in {f"log.{level}" for level in ("info", "warning", "error", "exception")}
+        and isinstance(call.args[0], ast.Constant)
+    }
+
+
+def test_every_code_setting_and_log_event_that_it_names_exists() -> None:
+    text = re.sub(r"```.*?```", "", TROUBLESHOOTING.read_text(encoding="utf-8"), flags=re.DOTALL)
+    settings = {name for found in vars(config).values() for name in getattr(found, "model_fields", ())}
+    fields = {"key_set", "next_step", "request_id", "token_id"}
+    others = {"max_connections"}
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
+    assert named - BY_CODE.keys() - settings - log_events() - fields - others == set()
+    assert {"backend_lost", "database_lost", "lease_lost"} <= named
