@@ -167,7 +167,7 @@ def timeouts_of(backend: Backend) -> CallTimeouts:
     return timeouts if isinstance(timeouts, CallTimeouts) else CallTimeouts()
 
 
-MOST_LEFT_BEHIND: Final = 8
+MAX_ABANDONED_CALLS: Final = 8
 """Calls that a backend may abandon in its module before the process is replaced, whatever its limits are."""
 
 

@@ -17,7 +17,7 @@ import structlog
 
 from kms_jwks import errors
 from kms_jwks.backends.base import (
-    MOST_LEFT_BEHIND,
+    MAX_ABANDONED_CALLS,
     Backend,
     CallTimeouts,
     Digest,
@@ -120,7 +120,7 @@ class _Entry:
     asking: CallPool
     in_place: dict[int, float] = field(default_factory=dict)
     """Calls in place by thread: their deadlines."""
-    left_behind: int = 0
+    abandoned: int = 0
     """What `stuck_in` said at the last look."""
     state: str | None = None
     """What the last call showed: `ok`, or the code of its error; None before the first one."""
@@ -347,14 +347,14 @@ class Backends:
             late = {(name, call) for call in entry.pool.overdue(now, PATIENCE)}
             unanswered = {(name, call) for call in entry.asking.overdue(now, PATIENCE)}
             seen |= lost | late | unanswered
-            entry.left_behind, before = stuck_in(entry.backend), entry.left_behind
-            left_behind = min(before, entry.left_behind)
-            never_back = len((late | unanswered) & self._late_before) + left_behind
+            entry.abandoned, before = stuck_in(entry.backend), entry.abandoned
+            abandoned = min(before, entry.abandoned)
+            never_back = len((late | unanswered) & self._late_before) + abandoned
             if lost & self._late_before:
                 reason = (
                     f"{len(lost & self._late_before)} threads that sign in place with backend {name!r} do not come back"
                 )
-            elif never_back >= entry.limits.most_stuck or left_behind >= MOST_LEFT_BEHIND:
+            elif never_back >= entry.limits.most_stuck or abandoned >= MAX_ABANDONED_CALLS:
                 reason = f"{never_back} calls have not come back from backend {name!r}"
             elif len(unanswered & self._late_before) >= _SAME_QUESTION:
                 reason = f"backend {name!r} has not come back to {len(unanswered & self._late_before)} questions"

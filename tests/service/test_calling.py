@@ -13,7 +13,7 @@ import structlog
 
 from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import MOST_LEFT_BEHIND, Backend, GeneratedKey, Message
+from kms_jwks.backends.base import MAX_ABANDONED_CALLS, Backend, GeneratedKey, Message
 from kms_jwks.backends.calling import PATIENCE_IN_PLACE, Backends, CallLimits
 from kms_jwks.service import Service
 from kms_jwks.worker.snapshot import Signer
@@ -252,9 +252,9 @@ def test_what_the_backend_left_behind_itself_counts_too(in_place: bool) -> None:
 
 def test_a_backend_that_lets_nobody_in_any_more_wears_a_process_out_whatever_the_limit() -> None:
     backends, backend, _ = make(in_place=False, stuck_limit=40, waiting=200)
-    backend.stuck = MOST_LEFT_BEHIND - 1  # type: ignore[attr-defined]
+    backend.stuck = MAX_ABANDONED_CALLS - 1  # type: ignore[attr-defined]
     assert [backends.worn_out(), backends.worn_out()] == [None, None]
-    backend.stuck = MOST_LEFT_BEHIND  # type: ignore[attr-defined]
+    backend.stuck = MAX_ABANDONED_CALLS  # type: ignore[attr-defined]
     assert backends.worn_out() is None
     assert "have not come back" in (backends.worn_out() or "")
 

@@ -59,6 +59,7 @@ class World:
         )
         self.settings.state_dir.mkdir()
         self._stores: list[Store] = []
+        self._backends: list[Backends] = []
         self.registry = self.store()
         self.registry.upgrade()
         self.workers = [self.worker() for _ in range(workers)]
@@ -83,7 +84,9 @@ class World:
         return made
 
     def backends(self) -> Backends:
-        return Backends({"memory": self.backend}, default="memory", limits={"memory": CallLimits(timeout=0.5)})
+        made = Backends({"memory": self.backend}, default="memory", limits={"memory": CallLimits(timeout=0.5)})
+        self._backends.append(made)
+        return made
 
     def worker(self) -> Service:
         return wiring.assemble(self.settings, store=self.store(), backends=self.backends(), boot=self.boot)
@@ -120,6 +123,8 @@ class World:
             self._custodian.join(timeout=10)
         for worker in self.workers:
             worker.stop()
+        for backends in self._backends:
+            backends.close()
         for store in self._stores:
             store.dispose()
 
