@@ -6,6 +6,7 @@ head, feeds the body to the `Body` it gets, calls `answer`, and passes the answe
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from kms_jwks.service.context import RequestContext
 
 log = structlog.get_logger(__name__)
+_root = logging.getLogger()
+"""Has the level that `logs.configure` was given; asking it costs less than a log call that writes nothing."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JSON_UTF_8 = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?\s*', re.IGNORECASE)
@@ -192,6 +195,9 @@ def complete(
     status = response.status
     response.headers.append(("X-Request-Id", context.request_id))
     response.headers.append(("X-Content-Type-Options", "nosniff"))
+    plain = status < 400 and response.notes is None
+    if quiet and plain and not _root.isEnabledFor(logging.DEBUG):
+        return
     line: dict[str, object] = {
         "request_id": context.request_id,
         "method": method,
@@ -205,7 +211,7 @@ def complete(
     if caller is not None:
         line["client"] = caller.client
         line["token_id"] = caller.token_id
-    if status < 400 and response.notes is None:
+    if plain:
         (log.debug if quiet else log.info)("request", **line)
         return
     for name in ("key_set", "key"):

@@ -144,6 +144,7 @@ _REFUSED: dict[type[Exception], tuple[int, errors.InvalidRequest]] = {
     parser.InvalidChunkSize: (400, errors.LengthMismatch("A chunk's size is malformed.")),
     parser.InvalidChunkExtension: (400, errors.LengthMismatch("A chunk's extension is malformed.")),
     parser.ChunkMissingTerminator: (400, errors.LengthMismatch("A chunk does not end where it should.")),
+    ssl.SSLError: (403, errors.InvalidRequest("The TLS handshake failed; this address answers HTTPS alone.")),
 }
 _FRAMING = frozenset({"CONTENT-LENGTH", "TRANSFER-ENCODING"})
 
@@ -164,7 +165,7 @@ def refusal(error: Exception, peer: str | None) -> bytes | None:
         peer=peer,
         code=problem.code,
         detail=problem.detail,
-        reason=type(error).__name__,
+        reason=(isinstance(error, ssl.SSLError) and getattr(error, "reason", None)) or type(error).__name__,
     )
     response = problems.response(problem, request_id, status=status)
     response.headers += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -66,6 +67,22 @@ class TestBody:
         body.feed(b"ab")
         with pytest.raises(errors.LengthMismatch, match="says 3 bytes, 2 came"):
             body.complete()
+
+
+def test_an_event_loop_can_feed_it() -> None:
+    """As an ASGI server gives a body: in messages, each of which is awaited."""
+    messages = [b"abc", b"", b"de"]
+
+    async def receive() -> bytes:
+        await asyncio.sleep(0)
+        return messages.pop(0)
+
+    async def read(body: Body) -> bytes:
+        while body.wanted:
+            body.feed(await receive())
+        return body.complete()
+
+    assert asyncio.run(read(Body(10, 5))) == b"abcde"
 
 
 def route(path: str, method: str = "POST") -> Route:
