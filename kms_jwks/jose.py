@@ -68,7 +68,7 @@ def b64u_decode(text: str) -> bytes:
 
 def _alphabet_problem(text: str) -> str | None:
     if "=" in text:
-        return "base64url carries no padding here"
+        return "base64url has no padding here (RFC 7515 §2)"
     wrong = re.search(r"[^A-Za-z0-9_-]", text)
     return wrong and f"character {wrong.start()} is outside the base64url alphabet"
 
@@ -136,7 +136,7 @@ def thumbprint(jwk: Mapping[str, object]) -> str:
 
 
 def public_key(jwk: Mapping[str, object]) -> PublicKey:
-    """The key object of a public JWK. Raises InvalidJwk where the JWK is no well-formed key on its curve."""
+    """The key object of a public JWK. Raises InvalidJwk for a JWK that is malformed or not on its curve."""
     parameters = _required(jwk)
     if parameters["kty"] == "RSA":
         return _rsa_key(_unsigned(parameters, "n"), _unsigned(parameters, "e"))
@@ -168,7 +168,7 @@ def public_jwk(key: object) -> dict[str, str]:
     for name, kind in _ML_DSA.items():
         if isinstance(key, kind):
             return {"kty": "AKP", "alg": name, "pub": b64u_encode(key.public_bytes_raw())}
-    raise InvalidJwk(f"A {type(key).__name__} is no RSA, EC, Ed25519 or ML-DSA public key.")
+    raise InvalidJwk(f"A {type(key).__name__} is not an RSA, EC, Ed25519 or ML-DSA public key.")
 
 
 def to_pem(jwk: Mapping[str, object]) -> str:
@@ -208,11 +208,11 @@ def jwk_from_pem(pem: str) -> dict[str, str]:
             next_step="Extract the key: openssl x509 -in cert.pem -pubkey -noout",
         )
     if labels[0] not in ("PUBLIC KEY", "RSA PUBLIC KEY"):
-        raise InvalidJwk(f"A PEM block labelled {labels[0]!r} is no public key.")
+        raise InvalidJwk(f"A PEM block labelled {labels[0]!r} is not a public key.")
     try:
         key = serialization.load_pem_public_key(pem.encode("utf-8"))
     except (ValueError, UnsupportedAlgorithm):
-        raise InvalidJwk("The PEM block holds no public key that can be read.") from None
+        raise InvalidJwk("The PEM block does not hold a readable public key.") from None
     return public_jwk(key)
 
 
@@ -252,16 +252,16 @@ def _check_purpose(jwk: Mapping[str, object], alg: Algorithm) -> None:
     if "key_ops" in jwk:
         operations = jwk["key_ops"]
         if not isinstance(operations, list) or not all(isinstance(name, str) for name in operations):
-            raise InvalidJwk("The JWK's key_ops is no array of strings.")
+            raise InvalidJwk("The JWK's key_ops is not an array of strings.")
         if "verify" not in operations or len(set(operations)) != len(operations):
-            raise InvalidJwk("The JWK's key_ops does not hold 'verify', or an operation twice.")
+            raise InvalidJwk("The JWK's key_ops does not hold 'verify', or holds an operation twice.")
 
 
 def _required(jwk: Mapping[str, object]) -> dict[str, str]:
     """`kty` and the parameters it requires, as strings."""
     kty = jwk.get("kty")
     if kty == "oct":
-        raise InvalidJwk("A symmetric key (kty oct) is no public key.")
+        raise InvalidJwk("A symmetric key (kty oct) is not a public key.")
     names = _PARAMETERS.get(kty) if isinstance(kty, str) else None
     if names is None or not isinstance(kty, str):
         raise InvalidJwk(f"The JWK's kty is {_shown(kty)}, not one of {', '.join(_PARAMETERS)}.")
@@ -269,7 +269,7 @@ def _required(jwk: Mapping[str, object]) -> dict[str, str]:
     for name in names:
         value = jwk.get(name)
         if not isinstance(value, str):
-            raise InvalidJwk(f"The JWK's {name} is {'missing' if name not in jwk else 'no string'}.")
+            raise InvalidJwk(f"The JWK's {name} is {'missing' if name not in jwk else 'not a string'}.")
         parameters[name] = value
     return parameters
 
@@ -308,7 +308,7 @@ def _rsa_key(n: int, e: int) -> rsa.RSAPublicKey:
     try:
         return rsa.RSAPublicNumbers(e, n).public_key()
     except ValueError:
-        raise InvalidJwk("The modulus and exponent are no RSA public key.") from None
+        raise InvalidJwk("The modulus and exponent do not form an RSA public key.") from None
 
 
 def _ec_key(jwk: Mapping[str, str]) -> ec.EllipticCurvePublicKey:
@@ -425,14 +425,14 @@ def raw_to_der(alg: Algorithm, signature: bytes) -> bytes:
     """An ECDSA signature from r‖s to DER. Raises ValueError when its length is not the algorithm's."""
     size = alg.coordinate
     if alg.family is not Family.ECDSA or len(signature) != 2 * size:
-        raise ValueError(f"{len(signature)} bytes are no r‖s of {alg.name}")
+        raise ValueError(f"{len(signature)} bytes are not an r‖s of {alg.name}")
     return encode_dss_signature(int.from_bytes(signature[:size], "big"), int.from_bytes(signature[size:], "big"))
 
 
 class Verifier:
     """One public key as a verifier of one algorithm, for repeated use. Immutable, thread-safe.
 
-    Raises InvalidJwk where the JWK is no key of `alg`.
+    Raises InvalidJwk where the JWK is not a key of `alg`.
     """
 
     __slots__ = ("_alg", "_key", "_wrapped")
@@ -440,9 +440,9 @@ class Verifier:
     def __init__(self, alg: Algorithm, jwk: Mapping[str, object]) -> None:
         key = public_key(jwk)
         if jwk["kty"] != alg.kty or (alg.crv is not None and jwk["crv"] != alg.crv):
-            raise InvalidJwk(f"The JWK is no key of {alg.name}.")
+            raise InvalidJwk(f"The JWK is not a key of {alg.name}.")
         if alg.is_post_quantum and jwk["alg"] != alg.name:
-            raise InvalidJwk(f"The JWK is no key of {alg.name}.")
+            raise InvalidJwk(f"The JWK is not a key of {alg.name}.")
         self._alg = alg
         self._key = key
         self._wrapped: RSAKey | ECKey | OKPKey | None = None
@@ -495,7 +495,7 @@ class Verifier:
 def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: bytes, signature: bytes) -> None:
     """`Verifier(alg, jwk).verify(…)`, for a key that is used once. `alg` is the key's own, never that of the token.
 
-    Raises TokenSignatureInvalid, and InvalidJwk where the JWK is no key of this algorithm.
+    Raises TokenSignatureInvalid, and InvalidJwk where the JWK is not a key of this algorithm.
     """
     Verifier(alg, jwk).verify(signing_input, signature)
 
@@ -503,5 +503,5 @@ def verify_signature(alg: Algorithm, jwk: Mapping[str, object], signing_input: b
 def _shown(value: object) -> str:
     """A value for a message: cut to 32 characters, and only when it is text."""
     if not isinstance(value, str):
-        return "missing" if value is None else "no string"
+        return "missing" if value is None else "not a string"
     return repr(value if len(value) <= 32 else value[:32] + "…")

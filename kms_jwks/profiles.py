@@ -73,7 +73,7 @@ def issue(rules: IssueRules, claims: Mapping[str, object], *, now: int, expires_
     exp = claims.get("exp")
     if expires_in is not None:
         if "exp" in claims:
-            raise ClaimsRefused("exp and expires_in are given; only one of them can count.", fields={"claim": "exp"})
+            raise ClaimsRefused("exp and expires_in are both given; send one of them.", fields={"claim": "exp"})
         exp = now + _lifetime(rules, expires_in)
     elif exp is None:
         exp = now + min(rules.default_lifetime, rules.max_token_ttl)
@@ -190,7 +190,7 @@ def _check_scalar(name: str, value: object) -> None:
                 fields={"claim": name[:64]},
             )
     elif not isinstance(value, float) or not math.isfinite(value):
-        raise ClaimsRefused(f"{_short(name)} holds a value that JSON has not.", fields={"claim": name[:64]})
+        raise ClaimsRefused(f"{_short(name)} holds a value that JSON cannot hold.", fields={"claim": name[:64]})
 
 
 # --- registered claims (RFC 7519 §4.1) --------------------------------------------------------------------------------
@@ -209,12 +209,12 @@ def _check_iss(rules: IssueRules, value: object, now: int) -> None:
 
 def _check_sub(rules: IssueRules, value: object, now: int) -> None:
     if not isinstance(value, str):
-        raise ClaimsRefused("sub is no string.", fields={"claim": "sub"})
+        raise ClaimsRefused("sub is not a string.", fields={"claim": "sub"})
 
 
 def _check_client_id(rules: IssueRules, value: object, now: int) -> None:
     if rules.typ == "at+jwt" and not isinstance(value, str):
-        raise ClaimsRefused("client_id is no string.", fields={"claim": "client_id"})
+        raise ClaimsRefused("client_id is not a string.", fields={"claim": "client_id"})
 
 
 def _check_aud(rules: IssueRules, value: object, now: int) -> None:
@@ -249,7 +249,8 @@ def _check_nbf(rules: IssueRules, value: object, now: int) -> None:
 def _check_jti(rules: IssueRules, value: object, now: int) -> None:
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_JTI_LENGTH:
         raise ClaimsRefused(
-            f"jti is no string of 1 to {MAX_JTI_LENGTH} characters.", fields={"claim": "jti", "limit": MAX_JTI_LENGTH}
+            f"jti is not a string of 1 to {MAX_JTI_LENGTH} characters.",
+            fields={"claim": "jti", "limit": MAX_JTI_LENGTH},
         )
 
 
@@ -281,7 +282,7 @@ def _check_required(rules: IssueRules, claims: Mapping[str, object]) -> None:
 
 def _lifetime(rules: IssueRules, expires_in: object) -> int:
     if type(expires_in) is not int or expires_in < 1:
-        raise ClaimsRefused("expires_in is no integer of at least 1 second.", fields={"claim": "expires_in"})
+        raise ClaimsRefused("expires_in is not an integer of at least 1 second.", fields={"claim": "expires_in"})
     if expires_in > rules.max_token_ttl:
         raise _too_long("expires_in", rules, expires_in)
     return expires_in
@@ -297,7 +298,7 @@ def _too_long(name: str, rules: IssueRules, given: int) -> ClaimsRefused:
 
 def _numeric_date(name: str, value: object) -> int:
     if type(value) is not int:
-        raise ClaimsRefused(f"{name} is no integer NumericDate, seconds since 1970.", fields={"claim": name})
+        raise ClaimsRefused(f"{name} is not an integer NumericDate, seconds since 1970.", fields={"claim": name})
     return value
 
 

@@ -34,7 +34,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise MalformedBody(f"The name {_short(name)} stands twice in one object.")
+                raise MalformedBody(f"The name {_short(name)} appears twice in one object.")
             seen.add(name)
     return members
 
@@ -74,7 +74,7 @@ def loads(data: bytes, *, max_depth: int = MAX_DEPTH) -> object:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MalformedBody(f"The JSON is not UTF-8: byte {error.start} begins no character.") from None
+        raise MalformedBody(f"The JSON is not UTF-8: byte {error.start} does not begin a character.") from None
     start = 0
     if text[:1] in _BEFORE_VALUE:
         start = _skip(text)
@@ -121,7 +121,7 @@ def _skip(text: str) -> int:
         raise MalformedBody("The JSON begins with a byte order mark (RFC 8259 §8.1).")
     start = len(text) - len(text.lstrip(_WHITESPACE))
     if start == len(text):
-        raise MalformedBody("There is no JSON: nothing was sent." if not text else "There is no JSON: only spaces.")
+        raise MalformedBody("There is no JSON: the input is empty." if not text else "There is no JSON: only spaces.")
     return start
 
 

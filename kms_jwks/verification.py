@@ -113,11 +113,11 @@ def authenticate(token: str, *, keys: Mapping[str, VerifyKey]) -> Authentic:
         raise TokenSignatureInvalid("The header's alg is not that of the key it names.")
     algorithm = ALGORITHMS.get(key.alg)
     if algorithm is None or key.jwk is None:
-        raise TokenKeyUnknown("The key that the token names cannot verify here.")
+        raise TokenKeyUnknown("The key that the token names cannot verify it here.")
     try:
         jose.verify_signature(algorithm, key.jwk, f"{segments[0]}.{segments[1]}".encode("ascii"), signature)
     except InvalidJwk as error:
-        raise TokenKeyUnknown("The key that the token names cannot verify here.") from error
+        raise TokenKeyUnknown("The key that the token names cannot verify it here.") from error
     return Authentic(header=header, payload=payload, kid=kid)
 
 
@@ -138,9 +138,9 @@ def _header(data: bytes) -> dict[str, object]:
             raise TokenMalformed(f"The header holds {name!r}, which this service does not process.")
     for name in ("alg", "kid"):
         if not isinstance(header.get(name), str) or not header[name]:
-            raise TokenMalformed(f"The header's {name} is missing or no string.")
+            raise TokenMalformed(f"The header's {name} is missing or not a string.")
     if not isinstance(header.get("typ", ""), str):
-        raise TokenMalformed("The header's typ is no string.")
+        raise TokenMalformed("The header's typ is not a string.")
     return header
 
 
@@ -201,7 +201,7 @@ def _numeric_date(claims: Mapping[str, object], name: str) -> int | float | None
         return None
     value = claims[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TokenMalformed(f"The token's {name} is no NumericDate.")
+        raise TokenMalformed(f"The token's {name} is not a NumericDate.")
     if not -(2**53) <= value <= 2**53:
         raise TokenMalformed(f"The token's {name} is beyond 2^53.")
     return value

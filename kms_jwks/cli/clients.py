@@ -139,7 +139,7 @@ def grant() -> None:
 def list_grants(api: Api, of: str | None) -> None:
     """List the grants."""
     if of is not None and api.json:
-        raise click.UsageError("--client and --json do not go together: choose among the items yourself.")
+        raise click.UsageError("--client cannot be combined with --json: filter the items by `client`.")
     grants = api.client.grants()
     api.show_list(
         grants if of is None else (g for g in grants if g.client == of),

@@ -83,7 +83,7 @@ def _group_policy(fields: dict[str, Any]) -> dict[str, Any]:
     """The options with `policy` and `profile` gathered, as the API has them. Raises UsageError."""
     if fields.pop("no_hold", False):
         if "hold_until" in fields:
-            raise click.UsageError("--hold-until and --no-hold exclude each other.")
+            raise click.UsageError("--hold-until cannot be combined with --no-hold.")
         fields["hold_until"] = None
     profile = {name: fields.pop(name) for name in ("typ", "default_lifetime") if name in fields}
     policy = {name: fields.pop(name) for name in (*_DURATIONS, *_CALENDAR, _UNSAFE) if name in fields}

@@ -37,7 +37,7 @@ class Duration(click.ParamType[int]):
             return value
         match = _DURATION.fullmatch(str(value))
         if match is None:
-            self.fail(f"{value!r} is no duration: whole seconds, or a number with s, m, h, d or w, such as 24h", param)
+            self.fail(f"{value!r} is not a duration: give seconds, or a number with s, m, h, d or w, like 24h", param)
         return int(match[1]) * _SECONDS[match[2] or "s"]
 
 
@@ -53,7 +53,10 @@ class Instant(click.ParamType[str]):
         from_now = match is not None and match[2] != ""
         found = datetime.now(UTC) + timedelta(seconds=DURATION.convert(text, param, ctx)) if from_now else _point(text)
         if found is None:
-            self.fail(f"{text!r} is no time: 2026-12-31T23:00:00Z, 2026-12-31, or from now on: 30d", param)
+            self.fail(
+                f"{text!r} is not a time: give 2026-12-31T23:00:00Z, 2026-12-31, or 30d (from now)",
+                param,
+            )
         return found.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -155,7 +158,7 @@ def confirm(question: str, *, sure: bool) -> None:
     if sure:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError(f"{question} Standard input is no terminal: give --yes.")
+        raise click.UsageError(f"{question} Standard input is not a terminal: give --yes.")
     click.confirm(question, abort=True, err=True)
 
 

@@ -41,7 +41,7 @@ def revoke(
 ) -> None:
     """Emergency: revoke every version of a module or a key set at once, all or none.
 
-    One version alone: `kms-jwks version revoke`. The caller needs the permission for every key that is touched.
+    To revoke one version: `kms-jwks version revoke`. The caller needs the permission for every key that is touched.
     """
     if (backend is None) == (key_set is None):
         raise click.UsageError("Give exactly one of --backend and --key-set.")

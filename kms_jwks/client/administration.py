@@ -178,7 +178,7 @@ class Administration:
         try:
             return reply.body.decode("ascii")
         except UnicodeDecodeError:
-            unexpected = errors.UnexpectedAnswer(f"GET {reply.path}: the body is no PEM.")
+            unexpected = errors.UnexpectedAnswer(f"GET {reply.path}: the body is not PEM.")
             raise marked(unexpected, reply.status, reply.request_id) from None
 
     def public_der(self, key_set: str, key: str, version: str | int) -> bytes:
@@ -298,7 +298,7 @@ class Administration:
                 return
             cursor = page.next
             if cursor in seen:
-                unexpected = errors.UnexpectedAnswer(f"GET {path}: the pages go round in a circle.")
+                unexpected = errors.UnexpectedAnswer(f"GET {path}: the pages form a loop.")
                 raise marked(unexpected, reply.status, reply.request_id)
             seen.add(cursor)
 

@@ -27,7 +27,7 @@ def error_of(status: int, body: bytes, *, request_id: str | None, retry_after: i
     if problem is None:
         unexpected = errors.UnexpectedAnswer(
             f"Status {status} came without a problem document of this service.",
-            next_step="Check that KMS_JWKS_ADDR names the service itself, and what stands between it and this client.",
+            next_step="Check that KMS_JWKS_ADDR names the service itself, and check any proxy before it.",
             retry_after=retry_after,
         )
         return marked(unexpected, status, request_id)

@@ -279,7 +279,7 @@ def _judge(method: str, path: str, response: urllib3.BaseHTTPResponse, body: byt
 def segment(value: str, field: str) -> str:
     """One segment of a path, percent-encoded. Raises InvalidField for a value that would change the path."""
     if value in ("", ".", ".."):
-        raise errors.InvalidField(f"{field}: {value!r} names nothing", fields={"field": field})
+        raise errors.InvalidField(f"{field}: {value!r} is not a name", fields={"field": field})
     return quote(value, safe="")
 
 

@@ -244,18 +244,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ES256", {"kty": "ec"}, "kty is 'ec'"),
     ("ES256", {"kty": "AKP"}, "alg is missing"),
     ("ES256", {"kty": "XYZ"}, "kty is 'XYZ'"),
-    ("ES256", {"kty": 5}, "kty is no string"),
-    ("ES256", {"kty": ["EC"]}, "kty is no string"),
+    ("ES256", {"kty": 5}, "kty is not a string"),
+    ("ES256", {"kty": ["EC"]}, "kty is not a string"),
     ("ES256", {"kty": "RSA"}, "n is missing"),
     ("ES256", {"crv": "P-384"}, "needs crv P-256, not 'P-384'"),
     ("ES256", {"crv": "p-256"}, "needs crv P-256"),
     ("ES256", {"crv": None}, "crv is missing"),
-    ("ES256", {"crv": 256}, "crv is no string"),
+    ("ES256", {"crv": 256}, "crv is not a string"),
     ("EdDSA", {"crv": "Ed448"}, "needs crv Ed25519"),
     ("EdDSA", {"crv": "X25519"}, "needs crv Ed25519"),
     # purpose
     ("ES256", {"use": "enc"}, "use is 'enc'"),
-    ("ES256", {"use": 1}, "use is no string"),
+    ("ES256", {"use": 1}, "use is not a string"),
     ("ES256", {"alg": "ES384"}, "alg is 'ES384', not 'ES256'"),
     ("RS256", {"alg": "PS256"}, "alg is 'PS256'"),
     ("RS256", {"alg": "RSA-OAEP"}, "alg is 'RSA-OAEP'"),
@@ -263,12 +263,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ES256", {"key_ops": ["sign"]}, "does not hold 'verify'"),
     ("ES256", {"key_ops": []}, "does not hold 'verify'"),
     ("ES256", {"key_ops": ["verify", "verify"]}, "twice"),
-    ("ES256", {"key_ops": "verify"}, "no array of strings"),
-    ("ES256", {"key_ops": [["verify"]]}, "no array of strings"),
+    ("ES256", {"key_ops": "verify"}, "not an array of strings"),
+    ("ES256", {"key_ops": [["verify"]]}, "not an array of strings"),
     # EC coordinates
     ("ES256", {"x": None}, "x is missing"),
     ("ES256", {"y": None}, "y is missing"),
-    ("ES256", {"x": 5}, "x is no string"),
+    ("ES256", {"x": 5}, "x is not a string"),
     ("ES256", {"x": ""}, "x has 0 octets"),
     ("ES256", {"x": B64(bytes(33))}, "x has 33 octets; P-256 needs exactly 32"),
     ("ES256", {"y": B64(bytes(31))}, "y has 31 octets"),
@@ -294,7 +294,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # RSA
     ("RS256", {"n": None}, "n is missing"),
     ("RS256", {"e": None}, "e is missing"),
-    ("RS256", {"e": 65537}, "e is no string"),
+    ("RS256", {"e": 65537}, "e is not a string"),
     ("RS256", {"n": ""}, "n is empty"),
     ("RS256", {"n": number(rsa_n(), 257)}, "begins with a zero octet"),
     ("RS256", {"e": "AAEAAQ"}, "e is empty, zero, or begins with a zero octet"),
@@ -412,13 +412,16 @@ def pems() -> dict[str, tuple[str, str]]:
         "a certificate": (certificate(), "certificate"),
         "two keys": (good + good, "2 were found"),
         "a request": ("-----BEGIN CERTIFICATE REQUEST-----\nAA==\n-----END CERTIFICATE REQUEST-----", "certificate"),
-        "parameters": ("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----", "no public key"),
-        "cut off": (good[: len(good) // 2], "can be read"),
-        "no end": (good.partition("-----END")[0], "can be read"),
-        "bad base64": (good.replace("M", "*"), "can be read"),
-        "empty block": ("-----BEGIN PUBLIC KEY-----\n-----END PUBLIC KEY-----\n", "can be read"),
-        "not ASCII": (good.replace("M", "é"), "can be read"),
-        "a lone surrogate": (good.replace("M", "\ud800"), "can be read"),
+        "parameters": (
+            "-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----",
+            "not a public key",
+        ),
+        "cut off": (good[: len(good) // 2], "a readable public key"),
+        "no end": (good.partition("-----END")[0], "a readable public key"),
+        "bad base64": (good.replace("M", "*"), "a readable public key"),
+        "empty block": ("-----BEGIN PUBLIC KEY-----\n-----END PUBLIC KEY-----\n", "a readable public key"),
+        "not ASCII": (good.replace("M", "é"), "a readable public key"),
+        "a lone surrogate": (good.replace("M", "\ud800"), "a readable public key"),
         "P-224": (p224.public_bytes(serialization.Encoding.PEM, spki).decode(), "secp224r1"),
     }
 
@@ -536,7 +539,7 @@ def test_der_and_raw_refuse_what_does_not_fit() -> None:
 
 def test_a_key_of_another_type_is_never_tried() -> None:
     for name, other in (("ES256", "RS256"), ("RS256", "ES256"), ("ES256", "ES256K"), ("EdDSA", "ES256")):
-        with pytest.raises(InvalidJwk, match=f"no key of {name}"):
+        with pytest.raises(InvalidJwk, match=f"not a key of {name}"):
             jose.verify_signature(ALGORITHMS[name], public(other), MESSAGE, sign(ALGORITHMS[other], MESSAGE))
 
 

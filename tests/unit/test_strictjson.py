@@ -13,7 +13,7 @@ from kms_jwks.errors import MalformedBody
 
 REFUSED = [
     # what is sent, what the detail says
-    (b"", "nothing was sent"),
+    (b"", "the input is empty"),
     (b" \n\t", "only spaces"),
     (b"\xff{}", "not UTF-8"),
     (b'{"a":"\xed\xa0\x80"}', "not UTF-8"),  # a surrogate in CESU form
@@ -46,11 +46,11 @@ REFUSED = [
     (b'{"a":1}{}', "follows the JSON value at character 7"),
     (b"{}\x00", "follows"),
     ("{}\u00a0".encode(), "follows"),  # a space, but none of JSON's
-    (b'{"a":1,"a":1}', "'a' stands twice"),
-    (b'{"a":1,"\\u0061":2}', "'a' stands twice"),
-    (b'{"o":{"b":1,"b":2}}', "'b' stands twice"),
-    (b'[[{"b":1,"c":0,"b":2}]]', "'b' stands twice"),
-    (b'{"":1,"":2}', "'' stands twice"),
+    (b'{"a":1,"a":1}', "'a' appears twice"),
+    (b'{"a":1,"\\u0061":2}', "'a' appears twice"),
+    (b'{"o":{"b":1,"b":2}}', "'b' appears twice"),
+    (b'[[{"b":1,"c":0,"b":2}]]', "'b' appears twice"),
+    (b'{"":1,"":2}', "'' appears twice"),
     (b"NaN", "NaN is not JSON"),
     (b'{"a":NaN}', "NaN is not JSON"),
     (b'{"a":[Infinity]}', "Infinity is not JSON"),
