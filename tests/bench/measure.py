@@ -49,6 +49,7 @@ class Options:
     """How long and how wide."""
 
     seconds: float
+    rows: tuple[Row, ...]
     workers: int
     processes: int
     connections: int
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     processes = max(1, min(4, parsed.workers // 2))
     options = Options(
         seconds=min(max(seconds, 0.1), 30.0),
+        rows=chosen_rows(parsed.only),
         workers=parsed.workers,
         processes=processes,
         connections=parsed.connections,
@@ -78,12 +80,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def chosen_rows(names: list[str] | None) -> tuple[Row, ...]:
+    """The kinds of keys with these names; all where none is named."""
+    return tuple(row for row in ROWS if names is None or row.name in names)
+
+
 def _parser() -> argparse.ArgumentParser:
     cpus = os.cpu_count() or 1
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
     parser.add_argument("--seconds", type=float, help="seconds for each figure (3; at most 30)")
     parser.add_argument("--workers", type=_positive, default=cpus, help="processes that sign (the number of CPUs)")
     parser.add_argument("--connections", type=_positive, default=16, help="keep-alive connections in all (16)")
+    parser.add_argument(
+        "--only", action="append", choices=[row.name for row in ROWS], help="this kind of key; repeatable"
+    )
     parser.add_argument("--quick", action="store_true", help="0.3 s a figure: whether it works, not how fast")
     parser.add_argument("--json", action="store_true", help="for programs")
     return parser
@@ -106,8 +116,8 @@ def measure(options: Options) -> dict[str, Any]:
     options.say(f"starting a service with {options.workers} workers on a SoftHSM token of its own")
     with throwaway(options.workers) as server:
         token = server.client("signer")
-        rows = [_measure_row(server, row, token, options) for row in ROWS]
-        jwks = _measure_jwks(server, ROWS[0], options)
+        rows = [_measure_row(server, row, token, options) for row in options.rows]
+        jwks = _measure_jwks(server, options.rows[0], options)
     return {
         "machine": {
             "cpus": os.cpu_count(),

@@ -227,8 +227,8 @@ def test_a_disabled_key_is_disabled_everywhere(four: Server) -> None:
 
 
 def test_simultaneous_starts_all_come_up(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Five starts of four workers (fifty with ./dev test --long): SoftHSM is at its worst there."""
-    for _ in range(50 if os.environ.get("KMS_JWKS_TEST_LONG") == "1" else 5):
+    """Two starts of four workers (fifty with ./dev test --long): SoftHSM is at its worst there."""
+    for _ in range(50 if os.environ.get("KMS_JWKS_TEST_LONG") == "1" else 2):
         folder = tmp_path_factory.mktemp("start")
         port = free_port()
         prepare(folder, port, workers=4)

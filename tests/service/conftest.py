@@ -29,3 +29,10 @@ def quiet(tmp_path: Path) -> Iterator[World]:
     made = World(tmp_path).start(custodian=False)
     yield made
     made.close()
+
+
+@pytest.fixture
+def short_lease(tmp_path: Path) -> Iterator[World]:
+    """A world that waits 2 s for a silent worker."""
+    with make_world(tmp_path, lease=2) as made:
+        yield made

@@ -292,7 +292,8 @@ def test_a_default_lifetime_that_no_token_could_have_is_refused(world: World) ->
     assert made.keys[0].profile.default_lifetime == 60
 
 
-def test_an_emergency_takes_a_standby_that_is_not_visible_yet(world: World) -> None:
+def test_an_emergency_takes_a_standby_that_is_not_visible_yet(short_lease: World) -> None:
+    world = short_lease
     world.create()
     world.standby()
     silent = world.worker()

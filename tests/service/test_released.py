@@ -157,7 +157,7 @@ def test_a_module_that_cannot_be_asked_for_the_key_is_unavailable() -> None:
 def test_the_question_for_the_key_keeps_the_deadline_of_the_signature() -> None:
     backend, released = Flipping(), threading.Event()
     signer = signer_of(backend, "RS256")
-    backends = Backends({"memory": backend}, default=None, limits={"memory": CallLimits(timeout=5.0)})
+    backends = Backends({"memory": backend}, default=None, limits={"memory": CallLimits(timeout=2.0)})
     backend.spoil = lambda _: b"nonsense"
 
     def hang(call: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +32,21 @@ from tests.memory_backend import MemoryBackend
 T = TypeVar("T")
 TOKEN = authn.new_token().token
 UNSAFE = {"allow_unsafe_publish_lead": True, "publish_lead": 0}
+
+
+@functools.cache
+def _empty_registry() -> bytes:
+    """A SQLite file whose schema is up to date, without rows: migrating one for each world takes longer than a test."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "registry.sqlite3"
+        store = Store(f"sqlite:///{file}")
+        store.upgrade()
+        store.dispose()
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
+            connection.execute("DELETE FROM epoch")
+            connection.execute("DELETE FROM installation")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return file.read_bytes()
 
 
 class World:
@@ -61,6 +79,8 @@ class World:
         self._stores: list[Store] = []
         self._backends: list[Backends] = []
         self.registry = self.store()
+        if url is None:
+            (folder / "registry.sqlite3").write_bytes(_empty_registry())
         self.registry.upgrade()
         self.workers = [self.worker() for _ in range(workers)]
         self.service = self.workers[0]

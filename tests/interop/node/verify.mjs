@@ -4,7 +4,7 @@
 // {"discover": issuer} in place of a jwks_uri for a verifier that reads the issuer's metadata first.
 // Out: one JSON array a line in the same order, {"payload", "header"} or {"error": {"name", "code", "message"}}.
 // Every job has a JWKS cache of its own: each is a verifier that has never seen the service before. Jobs with the same
-// "cache" are one verifier, which keeps what it has fetched.
+// "cache" are one verifier, which keeps what it has fetched and does not ask again for "cool_down" seconds (jose's 30).
 
 import { webcrypto } from 'node:crypto'
 import { createInterface } from 'node:readline'
@@ -25,7 +25,8 @@ const kept = new Map()
 async function keysOf(job) {
   const known = job.cache && kept.get(job.cache)
   if (known) return known
-  const keys = createRemoteJWKSet(new URL(job.discover ? await jwksUri(job.discover) : job.jwks_uri))
+  const options = job.cool_down === undefined ? {} : { cooldownDuration: job.cool_down * 1000 }
+  const keys = createRemoteJWKSet(new URL(job.discover ? await jwksUri(job.discover) : job.jwks_uri), options)
   if (job.cache) kept.set(job.cache, keys)
   return keys
 }
