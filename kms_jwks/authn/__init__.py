@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from kms_jwks.authn.tokens import NewToken, TokenCredential, credential_from_header, matches, new_token, parse
+from kms_jwks.authn.tokens import NewToken, TokenCredential, credential_from_header, new_token, parse
 
 Credential: TypeAlias = TokenCredential
 """A credential that a request carried."""
 
-__all__ = ["Credential", "NewToken", "TokenCredential", "credential_from_header", "matches", "new_token", "parse"]
+__all__ = ["Credential", "NewToken", "TokenCredential", "credential_from_header", "new_token", "parse"]

@@ -7,7 +7,6 @@ The registry holds only a token's SHA-256: 256 random bits need no slow hash. No
 from __future__ import annotations
 
 import hashlib
-import hmac
 import re
 import secrets
 import zlib
@@ -45,17 +44,18 @@ class TokenCredential:
 def new_token() -> NewToken:
     """Make a token from 256 bits of the system's random source."""
     body = PREFIX + _base62(secrets.randbits(256), _RANDOM_LENGTH)
-    token = body + _checksum(body)
-    return NewToken(token=token, sha256=_digest(token))
+    token = body + _base62(zlib.crc32(body.encode("ascii")), _CHECKSUM_LENGTH)
+    return NewToken(token=token, sha256=hashlib.sha256(token.encode("ascii")).hexdigest())
 
 
 def parse(text: str) -> str:
     """The SHA-256 (lower-case hex) of a well-formed token. Raises CredentialsMalformed with the cause."""
     if not _TOKEN.fullmatch(text):
         raise CredentialsMalformed(_form_problem(text))
-    if text[-_CHECKSUM_LENGTH:] != _checksum(text[:-_CHECKSUM_LENGTH]):
+    token = text.encode("ascii")
+    if text[-_CHECKSUM_LENGTH:] != _base62(zlib.crc32(token[:-_CHECKSUM_LENGTH]), _CHECKSUM_LENGTH):
         raise CredentialsMalformed("The API token's checksum does not match: a character was lost or changed.")
-    return _digest(text)
+    return hashlib.sha256(token).hexdigest()
 
 
 def credential_from_header(authorization: str | None) -> TokenCredential:
@@ -74,11 +74,6 @@ def credential_from_header(authorization: str | None) -> TokenCredential:
     return TokenCredential(sha256=parse(bearer[1]))
 
 
-def matches(a: str, b: str) -> bool:
-    """Whether two digests are equal, compared in constant time."""
-    return hmac.compare_digest(a.encode(), b.encode())
-
-
 def _form_problem(text: str) -> str:
     if not text.startswith(PREFIX):
         return f"An API token begins with {PREFIX!r}."
@@ -87,17 +82,9 @@ def _form_problem(text: str) -> str:
     return "An API token holds only letters and digits after its prefix."
 
 
-def _checksum(body: str) -> str:
-    return _base62(zlib.crc32(body.encode("ascii")), _CHECKSUM_LENGTH)
-
-
 def _base62(value: int, length: int) -> str:
     digits = []
     for _ in range(length):
         value, digit = divmod(value, 62)
         digits.append(_ALPHABET[digit])
     return "".join(reversed(digits))
-
-
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode("ascii")).hexdigest()

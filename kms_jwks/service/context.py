@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kms_jwks.access import Caller
+from kms_jwks.authn import Credential
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +21,8 @@ class RequestContext:
     request_id: str = ""
     peer: str | None = None
     route: str | None = None
+    credential: Credential | None = field(default=None, repr=False)
+    """Set by the guard: what the Authorization header holds, parsed once."""
     caller: Caller | None = None
     """Set by the guard once the credentials are known, also where the call is refused for missing rights."""
     backend: str | None = None

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from kms_jwks import errors
 from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow, allow_within
-from kms_jwks.authn import credential_from_header, matches
+from kms_jwks.authn import credential_from_header
 from kms_jwks.model import Id, Instant, Key, KeySet
 from kms_jwks.service.context import RequestContext
 from kms_jwks.store import ReadTx
@@ -211,9 +211,11 @@ class Guard:
 
     def _authenticate(self, source: TokenSource, context: RequestContext, now: Instant) -> Caller:
         context.caller = None
-        credential = credential_from_header(context.authorization)
+        credential = context.credential
+        if credential is None:
+            credential = context.credential = credential_from_header(context.authorization)
         known = source(credential.sha256)
-        if known is None or not matches(known.sha256, credential.sha256):
+        if known is None:
             raise errors.CredentialsUnknown
         if known.revoked:
             raise errors.CredentialsRevoked

@@ -76,8 +76,8 @@ def test_authentication_alone_reports_refusals(
     assert world.signer.caller is not None
     assert world.signer.caller.client == "signer"
     assert decided == [], "which permission the call needs is decided later"
-    world.signer.authorization = None
+    stranger = RequestContext()
     with pytest.raises(errors.CredentialsMissing):
-        world.service.authenticate(world.signer, data_plane=data_plane)
+        world.service.authenticate(stranger, data_plane=data_plane)
     assert decided == [(None, Decision(None, None, None, "credentials_missing"))]
-    assert world.signer.caller is None
+    assert stranger.caller is None

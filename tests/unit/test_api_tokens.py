@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kms_jwks import authn
-from kms_jwks.authn import TokenCredential, credential_from_header, matches, new_token, parse
+from kms_jwks.authn import TokenCredential, credential_from_header, new_token, parse
 from kms_jwks.authn.tokens import TOKEN_LENGTH
 from kms_jwks.errors import CredentialsMalformed, CredentialsMissing, Unauthenticated
 
@@ -128,14 +128,6 @@ def test_a_header_that_is_not_exactly_one_bearer_token(header: str) -> None:
     with pytest.raises(CredentialsMalformed) as caught:
         credential_from_header(header.format(token=token))
     assert token not in caught.value.detail
-
-
-def test_matches() -> None:
-    a, b = new_token().sha256, new_token().sha256
-    assert matches(a, a)
-    assert not matches(a, b)
-    assert not matches(a, a[:-1])
-    assert not matches(a, "é")
 
 
 def test_the_package_offers_the_interface() -> None:
