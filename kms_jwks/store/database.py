@@ -155,7 +155,7 @@ class Database:
     def _retry_once(self, connection: Connection, exchange: Callable[[], T]) -> T:
         """The result of a connection's first exchange with the server.
 
-        The server may end a session while its connection rests in the pool, and the end may not have arrived when the
+        The server may end a session while its connection is idle in the pool, and the end may not have arrived when the
         connection is taken. The exchange then fails before anything was done in that session, so it is repeated once
         with a new connection.
         """
