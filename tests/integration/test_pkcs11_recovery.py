@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import structlog
 
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
@@ -57,21 +58,24 @@ def token_vanishes_and_returns(hsm: SoftHsm) -> None:
     sign(backend, key)
     hidden = hsm.directory / "hidden"
     for _ in range(3):
-        hsm.tokens.rename(hidden)
-        for use in (
-            lambda: sign(backend, key),
-            lambda: backend.public_key(key.ref),
-            lambda: backend.destroy(key.ref),
-            lambda: backend.generate("other", ES256),
-            lambda: backend.list_keys(""),
-            lambda: backend.adopt("here"),
-            backend.ping,
-        ):
-            with pytest.raises(BackendUnavailable) as caught:
-                use()
-            assert caught.value.retry_after
-        hidden.rename(hsm.tokens)
-        assert eventually(lambda: sign(backend, key)) < 8
+        with structlog.testing.capture_logs() as logs:
+            hsm.tokens.rename(hidden)
+            for use in (
+                lambda: sign(backend, key),
+                lambda: backend.public_key(key.ref),
+                lambda: backend.destroy(key.ref),
+                lambda: backend.generate("other", ES256),
+                lambda: backend.list_keys(""),
+                lambda: backend.adopt("here"),
+                backend.ping,
+            ):
+                with pytest.raises(BackendUnavailable) as caught:
+                    use()
+                assert caught.value.retry_after
+            hidden.rename(hsm.tokens)
+            assert eventually(lambda: sign(backend, key)) < 8
+        changes = [line["event"] for line in logs if line["event"] != "module_restarted"]
+        assert changes == ["token_connection_discarded", "token_opened"], "each change of the module's state, once"
     assert [stored.label for stored in backend.list_keys("")] == ["here"]
     # The signing session, the login's, and the one for making and destroying keys if it was used since.
     assert sessions_in_module(backend) == int(backend.ping().facts["sessions_of_process"]) <= 4

@@ -92,8 +92,8 @@ class TestNothingSecret:
     "name", ["pin", "user_pin", "so-pin", "token", "authorization", "claims", "signature", "payload", "client_secret"]
 )
 def test_a_field_with_a_telling_name_is_masked_whatever_it_holds(stream: io.StringIO, name: str) -> None:
-    structlog.get_logger().info("event", **{name: "1234"}, nested={name: {"a": "1234"}})
-    assert "1234" not in stream.getvalue()
+    structlog.get_logger().info("event", **{name: "12-34"}, nested={name: {"a": "12-34"}})
+    assert "12-34" not in stream.getvalue().partition("event")[2]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import boto3
 import botocore.session
+import structlog
 from botocore import xform_name
 from botocore.config import Config
 from botocore.credentials import (
@@ -26,6 +27,8 @@ from kms_jwks.errors import BackendError, BackendTimeout, BackendUnavailable
 
 if TYPE_CHECKING:
     from kms_jwks.config import AwsKmsOptions
+
+log = structlog.get_logger(__name__)
 
 _ATTEMPTS: Final = 2
 _PAUSE: Final = (0.03, 0.12)
@@ -163,6 +166,7 @@ class Connection:
             self._session = _new_session(self._options)
             self._made_at = time.monotonic()
             self._opened()
+            log.info("kms_session_opened", region=self._options.region)
         return self._session
 
     def _forget_session(self) -> None:
@@ -170,6 +174,7 @@ class Connection:
         with self._lock:
             if time.monotonic() - self._made_at >= _RENEW_EVERY or not self._clients:
                 self._session, self._clients = None, {}
+                log.warning("kms_session_discarded", region=self._options.region, cause="KMS refused the credentials")
 
 
 def _new_session(options: AwsKmsOptions) -> Any:

@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import structlog
 from pkcs11 import PKCS11Error, Session, Token, TokenNotPresent, TokenNotRecognised, _pkcs11
 
 from kms_jwks.backends.pkcs11.error_map import code_of, describe_error, name_of, unavailable
 from kms_jwks.backends.pkcs11.locks import ModuleLock
+
+log = structlog.get_logger(__name__)
 
 CKR_OK: Final = 0x0
 CKR_CANT_LOCK: Final = 0xA
@@ -230,6 +233,7 @@ class Module:
             self.connections.clear()
             self._unclosed.clear()
             self._initialize()
+            log.warning("module_restarted", module=self.path.name)
             return True
 
     def tokens(self) -> list[Token]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
 
+import structlog
 from pkcs11 import PKCS11Error
 
 from kms_jwks.backends.pkcs11.error_map import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kms_jwks.backends.pkcs11.opening import TokenOpener
 
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
 
 _TRIES: Final = 4
 """Of one call: as it stands, with a new session, with a new connection, and one for a race with another thread."""
@@ -110,7 +112,7 @@ class RecoveringConnection:
                 except ConnectionLost as error:
                     failure = error
                     pooled.replace()
-                    self._discard(connection)
+                    self._discard(connection, "the token cannot be reached")
                 except (InvalidAnswer, ValueError, struct.error) as error:
                     failure = error
                     pooled.replace()
@@ -165,7 +167,7 @@ class RecoveringConnection:
         is_believed = meaning is not Meaning.DOUBTFUL and time.monotonic() > connection.opened_at + _YOUNG
         if is_believed or not connection.is_healthy():
             self._needs_restart = self._needs_restart or meaning.rebuilt is Rebuilt.MODULE
-            self._discard(connection)
+            self._discard(connection, describe_error(error))
 
     def _pause_after(self, failure: Exception, deadline: float) -> None:
         if isinstance(failure, PKCS11Error) and meaning_of(failure) is Meaning.DOUBTFUL:
@@ -173,10 +175,12 @@ class RecoveringConnection:
         if time.monotonic() >= deadline:
             raise BackendTimeout(f"The module failed ({_describe(failure)}) and the deadline came first.") from failure
 
-    def _discard(self, connection: Connection) -> None:
-        """Close a connection, once. The module's lock is held."""
+    def _discard(self, connection: Connection, cause: str | None = None) -> None:
+        """Close a connection, once; without a `cause` because it is needed no more. The module's lock is held."""
         if self.current is connection:
             self.current = None
+            if cause is not None:
+                log.warning("token_connection_discarded", serial=connection.serial, cause=cause)
         connection.close()
 
     # --- opening --------------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ class RecoveringConnection:
                     return connection
                 if not connection.is_closed:
                     with self.module.lock.shared(deadline):
-                        self._discard(connection)
+                        self._discard(connection, "the module was restarted, or the keys are in another token")
             self._raise_recent_failure()
             try:
                 connection = self._opener.open(
@@ -214,6 +218,7 @@ class RecoveringConnection:
             self._serial = connection.serial
             self._on_opened(connection.opened_at)
             self.current = connection
+            log.info("token_opened", serial=connection.serial, module=self.module.path.name)
             return connection
 
     @contextmanager
