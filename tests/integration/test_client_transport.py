@@ -252,7 +252,7 @@ def test_pages_that_never_end_are_noticed() -> None:
     with (
         serving(answer(200, {"items": [], "next": "same"})) as server,
         client_of(server) as client,
-        pytest.raises(errors.UnexpectedAnswer, match="circle"),
+        pytest.raises(errors.UnexpectedAnswer, match="loop"),
     ):
         list(client.clients())
     assert len(server.seen) == 2
