@@ -155,4 +155,4 @@ def test_the_command_line_adopts_and_shows_what_was_accepted(server: Server, lab
     said = doctor.stdout + doctor.stderr
     assert f"adopted although it may do more than sign (kid {kid})" in said
     assert f"key {name} main 1" in said
-    assert "Rotate to a key that was made here" in said
+    assert "Rotate to a key that this service generated" in said
