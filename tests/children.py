@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import ParamSpec, TypeVar
+
+from kms_jwks.cli import main
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,7 +29,7 @@ FRESH.set_forkserver_preload(
 )
 
 
-def take_environment(environment: dict[str, str]) -> None:
+def take_environment(environment: Mapping[str, str]) -> None:
     """Replace the environment of this process: a forked one begins with that of the server it is forked from."""
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
@@ -38,3 +45,30 @@ def in_child(function: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> 
     """What `function` returns or raises in a fresh process."""
     with fresh_processes(1) as children:
         return children.submit(function, *arguments, **more).result(timeout=120)
+
+
+def kms_jwks(*words: str, folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """A command in a fresh process, in `folder`: what `python -m kms_jwks` does with these words, imports spared."""
+    with TemporaryDirectory() as name:
+        out, err = Path(name) / "out", Path(name) / "err"
+        code = in_child(_command, words, folder, dict(environment), out, err)
+        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+
+
+def _command(words: tuple[str, ...], folder: Path, environment: dict[str, str], out: Path, err: Path) -> int:
+    take_environment(environment)
+    os.chdir(folder)
+    for number, path in ((0, Path(os.devnull)), (1, out), (2, err)):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.dup2(handle, number)
+        os.close(handle)
+    sys.argv = ["kms-jwks", *words]
+    with open(1, "w", closefd=False) as sys.stdout, open(2, "w", closefd=False) as sys.stderr:
+        try:
+            main()
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:  # noqa: BLE001 - as the interpreter does
+            traceback.print_exc()
+            return 1
+    return 0

@@ -22,6 +22,7 @@ import urllib3
 from click.testing import CliRunner, Result
 
 from kms_jwks.cli.app import cli
+from tests.children import kms_jwks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -253,10 +254,15 @@ def prepare(folder: Path, port: int, **settings: Any) -> None:
         f'SOFTHSM2_CONF = "{folder}/softhsm2.conf"',
     ]
     (folder / "kms-jwks.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "kms_jwks", "init", "--config", str(folder / "kms-jwks.toml")]
-    command += ["--key-set", "default", "--alg", "ES256"]
-    command += ["--admin-token-file", str(folder / "admin.token"), "--signer-token-file", str(folder / "signer.token")]
-    _run(command, folder)
+    tokens = ["--admin-token-file", str(folder / "admin.token"), "--signer-token-file", str(folder / "signer.token")]
+    initialise(folder, "--key-set", "default", "--alg", "ES256", *tokens)
+
+
+def initialise(folder: Path, *words: str) -> None:
+    """`kms-jwks init` with the settings file in `folder`."""
+    config = str(folder / "kms-jwks.toml")
+    done = kms_jwks("init", "--config", config, *words, folder=folder, environment=_environment())
+    assert done.returncode == 0, f"{words}: {done.stderr}{done.stdout}"
 
 
 def start(folder: Path, port: int, stdin: bytes | None = None) -> Server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -15,7 +16,7 @@ from kms_jwks import jose
 from kms_jwks.client import Client
 from kms_jwks.errors import AdoptionRefused, Forbidden, KeyTaken
 from kms_jwks.wire import Adopt
-from tests.children import in_child
+from tests.children import in_child, kms_jwks
 from tests.foreign_keys import EC, P256, RSA, Pair, make_pairs
 from tests.integration.conftest import Server, fresh, wait_until
 from tests.softhsm import SoftHsm
@@ -149,13 +150,8 @@ def test_the_command_line_adopts_and_shows_what_was_accepted(server: Server, lab
     usage = cli(server, "version", "create", name, "main", "--accept", code=2)
     assert "go with --adopt" in usage.stderr
 
-    doctor = subprocess.run(
-        [sys.executable, "-m", "kms_jwks", "doctor", "--config", str(server.folder / "kms-jwks.toml")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    config = str(server.folder / "kms-jwks.toml")
+    doctor = kms_jwks("doctor", "--config", config, folder=server.folder, environment=os.environ)
     said = doctor.stdout + doctor.stderr
     assert f"adopted although it may do more than sign (kid {kid})" in said
     assert f"key {name} main 1" in said

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +15,16 @@ from typing import Any
 import jwt
 import pytest
 
+from tests.children import kms_jwks
 from tests.fake_kms.operations import Key
 from tests.fake_kms.server import ACCOUNT, OTHER_ACCOUNT, REGION, FakeKms, Fault
 from tests.integration.conftest import (
     Answer,
     Server,
     _environment,
-    _run,
     free_port,
     fresh,
+    initialise,
     running,
     settled,
     wait_until,
@@ -60,21 +59,13 @@ class Node:
 
     def initialise(self) -> None:
         tokens = ("--admin-token-file", "admin.token", "--signer-token-file", "signer.token")
-        config = ("--config", "kms-jwks.toml", "--key-set", "default", "--alg", "ES256")
-        _run([sys.executable, "-m", "kms_jwks", "init", *config, *tokens], self.folder)
+        initialise(self.folder, "--key-set", "default", "--alg", "ES256", *tokens)
 
     def findings(self) -> list[dict[str, str]]:
         """The problems that doctor finds, without those of the custodian and of the tests' quick policies."""
         aside = ("custodian", "policy")
-        done = subprocess.run(
-            [sys.executable, "-m", "kms_jwks", "doctor", "--json", "--config", "kms-jwks.toml"],
-            env=_environment(),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        words = ("doctor", "--json", "--config", "kms-jwks.toml")
+        done = kms_jwks(*words, folder=self.folder, environment=_environment())
         assert "Traceback" not in done.stderr
         return [c for c in json.loads(done.stdout)["checks"] if c["state"] != "ok" and c["name"] not in aside]
 

@@ -20,6 +20,7 @@ import urllib3
 from click.testing import CliRunner, Result
 
 from kms_jwks.cli.app import cli
+from tests.children import kms_jwks
 from tests.faults.harness import Faults
 from tests.integration.conftest import free_port, prepare, running, settled, wait_until
 from tests.softhsm import make_token
@@ -44,16 +45,7 @@ class Node:
 
     def process(self, *words: str, code: int | None = 0, **env: str) -> subprocess.CompletedProcess[str]:
         """A command as a process of its own: what loads the module has to be one."""
-        done = subprocess.run(
-            [sys.executable, "-m", "kms_jwks", *words, "--config", str(self.config)],
-            env=environment(**env),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=60,
-            check=False,
-        )
+        done = kms_jwks(*words, "--config", str(self.config), folder=self.folder, environment=environment(**env))
         assert code is None or done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done
