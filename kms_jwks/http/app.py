@@ -141,7 +141,7 @@ class _Adapter:
                     release = self._service.pin()
                 response = dispatch.answer(self._service, route, exchange, self._limits)
             except Exception as error:  # noqa: BLE001 - the outermost frame: the caller gets a problem whatever it is
-                response = dispatch.refusal(error, context.request_id)
+                response = problems.for_exception(error, context.request_id)
                 _read_rest(environ)
             except BaseException:
                 release()
@@ -168,7 +168,7 @@ class _Adapter:
         """Answer an exception from outside of every view."""
         started = time.perf_counter()
         context = _context(request.environ, None)
-        response = dispatch.refusal(error, context.request_id)
+        response = problems.for_exception(error, context.request_id)
         return _finish(response, request.environ, context, {}, started, _NOTHING)
 
     def _read(self, route: Route, environ: Environ, params: dict[str, str], context: RequestContext) -> Request:

@@ -167,14 +167,7 @@ def answer(service: Service, route: Route, request: Request, limits: Limits) -> 
             return route.endpoint(service, request)
         return route.endpoint(service, request, _decode(route, request, limits))
     except Exception as error:  # noqa: BLE001 - the outermost frame: the caller gets a problem whatever it is
-        return refusal(error, request.context.request_id)
-
-
-def refusal(error: Exception, request_id: str) -> Response:
-    """The answer to an exception, whether it is one of ours or not."""
-    if isinstance(error, errors.Error):
-        return problems.response(error, request_id)
-    return problems.unexpected(error, request_id)
+        return problems.for_exception(error, request.context.request_id)
 
 
 def complete(

@@ -96,8 +96,10 @@ def response(
     return Response(status, headers, encode(document(error, request_id, status)), notes, cause)
 
 
-def unexpected(error: Exception, request_id: str) -> Response:
-    """The answer to an exception that is not an errors.Error: its traceback is for the log alone."""
+def for_exception(error: Exception, request_id: str) -> Response:
+    """The answer to any exception. One that is not an errors.Error is a defect: the caller sees `internal_error`."""
+    if isinstance(error, errors.Error):
+        return response(error, request_id)
     answer = response(errors.InternalError(), request_id)
     answer.cause = error
     return answer

@@ -145,7 +145,7 @@ def test_lists_show_what_the_grants_cover(server: Server) -> None:
     assert [s["name"] for s in server.must("GET", "/v1/key-sets", token=token)["items"]] == [here]
 
 
-def test_open_routes_ask_nobody(server: Server) -> None:
+def test_open_routes_need_no_token(server: Server) -> None:
     for path in ("/healthz", "/readyz", "/readyz/sign", "/openapi.json", "/docs", "/default/.well-known/jwks.json"):
         assert server.call("GET", path, token=None).status == 200, path
         assert server.call("GET", path, token="not a token").status == 200, path

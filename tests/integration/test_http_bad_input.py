@@ -353,7 +353,7 @@ def unknown_token() -> str:
     return new_token().token
 
 
-def test_a_token_that_nobody_was_given(server: Server) -> None:
+def test_a_token_that_was_never_issued(server: Server) -> None:
     for path in ("/v1/key-sets/default/keys/default/jwt", "/v1/clients"):
         answer = server.call("POST", path, right_payload(path), token=unknown_token())
         assert (answer.status, answer.problem) == (401, "credentials_unknown")
@@ -519,7 +519,7 @@ def test_an_answer_that_takes_longer_does_not_spoil_the_connection(server: Serve
 
 
 @pytest.mark.parametrize("size", [70_000, 300_000, 1_500_000])
-def test_a_refusal_reaches_who_sends_much(world: World, size: int) -> None:
+def test_a_refusal_reaches_the_sender_of_a_large_body(world: World, size: int) -> None:
     """A connection that is reset before its answer was read would lose it."""
     answer = parsed(world.server.raw(http(world, f"Content-Length: {size}\r\n", b"x" * size)))
     assert (answer.status, answer.problem) == ((413, "body_too_large") if size > 1_048_576 else (400, "malformed_body"))

@@ -42,7 +42,7 @@ class TestJwks:
         assert answer.headers["Content-Length"] == str(len(answer.body))
         assert "Set-Cookie" not in answer.headers
 
-    def test_the_registered_type_for_who_names_it(self, server: Server, shop: str) -> None:
+    def test_the_registered_type_where_accept_names_it(self, server: Server, shop: str) -> None:
         path = f"/{shop}/.well-known/jwks.json"
         named = fetch(server, path, Accept="application/jwk-set+json, */*")
         assert named.headers["Content-Type"] == "application/jwk-set+json"
@@ -78,14 +78,14 @@ class TestJwks:
     def test_the_default_set_has_the_bare_path_too(self, server: Server) -> None:
         assert fetch(server, "/.well-known/jwks.json").body == fetch(server, "/default/.well-known/jwks.json").body
 
-    def test_before_the_first_publication_it_is_404_and_nobody_caches_that(self, server: Server) -> None:
+    def test_before_the_first_publication_it_is_404_and_not_cached(self, server: Server) -> None:
         name = fresh("empty")
         server.must("POST", "/v1/key-sets", {"name": name})
         answer = fetch(server, f"/{name}/.well-known/jwks.json")
         assert (answer.status, answer.problem) == (404, "not_published")
         assert answer.headers["Cache-Control"] == "no-store"
 
-    def test_host_is_believed_by_nobody(self, server: Server, shop: str) -> None:
+    def test_the_host_header_is_ignored(self, server: Server, shop: str) -> None:
         answer = fetch(server, f"/{shop}/.well-known/openid-configuration", Host="evil.example")
         assert "evil" not in answer.body.decode()
 
@@ -112,7 +112,7 @@ class TestRestricted:
         assert "Access-Control-Allow-Origin" not in answer.headers
         assert "Authorization" in answer.headers["Vary"]
 
-    def test_who_asks_without_a_token_learns_little(self, server: Server, hidden: str) -> None:
+    def test_a_caller_without_a_token_learns_little(self, server: Server, hidden: str) -> None:
         assert fetch(server, f"/{hidden}/.well-known/openid-configuration").status == 401
 
 

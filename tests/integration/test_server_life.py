@@ -157,7 +157,7 @@ def test_a_database_that_is_away_at_the_start(own: Own) -> None:
     files = [file for file in files if file.exists()]
     for file in files:
         file.rename(file.with_name(f"away-{file.name}"))
-    files[0].mkdir()  # so that nobody makes an empty one
+    files[0].mkdir()  # so that no process makes an empty one
     try:
         with running(own.folder, own.port, Server.alive) as server:
             assert len(server.must("GET", JWKS, token=None)["keys"]) == 2

@@ -296,7 +296,7 @@ class TestRouting:
         assert (response.status_code, problem(response)) == (404, "route_not_found")
         assert not service.asked
 
-    def test_who_is_what_the_caller_showed(self, client: Client, service: FakeService) -> None:
+    def test_the_context_holds_the_credentials_of_the_request(self, client: Client, service: FakeService) -> None:
         client.post(SIGN, json={}, headers={"Authorization": "Bearer kj_x"})
         client.get("/v1/key-sets", headers={"Authorization": ""})
         shown = [asked[1 if len(asked) > 3 else 0] for asked in service.asked]
@@ -304,7 +304,7 @@ class TestRouting:
         assert [context.authorization for context in shown] == ["Bearer kj_x", None]
         assert "kj_x" not in repr(shown)
 
-    def test_who_shows_nothing_is_not_told_what_a_body_should_be(self, client: Client, service: FakeService) -> None:
+    def test_a_body_without_credentials_is_not_decoded(self, client: Client, service: FakeService) -> None:
         response = client.post(SIGN, data=b"nonsense", headers={"Authorization": ""})
         assert (response.status_code, problem(response)) == (401, "credentials_missing")
         assert not service.asked
@@ -446,7 +446,7 @@ class TestDocuments:
             ("application/json, Application/JWK-Set+json;q=0.9", "application/jwk-set+json"),
         ],
     )
-    def test_the_registered_type_for_who_names_it(
+    def test_the_registered_type_where_accept_names_it(
         self, client: Client, service: FakeService, path: str, accept: str | None, media: str
     ) -> None:
         service.answer = JWKS
@@ -478,7 +478,7 @@ class TestDocuments:
         assert response.data == b""
         assert response.headers["Content-Length"] == str(len(JWKS.body))
 
-    def test_preflight_asks_nobody(self, client: Client, service: FakeService, path: str) -> None:
+    def test_preflight_needs_no_token(self, client: Client, service: FakeService, path: str) -> None:
         response = client.options(path, headers={"Origin": "https://a", "Access-Control-Request-Method": "GET"})
         assert response.status_code == 204
         assert response.headers["Access-Control-Allow-Origin"] == "*"

@@ -155,7 +155,7 @@ class TestReceive:
         assert service.authenticated == [data_plane]
 
     @pytest.mark.parametrize("row", [r for r in ROUTES if r.request is not None], ids=lambda r: f"{r.method} {r.path}")
-    def test_no_route_reads_the_body_of_a_stranger(self, row: Route) -> None:
+    def test_no_route_reads_the_body_of_an_unknown_sender(self, row: Route) -> None:
         service = FakeService()
         service.refuse = errors.CredentialsUnknown()
         for length in ("5", "9999999", "nonsense", None):

@@ -79,11 +79,11 @@ class TestNothingSecret:
         assert clean(stream.getvalue())
 
     def test_in_the_standard_library(self, stream: io.StringIO, secret: str) -> None:
-        logging.getLogger("somebody.else").warning("they said %s", secret)
+        logging.getLogger("other.library").warning("they said %s", secret)
         try:
             raise ValueError(secret)
         except ValueError:
-            logging.getLogger("somebody.else").exception("failed")
+            logging.getLogger("other.library").exception("failed")
         assert "they said" in stream.getvalue()
         assert clean(stream.getvalue())
 
@@ -139,7 +139,7 @@ def test_nothing_that_steers_a_terminal_is_written_raw(stream: io.StringIO, sent
     structlog.get_logger().info(text)
     logging.getLogger("gunicorn.error").warning("Invalid request: %s", text)
     assert not raw(stream.getvalue())
-    assert stream.getvalue().count("\n") == 3, "nobody can forge a line"
+    assert stream.getvalue().count("\n") == 3, "a sender cannot forge a line"
     assert stream.getvalue().count("before") == 4, "the rest is there"
     try:
         raise ValueError(text)

@@ -87,7 +87,7 @@ class TestEveryRow:
             annotation = inspect.signature(route.endpoint).parameters["body"].annotation
             assert annotation.rpartition(".")[2] == route.request.__name__
 
-    def test_says_who_may_call_it(self, route: Route) -> None:
+    def test_names_its_permission(self, route: Route) -> None:
         if route.path.startswith("/v1/"):
             assert route.permission
             assert route.side is Side.PRIVATE
