@@ -13,8 +13,11 @@ import structlog
 
 from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.backends.base import MAX_ABANDONED_CALLS, Backend, GeneratedKey, Message
+from kms_jwks.backends.base import MAX_ABANDONED_CALLS, Backend, CallTimeouts, GeneratedKey, Message
 from kms_jwks.backends.calling import PATIENCE_IN_PLACE, Backends, CallLimits
+from kms_jwks.doctor.checks import State
+from kms_jwks.doctor.modules import module
+from kms_jwks.doctor.registry import Registry
 from kms_jwks.service import Service
 from kms_jwks.worker.snapshot import Signer
 from tests.memory_backend import MemoryBackend
@@ -218,6 +221,23 @@ def test_a_call_that_succeeds_after_its_caller_was_answered_is_undone(late: bool
         assert [stored.label for stored in backend.list_keys("")] == ["key"]
     else:
         assert backend.public_key(generate().ref)
+
+
+@pytest.mark.parametrize("hangs", ["ping", "public_key", "attributes"])
+def test_doctor_reports_a_module_that_hangs(world: World, hangs: str) -> None:
+    """Within the timeouts that the backend gives."""
+    world.create()
+    world.start()
+    world.until(lambda: any(version.ref for version in world.versions()))
+    world.backend.timeouts = CallTimeouts(read=0.1, change=0.1)  # type: ignore[attr-defined]
+    backends = world.backends()
+    assert backends.timeouts("memory").read == 0.1
+    held = HangingCalls(world.backend, hangs)
+    checks = list(module("memory", backends, world.registry, Registry.of(world.registry)))
+    assert State.FAILURE in {check.state for check in checks}
+    assert "still working on the call" in checks[-1].detail
+    assert held.hung >= 1
+    held.released.set()
 
 
 def test_a_call_that_fails_late_is_not_undone() -> None:

@@ -14,7 +14,7 @@ import structlog.testing
 from kms_jwks import errors
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends import make_backend
-from kms_jwks.backends.base import KeyRef, Message, stuck_in
+from kms_jwks.backends.base import CallTimeouts, KeyRef, Message, stuck_in, timeouts_of
 from kms_jwks.backends.third_party import make_third_party
 from kms_jwks.config import BACKEND_TYPES, ThirdPartyBackend, load_settings
 
@@ -81,7 +81,7 @@ class Barbed(MemoryBackend):
     def recovered_at(self, at):
         pass
 
-    stuck = public_key = distrust = recovered_at
+    stuck = timeouts = public_key = distrust = recovered_at
 
     def list_keys(self, prefix):
         yield from ()
@@ -242,6 +242,7 @@ def test_foreign_errors_on_the_way_to_an_answer_do_not_leave_it_either(installed
         assert SECRET not in refused.value.detail + str(refused.value.next_step)
     backend.distrust(KeyRef.of(id="x"))
     assert stuck_in(backend) == 0
+    assert timeouts_of(backend) == CallTimeouts()
     assert not hasattr(backend, "what the contract does not ask for")
 
 
