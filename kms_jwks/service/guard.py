@@ -210,7 +210,6 @@ class Guard:
     # --- inside
 
     def _authenticate(self, source: TokenSource, context: RequestContext, now: Instant) -> Caller:
-        context.caller = None
         credential = context.credential
         if credential is None:
             credential = context.credential = credential_from_header(context.authorization)
