@@ -106,15 +106,6 @@ class Caller:
     grants: tuple[Grant, ...]
 
 
-def covers(grant: Grant, scope: Scope) -> bool:
-    """Whether a grant's scope holds `scope`. A narrower grant never covers a wider scope."""
-    if grant.key_set_id is None:
-        return True
-    if grant.key_set_id != scope.key_set_id:
-        return False
-    return grant.key_id is None or grant.key_id == scope.key_id
-
-
 def allow_within(grants: Iterable[Grant], permission: Permission, key_set_id: Id) -> bool:
     """Whether a grant has `permission` on a key set or on any of its keys. For the JWKS and for verifying tokens.
 
@@ -124,5 +115,14 @@ def allow_within(grants: Iterable[Grant], permission: Permission, key_set_id: Id
 
 
 def allow(grants: Iterable[Grant], permission: Permission, scope: Scope) -> bool:
-    """Whether one of `grants` has a role with `permission` in a scope that covers `scope`."""
-    return any(permission in ROLES[Role(grant.role)] and covers(grant, scope) for grant in grants)
+    """Whether one of `grants` has a role with `permission` in a scope that covers `scope`.
+
+    A narrower grant never covers a wider scope.
+    """
+    return any(
+        permission in ROLES[Role(grant.role)]
+        and (
+            grant.key_set_id is None or (grant.key_set_id == scope.key_set_id and grant.key_id in (None, scope.key_id))
+        )
+        for grant in grants
+    )

@@ -12,6 +12,7 @@ from flask import Flask, request
 from flask import Response as FlaskResponse
 from flask.sessions import SecureCookieSessionInterface
 from werkzeug.exceptions import HTTPException
+from werkzeug.wsgi import ClosingIterator
 
 from kms_jwks import errors
 from kms_jwks.http import dispatch, problems
@@ -20,7 +21,7 @@ from kms_jwks.http.routes import served
 from kms_jwks.service.context import RequestContext
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from _typeshed.wsgi import StartResponse
 
@@ -69,20 +70,8 @@ class _Answer(FlaskResponse):
             headers = [*headers, ("Content-Length", str(len(made.body)))]
         start_response(_STATUS_LINES[made.status], headers)
         body = () if environ["REQUEST_METHOD"] == "HEAD" else (made.body,)
-        return _Leaving(body, self._release) if self._release is not _NOTHING else body
-
-
-class _Leaving:
-    """A body that releases the snapshot when the server has sent it (PEP 3333 `close`)."""
-
-    __slots__ = ("_body", "close")
-
-    def __init__(self, body: tuple[bytes, ...], close: Callable[[], None]) -> None:
-        self._body = body
-        self.close = close
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._body)
+        # The server calls `close` when it has sent the body (PEP 3333): that releases the snapshot.
+        return ClosingIterator(body, self._release) if self._release is not _NOTHING else body
 
 
 class App(Flask):
@@ -138,7 +127,7 @@ class _Adapter:
                 exchange = self._read(route, environ, params, context)
                 if route.hot:
                     # After the body, whose sender may be slow, and before the snapshot is read for the answer.
-                    release = self._service.pin()
+                    release = self._service.sync.pin()
                 response = dispatch.answer(self._service, route, exchange, self._limits)
             except Exception as error:  # noqa: BLE001 - the outermost frame: the caller gets a problem whatever it is
                 response = problems.for_exception(error, context.request_id)

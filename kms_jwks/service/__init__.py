@@ -98,10 +98,3 @@ class Service:
             return None
         log.error("worker_recycled", reason=reason, pid=os.getpid())
         return reason
-
-    def pin(self) -> Callable[[], None]:
-        """Count an answer as under way, so that no newer epoch is confirmed before it has left.
-
-        Call the returned function once the answer has been written.
-        """
-        return self.sync.pin()

@@ -36,7 +36,7 @@ def test_a_change_is_confirmed_by_every_worker_before_its_answer(two_workers: Wo
 def test_an_epoch_is_confirmed_only_once_older_answers_have_left(world: World) -> None:
     world.create()
     world.standby()
-    release = world.service.pin()
+    release = world.service.sync.pin()
     kept = world.service.sync.snapshot().epoch
     world.service.clients.create(world.admin, wire.ClientCreate(name="fresh"))
     world.until(lambda: world.service.sync.snapshot().epoch != kept)
@@ -55,7 +55,7 @@ def test_a_revocation_waits_for_an_answer_under_way_but_not_beyond_the_lease(tmp
     try:
         world.create()
         world.standby()
-        world.service.pin()
+        world.service.sync.pin()
         answer = world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
         assert [w.worker for w in answer.unconfirmed] == [world.service.sync.worker_id]
     finally:

@@ -41,6 +41,7 @@ class FakeService:
         self.refuse: errors.Error | None = None
         self.authenticated: list[bool] = []
         self.pins = 0
+        self.sync = SimpleNamespace(pin=self._pin)
         self.verifiers = SimpleNamespace(
             default_key_set="main", jwks=self._use, discovery=self._use, verify_token=self._use
         )
@@ -69,7 +70,7 @@ class FakeService:
             raise self.refuse
         context.caller = CALLER
 
-    def pin(self) -> Callable[[], None]:
+    def _pin(self) -> Callable[[], None]:
         self.pins += 1
         released: list[bool] = []
 
