@@ -127,9 +127,11 @@ def _measure(
 def _backend(config: Path) -> Any:
     from kms_jwks.backends import make_backend
     from kms_jwks.config import load_settings
+    from kms_jwks.http import logs
 
     settings = load_settings(config)
     assert settings.default_backend is not None
+    logs.configure("warning", "console")  # the report alone goes to standard output
     return make_backend(settings.default_backend, settings.backends[settings.default_backend], settings.state_dir)
 
 

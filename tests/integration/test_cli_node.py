@@ -317,6 +317,8 @@ from pathlib import Path
 from kms_jwks import wiring
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.config import load_settings
+from kms_jwks.http import logs
+logs.configure("info", "console")
 settings = load_settings(Path(sys.argv[1]))
 store, modules = wiring.make_store(settings), wiring.make_backends(settings)
 with store.read() as tx:
