@@ -332,7 +332,7 @@ BACKEND_TYPES: Final = frozenset(_type_of(section) for section in (Pkcs11Options
 def _tag(value: Any) -> str:
     """The tag of the class that reads a backend's section."""
     kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return kind if kind in BACKEND_TYPES else _THIRD_PARTY
+    return kind if isinstance(kind, str) and kind in BACKEND_TYPES else _THIRD_PARTY
 
 
 Backend = Annotated[

@@ -253,7 +253,7 @@ class Forbidden(Error):
 class NotFound(Error):
     code = "not_found"
     title = "The object does not exist"
-    next_step = "Check the name and the id in the path; the list of these objects shows what exists."
+    next_step = "Check the names and the id in the path."
 
 
 class RouteNotFound(NotFound):

@@ -30,7 +30,7 @@ MAX_NAME: Final = 63
 """Characters of the longest name."""
 NAME_PATTERN: Final = f"[a-z0-9][a-z0-9-]{{0,{MAX_NAME - 1}}}"
 """The grammar of names, as a regular expression that has to match the whole name."""
-NAME_RULE: Final = f"1 to {MAX_NAME} of a-z, 0-9 and '-', and starts with a letter or digit"
+NAME_RULE: Final = f"1 to {MAX_NAME} of a-z, 0-9 and '-', beginning with a letter or digit"
 """`NAME_PATTERN` in words."""
 _NAME: Final = re.compile(NAME_PATTERN)
 

@@ -37,8 +37,10 @@ log = structlog.get_logger(__name__)
 _OK: Final = "ok"
 PATIENCE: Final = 1.0
 """Seconds past its deadline after which a call in the pool counts as one that will not return."""
+PATIENCE_ASKING: Final = 11.0
+"""The same for a call that is no signature: a backend may take about 10 s for one by itself (`CallTimeouts`)."""
 PATIENCE_IN_PLACE: Final = 3.0
-"""The same for a call in place, which holds its caller: a single one is enough to replace the process."""
+"""The same for a signature in place, which holds its caller: a single one is enough to replace the process."""
 _ASKING: Final = 4
 """Threads that may ask a backend for something other than a signature, beside those that sign."""
 _SAME_QUESTION: Final = 2
@@ -127,6 +129,8 @@ class _Entry:
     lost_at: float | None = None
     """Since when its calls have been failing; None while they work."""
     failed_at: float = 0.0
+    works_since: float = 0.0
+    """The first success after the last failure, while `lost_at` is set."""
     transition: threading.Lock = field(default_factory=threading.Lock)
 
     def lost_threads(self, now: float) -> frozenset[int]:
@@ -143,17 +147,23 @@ class _Entry:
             return
         with self.transition:
             now = time.monotonic()
+            if self.works_since < self.failed_at:
+                self.works_since = now
             if self.lost_at == lost_at and now - self.failed_at > _QUIET:
                 self.lost_at = None
-                log.info("backend_recovered", backend=self.name, seconds=round(now - lost_at, 3))
+                log.info("backend_recovered", backend=self.name, seconds=round(self.works_since - lost_at, 3))
 
-    def failed(self, error: errors.BackendError) -> None:
-        """A call has failed. What is wrong with one key says nothing about the module. The loss is logged once."""
+    def failed(self, error: errors.BackendError, *, signing: bool = True) -> None:
+        """A call has failed. The loss of the module is logged once.
+
+        A key that is missing, a call that is throttled and a signature that is refused say nothing about the module.
+        """
         if isinstance(error, errors.BackendKeyNotFound | errors.UnsupportedAlgorithm):
             return
         with self.transition:
             self.state, self.failed_at = error.code, time.monotonic()
-            if self.lost_at is not None or isinstance(error, errors.BackendThrottled):
+            is_throttled = isinstance(error, errors.BackendThrottled)
+            if self.lost_at is not None or is_throttled or (signing and isinstance(error, errors.BackendRefused)):
                 return
             self.lost_at = self.failed_at
             log.warning("backend_lost", backend=self.name, code=error.code, detail=error.detail)
@@ -268,7 +278,7 @@ class Backends:
         try:
             answer = self.ask(name, "ping", question, seconds)
         except errors.BackendError as error:
-            entry.failed(error)
+            entry.failed(error, signing=False)
             raise
         entry.worked()
         return answer
@@ -345,7 +355,7 @@ class Backends:
         for name, entry in self._entries.items():
             lost = {(name, thread, entry.in_place.get(thread)) for thread in entry.lost_threads(now)}
             late = {(name, call) for call in entry.pool.overdue(now, PATIENCE)}
-            unanswered = {(name, call) for call in entry.asking.overdue(now, PATIENCE)}
+            unanswered = {(name, call) for call in entry.asking.overdue(now, PATIENCE_ASKING)}
             seen |= lost | late | unanswered
             entry.abandoned, before = stuck_in(entry.backend), entry.abandoned
             abandoned = min(before, entry.abandoned)

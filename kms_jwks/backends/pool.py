@@ -17,9 +17,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import structlog
+
 from kms_jwks.errors import BackendTimeout, BackendUnavailable
 
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
 
 _RETRY_AFTER = 1
 
@@ -66,9 +69,9 @@ class PendingCall(Generic[T]):
             raise
 
     def on_done(self, callback: Callable[[], object]) -> None:
-        """Have `callback` called once the call has ended, by the pool's thread or at once, unless it was given up.
+        """Have `callback` called once the call has ended, by the pool's thread or at once. It must not block.
 
-        It must neither block nor raise.
+        It may still be called for a call that has just been given up.
         """
         with self.pool.lock:
             self.callback = callback
@@ -248,4 +251,7 @@ class CallPool:
             callback = call.callback
         call.running.release()
         if callback is not None:
-            callback()
+            try:
+                callback()
+            except Exception as raised:  # noqa: BLE001 - the thread must go on serving other calls
+                log.warning("callback_raised", backend=self._name, error=type(raised).__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -285,13 +284,10 @@ def restored(config: Path | None, sure: bool) -> None:
 
 def _settings(config: Path | None, changes: dict[str, str] | None = None) -> Settings:
     """The settings, with the values of the command line; these are validated like all others."""
-    import structlog
-
     from kms_jwks.config import load_settings
+    from kms_jwks.http import logs
 
-    if not structlog.is_configured():
-        # Until a service configures its log: standard output belongs to the command's answer.
-        structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    logs.configure_for_command()
     with _variables({f"{_PREFIX}{name}": value for name, value in (changes or {}).items()}):
         return load_settings(config)
 

@@ -122,7 +122,7 @@ class IntentRunner:
                 intent.label, ALGORITHMS[version.alg], rsa_bits=version.rsa_bits, purpose=purpose
             ),
             seconds.change,
-            undo=lambda backend, late: backend.destroy(late.ref),
+            undo=_undo_generation,
         )
         try:
             evidence: Evidence = ask("attributes", lambda backend: backend.attributes(made.ref), seconds.read)
@@ -254,6 +254,12 @@ class IntentRunner:
             version = tx.version(intent.version_id)
         assert version is not None
         return version
+
+
+def _undo_generation(backend: Backend, late: GeneratedKey) -> None:
+    """Destroy a pair that was made after its deadline, or have the module do so after its waiting period."""
+    if not backend.schedule_destroy(late.ref, timeline.TELL_DAYS[0]):
+        backend.destroy(late.ref)
 
 
 def _purpose(tx: ReadTx, version: KeyVersion) -> dict[str, str]:

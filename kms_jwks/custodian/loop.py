@@ -69,15 +69,18 @@ class Custodian:
                 self._leader_lease.note_loss()
             except errors.Error as error:
                 self._log_failure(error, began)
-            except Exception:
-                log.exception("custodian_tick_failed")
+            except Exception as error:
+                defect = type(error).__name__
+                if defect != self._logged_code:
+                    self._logged_code = defect
+                    log.exception("custodian_tick_failed")
             else:
                 self._log_recovery()
             stop.wait(PACE)
         self._leader_lease.release()
 
     def _log_failure(self, error: errors.Error, since: int) -> None:
-        """Log a tick's error once until a tick succeeds. `since`: when the tick began (boot clock)."""
+        """Log a tick's error once, until a tick succeeds. `since`: when the tick began (boot clock)."""
         if isinstance(error, errors.StoreUnavailable):
             if self._database_lost_at is None:
                 self._database_lost_at = since

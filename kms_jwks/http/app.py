@@ -135,7 +135,11 @@ class _Adapter:
             except BaseException:
                 release()
                 raise
-            return _finish(response, environ, context, params, started, release, quiet=quiet)
+            try:
+                return _finish(response, environ, context, params, started, release, quiet=quiet)
+            except BaseException:
+                release()
+                raise
 
         return respond
 

@@ -107,7 +107,7 @@ def _batch(batch: Batch, request_id: str) -> Response:
         }
     )
     if failed := Counter(item.code for item in batch.items if isinstance(item, errors.Error)):
-        response.notes = {"failed": dict(failed)}
+        response.notes = {"failed": [f"{code}: {count}" for code, count in failed.items()]}
     return response
 
 

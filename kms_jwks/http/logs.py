@@ -158,6 +158,26 @@ def configure(level: Literal["debug", "info", "warning", "error"], style: Litera
     _configured.update(level=level, style=style)
 
 
+def configure_for_command() -> None:
+    """Send warnings to standard error, redacted, as text; nothing where the log is configured already.
+
+    For commands on the node, whose answer goes to standard output. A service that they start calls `configure`.
+    """
+    if structlog.is_configured():
+        return
+    structlog.configure(
+        processors=[
+            _severity,
+            structlog.processors.format_exc_info,
+            redact,
+            _printable,
+            structlog.dev.ConsoleRenderer(colors=False),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+    )
+
+
 def _strip(logger: WrappedLogger, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Remove ProcessorFormatter's own members and add the record's exception."""
     record: logging.LogRecord = event.pop("_record")

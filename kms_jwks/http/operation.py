@@ -56,5 +56,5 @@ def _readiness(readiness: wire.Readiness) -> Response:
     if readiness.status == "ok":
         return ok(readiness)
     response = ok(readiness, 503)
-    response.notes = {"failing": {d.name: d.state for d in readiness.dependencies if d.state != "ok"}}
+    response.notes = {"failing": [f"{d.name}: {d.state}" for d in readiness.dependencies if d.state != "ok"]}
     return response

@@ -73,7 +73,6 @@ class WornOutCheck:
         self._threads = threads
         self._handling: set[int] = set()
         self._lost: frozenset[int] = frozenset()
-        self._decided = False
 
     def enter(self, thread: int) -> None:
         """A thread begins to handle a request, or to wait for the first request of a new connection."""

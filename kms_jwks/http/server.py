@@ -144,7 +144,7 @@ _REFUSED: dict[type[Exception], tuple[int, errors.InvalidRequest]] = {
     parser.InvalidChunkSize: (400, errors.LengthMismatch("A chunk's size is malformed.")),
     parser.InvalidChunkExtension: (400, errors.LengthMismatch("A chunk's extension is malformed.")),
     parser.ChunkMissingTerminator: (400, errors.LengthMismatch("A chunk does not end where it should.")),
-    ssl.SSLError: (403, errors.InvalidRequest("The TLS handshake failed; this address answers HTTPS alone.")),
+    ssl.SSLError: (403, errors.InvalidRequest("The TLS connection failed; this address answers HTTPS alone.")),
 }
 _FRAMING = frozenset({"CONTENT-LENGTH", "TRANSFER-ENCODING"})
 
@@ -287,10 +287,13 @@ class _Application(BaseApplication):  # type: ignore[misc]
         return create_app(service)
 
     def reload(self) -> None:
+        from kms_jwks.config import prepare_state_dir
+
         try:
             settings = self._reload()
             if not any(backend.reads_stdin for backend in settings.backends.values()):
                 self._backends = self._make_backends(settings)
+            prepare_state_dir(settings)
         except errors.Error as error:
             log.error("reload_refused", detail=error.detail, effect="The settings stay as they were.")
             return

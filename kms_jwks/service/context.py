@@ -26,4 +26,4 @@ class RequestContext:
     caller: Caller | None = None
     """Set by the guard once the credentials are known, also where the call is refused for missing rights."""
     backend: str | None = None
-    """Set once a backend is asked, so that a failure's log line can name it."""
+    """Set by the signing path before it asks a backend, so that a failure's log line names the backend."""

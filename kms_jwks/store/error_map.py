@@ -41,7 +41,20 @@ _CAUSES: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (("28P01", "28000"), ("authentication failed", "no pg_hba.conf entry"), "refuses this user or its password"),
     (("3D000",), ("FATAL:  database",), "does not exist on that server"),
     ((), ("Connection refused", "No such file"), "is not there: nothing listens"),
-    ((), ("server closed", "connection is lost", "connection is closed", "reset by peer"), _CLOSED),
+    (
+        (),
+        # The last three are libpq's words over TLS.
+        (
+            "server closed",
+            "connection is lost",
+            "connection is closed",
+            "reset by peer",
+            "closed unexpectedly",
+            "EOF detected",
+            "unexpected eof",
+        ),
+        _CLOSED,
+    ),
     ((), ("timeout",), "did not answer in time"),
     ((), ("resolve host", "could not translate"), "is on a host whose name is not known"),
 )

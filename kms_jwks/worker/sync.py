@@ -178,9 +178,10 @@ class RegistrySync:
                 self.poll()
                 self._deregister_dead_workers()
             except Exception:
-                # A defect must not end the thread: the lease runs out, signing stops, and the log says why.
+                # A defect must not end the thread: the lease runs out, signing stops, and the log says why, once.
+                if self._trouble != "defect":
+                    log.exception("registry_sync_failed")
                 self._trouble = "defect"
-                log.exception("registry_sync_failed")
             self.first_poll.set()
             self._kick.wait(self._poll_interval)
             self._kick.clear()

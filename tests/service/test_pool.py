@@ -167,6 +167,16 @@ def test_a_single_lost_call_does_not_make_its_key_suspect(hung: Hung, callers: T
     assert sorted(t.result(20) for t in together) == [0, 1, 2, 3], "four at once, although the share is one"
 
 
+def test_a_callback_that_raises_costs_no_thread() -> None:
+    pool = make(places=1)
+    for _ in range(3):
+        call = pool.submit("k", lambda: "done", soon())
+        call.on_done(lambda: 1 // 0) if not call.ended else None
+        call.wait()
+        assert call.result() == "done"
+    assert pool.run("k", lambda: "alive", soon()) == "alive"
+
+
 def test_overdue_are_those_that_had_patience_enough(hung: Hung) -> None:
     pool = make()
     lose(pool, hung, 1)

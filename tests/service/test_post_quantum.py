@@ -248,9 +248,9 @@ def test_both_documents_are_kept_for_a_start_without_a_database(world: World, tm
     world.create()
     add_key(world)
     snapshot = world.service.sync.snapshot()
-    shelf = JwksCache(tmp_path / "shelf")
-    shelf.store(snapshot)
-    kept = shelf.load()["main"]
+    cache = JwksCache(tmp_path / "cache")
+    cache.store(snapshot)
+    kept = cache.load()["main"]
     now = snapshot.key_sets["main"]
     assert (kept.jwks, kept.jwks_pq, kept.algorithms) == (now.jwks, now.jwks_pq, now.algorithms)
     assert kept.jwks_pq is not None

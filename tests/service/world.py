@@ -50,7 +50,7 @@ def _empty_registry() -> bytes:
 
 
 class World:
-    """`service` is the first worker. The custodian and every worker's watcher run in threads of this process."""
+    """`service` is the first worker. The custodian and every worker's sync run in threads of this process."""
 
     def __init__(
         self,

@@ -359,6 +359,12 @@ def test_a_type_that_is_not_ours_keeps_its_own_settings(toml: Path) -> None:
     assert (backend.type, backend.waiting, dict(backend.options)) == ("vault-transit", 4, {"mount": "transit"})
 
 
+@pytest.mark.parametrize("kind", ['["pkcs11"]', "{ x = 1 }", "7"])
+def test_a_type_that_is_no_text_is_refused(toml: Path, kind: str) -> None:
+    toml.write_text(f"[backends.a]\ntype = {kind}\n")
+    assert "backends.a" in refusal(toml)
+
+
 def test_the_example_says_each_settings_variable_range_and_choices() -> None:
     described: list[tuple[tuple[str, ...], Any]] = [
         ((name,), field) for name, field in Settings.model_fields.items() if name != "backends"

@@ -136,7 +136,10 @@ class Connection:
             raise BackendTimeout("Credentials for KMS were not found in time.")
         try:
             if read_timeout not in self._clients:
-                self._clients[read_timeout] = self._make_client(read_timeout)
+                client = self._make_client(read_timeout)
+                if not self._clients:
+                    log.info("kms_session_opened", region=self._options.region)
+                self._clients[read_timeout] = client
             return self._clients[read_timeout]
         finally:
             self._lock.release()
@@ -166,15 +169,15 @@ class Connection:
             self._session = _new_session(self._options)
             self._made_at = time.monotonic()
             self._opened()
-            log.info("kms_session_opened", region=self._options.region)
         return self._session
 
     def _forget_session(self) -> None:
         """Forget session and credentials, so that the next call searches for new ones. Running calls continue."""
         with self._lock:
             if time.monotonic() - self._made_at >= _RENEW_EVERY or not self._clients:
+                if self._clients:
+                    log.warning("kms_session_discarded", region=self._options.region)
                 self._session, self._clients = None, {}
-                log.warning("kms_session_discarded", region=self._options.region, cause="KMS refused the credentials")
 
 
 def _new_session(options: AwsKmsOptions) -> Any:

@@ -179,6 +179,8 @@ class Module:
         self.connections: set[HealthChecked] = set()
         """The open connections of this process to tokens of the module."""
         self.path = path
+        self.restart_logged = False
+        """A restart was logged since a token was last opened: while a token is away there is one for each attempt."""
         self._inherited = inherited
         """A parent process had initialised the module before it forked this one."""
         self._initialized_by_others = False
@@ -233,7 +235,9 @@ class Module:
             self.connections.clear()
             self._unclosed.clear()
             self._initialize()
-            log.warning("module_restarted", module=self.path.name)
+            if not self.restart_logged:
+                log.warning("module_restarted", module=self.path.name)
+                self.restart_logged = True
             return True
 
     def tokens(self) -> list[Token]:

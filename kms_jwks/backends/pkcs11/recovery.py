@@ -218,6 +218,7 @@ class RecoveringConnection:
             self._serial = connection.serial
             self._on_opened(connection.opened_at)
             self.current = connection
+            self.module.restart_logged = False
             log.info("token_opened", serial=connection.serial, module=self.module.path.name)
             return connection
 
