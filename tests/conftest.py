@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests import postgres as servers
 from tests.changed import TIMES
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("disable_socket")
         elif folder == "interop":
             item.add_marker("interop")
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was() -> Iterator[None]:
+    """A command that runs in the test process configures the log; the next test finds it unconfigured."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
