@@ -28,13 +28,15 @@ def throwaway(workers: int = 2) -> Iterator[Server]:
 def make_key_set(
     server: Server, name: str, alg: str, token: str, *, rsa_bits: int | None = None, purpose: str = "jwt"
 ) -> None:
-    """A key set with one key `main`, which signs for the client with `token` when this returns."""
+    """A key set with one key `main`, with which every worker signs for the client with `token` when this returns."""
     key: dict[str, object] = {"name": KEY, "alg": alg}
     if rsa_bits is not None:
         key["rsa_bits"] = rsa_bits
     server.must("POST", "/v1/key-sets", {"name": name, "purpose": purpose, "keys": [key]})
     path = f"/v1/key-sets/{name}/keys/{KEY}/active"
     wait_until(lambda: server.call("GET", path, token=token).status == 200, GENERATION)
+    # A key that took long to make was activated after the answer, which so did not wait for the other workers.
+    wait_until(lambda: all(node["lag"] == 0 for node in server.must("GET", "/v1/nodes")["items"] if node["live"]))
 
 
 def wait_for_standby(server: Server, name: str) -> None:

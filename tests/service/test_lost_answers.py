@@ -98,7 +98,7 @@ def test_dead_workers_are_deregistered_without_a_custodian(quiet: World) -> None
             return [w.stop_reason for w in tx.workers(include_stopped=True)] == [None, "died"]
 
     quiet.until(deregistered)
-    assert registration.dead_workers(quiet.settings.state_dir / "workers") == []
+    quiet.until(lambda: registration.dead_workers(quiet.settings.state_dir / "workers") == [])
     late.store.dispose()
 
 
