@@ -38,7 +38,7 @@ _OK: Final = "ok"
 PATIENCE: Final = 1.0
 """Seconds past its deadline after which a call in the pool counts as one that will not return."""
 PATIENCE_ASKING: Final = 11.0
-"""The same for a call that is no signature: a backend may take about 10 s for one by itself (`CallTimeouts`)."""
+"""The same for a single call that is no signature: a backend may take about 10 s for one (`CallTimeouts`)."""
 PATIENCE_IN_PLACE: Final = 3.0
 """The same for a signature in place, which holds its caller: a single one is enough to replace the process."""
 _ASKING: Final = 4
@@ -355,11 +355,12 @@ class Backends:
         for name, entry in self._entries.items():
             lost = {(name, thread, entry.in_place.get(thread)) for thread in entry.lost_threads(now)}
             late = {(name, call) for call in entry.pool.overdue(now, PATIENCE)}
-            unanswered = {(name, call) for call in entry.asking.overdue(now, PATIENCE_ASKING)}
+            unanswered = {(name, call) for call in entry.asking.overdue(now, PATIENCE)}
+            hung = {(name, call) for call in entry.asking.overdue(now, PATIENCE_ASKING)}
             seen |= lost | late | unanswered
             entry.abandoned, before = stuck_in(entry.backend), entry.abandoned
             abandoned = min(before, entry.abandoned)
-            never_back = len((late | unanswered) & self._late_before) + abandoned
+            never_back = len((late | hung) & self._late_before) + abandoned
             if lost & self._late_before:
                 reason = (
                     f"{len(lost & self._late_before)} threads that sign in place with backend {name!r} do not come back"

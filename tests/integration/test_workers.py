@@ -155,7 +155,9 @@ def test_a_revoked_version_signs_nowhere_once_the_call_returns(four: Server, kil
         later = load.since(answered)
         assert later
         signed = {s.body.get("kid") for s in later if s.status == 200}
+        versions = four.must("GET", f"{path}/versions")["items"]
         assert signed
+        assert signed <= {v["kid"] for v in versions if v["state"] != "revoked"}
         assert old not in signed
         # With a lead this short the second rotation follows at once, perhaps before a repeated call was answered.
         assert successor is None or successor in {s.body.get("kid") for s in load.seen}

@@ -171,7 +171,7 @@ def test_a_question_is_asked_in_a_thread_that_can_be_lost(later: Callable[[float
         backends.ask("memory", "ping", lambda b: b.ping(), 30)
     assert backends.ask("memory", "capabilities", lambda b: b.capabilities()) == backend.offered
     assert backends.sign(signer, MESSAGE)
-    later(30)
+    later(5)
     assert backends.worn_out() is None
     assert "questions" in (backends.worn_out() or "")
     held.released.set()

@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_program() -> None:
     assert f"`check_signatures` ({plain.check_signatures};" in text
     assert calling.PATIENCE_IN_PLACE == 3
     assert "when one call is 3 s past its deadline" in text
-    assert f"counts when it is {calling.PATIENCE_ASKING:g} s past its deadline" in text
+    assert f"when it is {calling.PATIENCE_ASKING:g} s past its deadline" in text
     assert (leader_lease.LONG_STEP, leader_lease.LONGEST_STEP) == (30, 300)
     assert "logged every 30 s" in text
     assert "after 5 minutes the custodian" in text
