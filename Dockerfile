@@ -12,6 +12,8 @@ RUN python -m venv /opt/build \
     && /opt/kms-jwks/bin/pip install --no-deps --require-hashes --requirement requirements/run.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY kms_jwks/ kms_jwks/
+COPY config/ config/
+COPY softhsm/ softhsm/
 RUN /opt/build/bin/hatchling build --target wheel --directory /src/dist \
     && /opt/kms-jwks/bin/pip install --no-deps --no-index /src/dist/*.whl \
     && /opt/kms-jwks/bin/pip uninstall --yes pip
@@ -26,7 +28,6 @@ RUN apt-get update \
     && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/kms-jwks kms-jwks \
     && install --directory --mode 0700 --owner 10001 --group 10001 /var/lib/kms-jwks
 COPY --from=build /opt/kms-jwks /opt/kms-jwks
-COPY softhsm/ /opt/kms-jwks/softhsm/
 ENV PATH=/opt/kms-jwks/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -94,3 +94,6 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType({row.name: row for row in
 
 COORDINATES: Mapping[str, int] = MappingProxyType({row.crv: row.coordinate for row in _ROWS if row.crv is not None})
 """The length in bytes of one coordinate of each curve, by its `crv` value."""
+
+PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
+"""Members of a JWK that make it private or secret (RFC 7518 §6, RFC 9964)."""

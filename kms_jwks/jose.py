@@ -24,7 +24,7 @@ from joserfc.jwk import ECKey, OKPKey, RSAKey
 from joserfc.jwk import thumbprint as _rfc7638
 
 from kms_jwks import strictjson
-from kms_jwks.algorithms import ALGORITHMS, COORDINATES, Algorithm, Family
+from kms_jwks.algorithms import ALGORITHMS, COORDINATES, PRIVATE_MEMBERS, Algorithm, Family
 from kms_jwks.errors import InvalidJwk, TokenSignatureInvalid
 
 if TYPE_CHECKING:
@@ -114,8 +114,6 @@ _ML_DSA: Final[Mapping[str, type[MlDsaPublicKey]]] = MappingProxyType(
     }
 )
 """The class of an AKP key by its `alg` value (RFC 9964 §3)."""
-PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
-"""Members of a JWK that make it private or secret (RFC 7518 §6, RFC 9964)."""
 
 RSA_MODULUS_BITS: Final = (2048, 8192)
 """The smallest and largest modulus `check_public_jwk` accepts, in bits."""

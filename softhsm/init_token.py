@@ -1,7 +1,13 @@
-"""The part of `init-token` that talks to the module: PKCS#11 calls through ctypes, standard library alone.
+"""Makes a SoftHSM token for local use and prints the path of SoftHSM's PKCS#11 module.
 
-`softhsm2-util --pin` would show the PINs in the list of processes. Here they stay in this process and in their two
-files.
+    init-token DIR [LABEL]
+    init-token --module      only prints the path, or fails where SoftHSM is not installed
+
+DIR (mode 0700) then holds softhsm2.conf, tokens/, pin and so-pin (0600). An existing token is kept; one that an
+interrupted run began is completed. SOFTHSM2_MODULE names the module where this script does not find it.
+
+The calls go to the module through ctypes, with the standard library alone: `softhsm2-util --pin` would show the PINs in
+the list of processes. Here they stay in this process and in their two files.
 """
 
 import ctypes
@@ -21,6 +27,16 @@ CKF_RW_SERIAL_SESSION = 0x2 | 0x4
 CKF_USER_PIN_INITIALIZED = 0x8
 CKF_TOKEN_INITIALIZED = 0x400
 LABEL_BYTES = 32
+TEMPLATE = Path(__file__).with_name("softhsm2.conf.in")
+MODULES = (
+    "usr/lib/softhsm/libsofthsm2.so",
+    "usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so",
+    "usr/lib64/pkcs11/libsofthsm2.so",
+    "usr/lib64/softhsm/libsofthsm2.so",
+    "usr/lib/pkcs11/libsofthsm2.so",
+    "usr/local/lib/softhsm/libsofthsm2.so",
+)
+"""Where distributions put the module, below /."""
 
 
 class TokenInfo(ctypes.Structure):
@@ -168,28 +184,56 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def main(module_path: str, directory: str, label: str, template: str) -> None:
-    """Make the folder and its files; a lock lets one run at a time do so."""
+def find_module() -> str:
+    """The path of SoftHSM's module: SOFTHSM2_MODULE, else the first place that holds one. Raises Unusable."""
+    if named := os.environ.get("SOFTHSM2_MODULE"):
+        if not Path(named).is_file():
+            raise Unusable(f"SOFTHSM2_MODULE={named} is no file")
+        return named
+    for pattern in MODULES:
+        for path in sorted(Path("/").glob(pattern)):
+            return str(path)
+    raise Unusable(
+        "SoftHSM's module (libsofthsm2.so) is not installed: apt-get install softhsm2, or set SOFTHSM2_MODULE"
+    )
+
+
+def prepare(directory: str, label: str) -> str:
+    """Make the folder, its files and the token; return the module's path. A lock lets one run at a time do so."""
     if not 0 < len(label.encode()) <= LABEL_BYTES:
         raise Unusable(f"a label has 1 to {LABEL_BYTES} bytes")
-    folder = Path(directory).absolute()
     if "\n" in directory:
         raise Unusable("the name of the folder must be one line")
+    module = find_module()
+    folder = Path(directory).absolute()
+    os.umask(0o077)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     with (folder / ".init.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "tokens").mkdir(mode=0o700, exist_ok=True)
         conf = folder / "softhsm2.conf"
-        wanted = Path(template).read_text(encoding="utf-8").replace("@TOKENDIR@", str(folder / "tokens")).encode()
+        wanted = TEMPLATE.read_text(encoding="utf-8").replace("@TOKENDIR@", str(folder / "tokens")).encode()
         if not conf.is_file() or conf.read_bytes() != wanted:
             write(conf, wanted)
         os.environ["SOFTHSM2_CONF"] = str(conf)
-        make_token(Module(module_path), folder, label)
+        make_token(Module(module), folder, label)
+    return module
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the arguments say, and print the module's path."""
+    if arguments == ["--module"]:
+        print(find_module())
+        return
+    if not 1 <= len(arguments) <= 2 or arguments[0].startswith("-"):
+        print(__doc__.strip(), file=sys.stderr)
+        sys.exit(2)
+    print(prepare(arguments[0], arguments[1] if arguments[1:] else "kms-jwks"))
 
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
+        main(sys.argv[1:])
     except (Unusable, OSError) as error:
         sys.exit(f"init-token: {error}")

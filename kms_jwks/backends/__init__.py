@@ -23,8 +23,13 @@ def _pkcs11(name: str, options: Any, state_dir: Path, management: bool) -> Backe
 
 
 def _aws_kms(name: str, options: Any, state_dir: Path, management: bool) -> Backend:
-    from kms_jwks.backends.aws_kms import AwsKmsBackend
-
+    try:
+        from kms_jwks.backends.aws_kms import AwsKmsBackend
+    except ModuleNotFoundError as error:
+        raise errors.ConfigurationError(
+            f"backends.{name}: AWS KMS needs the Python package {error.name!r}, which is not installed.",
+            next_step="Install kms-jwks with its extra: pip install 'kms-jwks[aws]'.",
+        ) from error
     return AwsKmsBackend(name, options.for_custodian() if management else options)
 
 

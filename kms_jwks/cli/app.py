@@ -35,10 +35,24 @@ class RootGroup(click.Group):
         except errors.Error as error:
             report(error, as_json=error_format.json)
             ctx.exit(exit_code(error))
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "kms_jwks":
+                raise
+            missing = _package_missing(error)
+            report(missing, as_json=error_format.json)
+            ctx.exit(exit_code(missing))
         except click.ClickException as error:
             # The message repeats arguments; a newline in one of them would forge a line.
             error.message = clean(error.message)  # type: ignore[misc]
             raise
+
+
+def _package_missing(error: ModuleNotFoundError) -> errors.Error:
+    """The error for a command of the node that runs where only the client was installed."""
+    return errors.ConfigurationError(
+        f"This command needs the Python package {error.name!r}, which is not installed.",
+        next_step="Install the server too: pip install 'kms-jwks[server]' (with AWS KMS: 'kms-jwks[aws]').",
+    )
 
 
 @click.group(

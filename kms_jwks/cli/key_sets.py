@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from kms_jwks import wire
+from kms_jwks.algorithms import PRIVATE_MEMBERS
 from kms_jwks.cli.api import api_command
 from kms_jwks.cli.options import DURATION, INSTANT, KEY_SPEC, confirmed, content, given, json_object, key_set_argument
 from kms_jwks.cli.output import details, duration, table, when, yes
@@ -72,7 +73,7 @@ def show_key_set(api: Api, key_set: str) -> None:
     help="A first key, which may sign at once: default:ES256, rsa:RS256:3072. Repeatable.",
 )
 def create_key_set(api: Api, keys: tuple[dict[str, Any], ...], **fields: Any) -> None:
-    """Create a key set NAME, with its first keys."""
+    """Create a key set NAME, with its first keys: at most 4."""
     request = wire.convert({**given(fields), "keys": list(keys)}, wire.KeySetCreate)
     api.show(api.client.create_key_set(request), _print_key_set)
 
@@ -168,8 +169,6 @@ def remove_external_key(api: Api, key_set: str, kid: str) -> None:
 
 def _refuse_private(key: Mapping[str, Any]) -> None:
     """Raise UsageError for a private key before it leaves this machine."""
-    from kms_jwks.jose import PRIVATE_MEMBERS
-
     if "PRIVATE KEY-----" in key.get("pem", "") or not {*PRIVATE_MEMBERS}.isdisjoint(key.get("jwk", ())):
         raise click.UsageError(
             "That is a private key; nothing was sent. Its public half: openssl pkey -in FILE -pubout -out PUBLIC"

@@ -164,7 +164,7 @@ def create_key(api: Api, key_set: str, **fields: Any) -> None:
     """Create a key NAME in a key set.
 
     In a set that verifiers know already it signs after the publish lead. With --adopt its first version is a key pair
-    that the module holds already.
+    that the module holds already. A key set holds at most 4 keys.
     """
     request = wire.convert(_group_policy(group_adopt(given(fields))), wire.KeyCreate)
     api.show(api.client.create_key(key_set, request), _print_key)

@@ -44,6 +44,12 @@ def _config_option(function: F) -> F:
 
 @click.command()
 @_config_option
+@click.option(
+    "--softhsm",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Make a SoftHSM token with its PIN and the settings DIR/kms-jwks.toml first, where they are missing.",
+)
 @click.option("--key-set", metavar="NAME", help="Create this key set with a key `default` too.")
 @click.option("--alg", default="ES256", show_default=True, help="The algorithm of that key.")
 @click.option(
@@ -59,7 +65,12 @@ def _config_option(function: F) -> F:
     help="Write the API token of a client that may only sign with that key there.",
 )
 def init(
-    config: Path | None, key_set: str | None, alg: str, admin_token_file: Path | None, signer_token_file: Path | None
+    config: Path | None,
+    softhsm: Path | None,
+    key_set: str | None,
+    alg: str,
+    admin_token_file: Path | None,
+    signer_token_file: Path | None,
 ) -> None:
     """Bring the registry up to date and make the first administrator and key set.
 
@@ -71,6 +82,13 @@ def init(
 
     if signer_token_file is not None and key_set is None:
         raise click.UsageError("--signer-token-file needs --key-set.")
+    if softhsm is not None:
+        if config is not None:
+            raise click.UsageError("--softhsm writes settings: give it without --config and KMS_JWKS_CONFIG.")
+        from kms_jwks.cli.softhsm import prepare_node
+
+        config = prepare_node(softhsm)
+        print_line(f"settings: {config}")
     settings = _settings(config)
     prepare_state_dir(settings)
     _make_registry_folder(settings)

@@ -51,7 +51,7 @@ def key_timeline(service: Service, request: Request) -> Response:
 
 
 def create_key(service: Service, request: Request, body: wire.KeyCreate) -> Response:
-    """Create a key; the custodian makes its first versions, or the first one is adopted."""
+    """Create a key, one of at most 4 in a set; the custodian makes its first versions, or the first is adopted."""
     return created(service.keys.create(request.context, request.params["key_set"], body))
 
 

@@ -278,7 +278,7 @@ class Database:
             except ImportError as error:
                 raise errors.ConfigurationError(
                     f"database_url: PostgreSQL needs a package that is not usable here: {error}.",
-                    next_step="Install kms-jwks with its extra: pip install '.[postgres]' in its checkout.",
+                    next_step="Install kms-jwks with its extra: pip install 'kms-jwks[postgres]'.",
                 ) from error
             settings = self._settings
             engine = postgresql.make_engine(self._url, settings.pool_size, settings.timeout, settings.application_name)

@@ -99,12 +99,22 @@ def run(page: Path, folder: Path, server: Server) -> list[tuple[Block, str]]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not_ignored(folder) == []
     said = re.split(r"^@@ \d+\n", done.stdout, flags=re.MULTILINE)[1:]
     assert len(said) == len(found)
     for block, output in zip(found, said, strict=True):
         if block.mark.startswith("refused"):
             assert block.mark.partition(": ")[2] in output, output
     return list(zip(found, said, strict=True))
+
+
+def not_ignored(folder: Path) -> list[str]:
+    """The files that a page's blocks made and that `git status` would show in a checkout."""
+    shutil.copyfile(ROOT / ".gitignore", folder / ".gitignore")
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    made = sorted(path.name for path in folder.iterdir() if not path.is_symlink() and path.name[:4] != ".git")
+    done = subprocess.run(["git", "check-ignore", *made], cwd=folder, capture_output=True, text=True, check=False)
+    return sorted({*made} - {*done.stdout.split()})
 
 
 def answers(ran: list[tuple[Block, str]]) -> list[dict[str, object]]:

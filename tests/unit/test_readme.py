@@ -91,8 +91,8 @@ def test_settings_have_the_names_that_the_program_reads(page: Path) -> None:
 # --- paths ------------------------------------------------------------------------------------------------------------
 
 PATH = re.compile(r"(?:[\w.-]+/)+[\w.-]*|[\w.-]+\.(?:md|py|toml|yaml|txt)")
-MADE = ("var/", ".venv/")
-"""Folders that `./dev` makes."""
+MADE = ("var/", ".venv/", "node/")
+"""Folders that `./dev` and the README's commands make."""
 FROM = (ROOT, ROOT / "kms_jwks")
 """A document names a file from the checkout's root or from the package."""
 
