@@ -37,6 +37,8 @@ class Permission(StrEnum):
     BREAK_GLASS = "break-glass"
     """Needed in addition to the permission of the step itself when I1 or I2 is to be overridden."""
     EXTERNAL_KEY_MANAGE = "external-key:manage"
+    """Publish a foreign key, or go on publishing it: its owner can sign for the key set's issuer."""
+    EXTERNAL_KEY_REMOVE = "external-key:remove"
     CLIENT_READ = "client:read"
     CLIENT_MANAGE = "client:manage"
     GRANT_MANAGE = "grant:manage"
@@ -84,6 +86,16 @@ ROLES: Mapping[Role, frozenset[Permission]] = MappingProxyType(
 )
 
 
+INSTALLATION_WIDE = frozenset({_P.EXTERNAL_KEY_MANAGE, _P.KEY_ADOPT})
+"""Permissions that only a grant over everything gives, whatever object the call names.
+
+With a foreign key in a JWKS its owner signs for the set's issuer. A module is shared by all key sets, so the right to
+adopt from it covers any application's key.
+"""
+
+_SEPARATE_FROM_ADMIN = frozenset({Role.SIGNER, Role.RAW_SIGNER, Role.BREAK_GLASS})
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """The objects that a use case concerns. Both None: the installation. A `key_id` comes with its `key_set_id`."""
@@ -117,8 +129,10 @@ def allow_within(grants: Iterable[Grant], permission: Permission, key_set_id: Id
 def allow(grants: Iterable[Grant], permission: Permission, scope: Scope) -> bool:
     """Whether one of `grants` has a role with `permission` in a scope that covers `scope`.
 
-    A narrower grant never covers a wider scope.
+    A narrower grant never covers a wider scope. A permission of `INSTALLATION_WIDE` needs a grant over everything.
     """
+    if permission in INSTALLATION_WIDE:
+        scope = EVERYTHING
     return any(
         permission in ROLES[Role(grant.role)]
         and (
@@ -126,3 +140,25 @@ def allow(grants: Iterable[Grant], permission: Permission, scope: Scope) -> bool
         )
         for grant in grants
     )
+
+
+def combined_duties(held: Iterable[Grant], grant: Grant) -> list[Grant]:
+    """The grants among `held` that combine duties with `grant` of the same client.
+
+    One of the two has the role admin, the other signs or overrides invariants, and their scopes overlap: everything
+    overlaps every scope, a key set its keys.
+    """
+    return [other for other in held if _separate(grant.role, other.role) and _overlap(grant, other)]
+
+
+def _separate(one: str, other: str) -> bool:
+    return (one == Role.ADMIN and other in _SEPARATE_FROM_ADMIN) or (
+        other == Role.ADMIN and one in _SEPARATE_FROM_ADMIN
+    )
+
+
+def _overlap(one: Grant, other: Grant) -> bool:
+    if one.key_set_id is None or other.key_set_id is None:
+        return True
+    same_key = one.key_id is None or other.key_id is None or one.key_id == other.key_id
+    return one.key_set_id == other.key_set_id and same_key

@@ -20,7 +20,7 @@
     ├── Conflict                  a valid request that the present state does not allow
     │   ├── NameTaken · IssuerTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
-    │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken
+    │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties
     ├── RevisionMismatch · RevisionRequired
     ├── Unavailable               retry later: RegistryStale · StoreUnavailable
     ├── BackendError              the only errors that leave a backend
@@ -359,6 +359,17 @@ class AdoptionRefused(Conflict):
     code = "adoption_refused"
     title = "The key pair is not adopted"
     next_step = "Make a new key and rotate to it, or send `accept`: the version then records the weakness."
+
+
+class CombinedDuties(Conflict):
+    """`fields["grants"]` lists the ids of the client's grants that the new one would combine with."""
+
+    code = "combined_duties"
+    title = "The client would administrate what it signs or overrides"
+    next_step = (
+        "Give the role to another client, or send `accept_combined_duties` (`--accept-combined-duties`): every list of "
+        "grants and `kms-jwks doctor` then show it."
+    )
 
 
 class KeyDisabled(Conflict):

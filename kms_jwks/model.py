@@ -41,6 +41,11 @@ DEFAULT_STALE_IF_ERROR: Final = 3600
 DEFAULT_API_TOKEN_LIFETIME: Final = 90 * DAY
 MAX_API_TOKEN_LIFETIME: Final = 366 * DAY
 """Seconds an API token is valid when it was created without another value, and at most."""
+DEFAULT_TOKEN_OVERLAP: Final = DAY
+MAX_TOKEN_OVERLAP: Final = 30 * DAY
+"""Seconds for which a rotated API token still works beside its successor, without another value, and at most."""
+EXPIRY_NOTICE: Final = 30 * DAY
+"""Seconds before its end from which an API token, a certificate or an external key is reported."""
 
 RESERVED_NAMES = frozenset(
     {
@@ -71,6 +76,14 @@ def new_id() -> Id:
     value = value & ~(0xF << 76) | (0x7 << 76)
     value = value & ~(0x3 << 62) | (0x2 << 62)
     return Id(str(uuid.UUID(int=value)))
+
+
+def ends_soon(made: Instant, end: Instant, now: Instant) -> bool:
+    """Whether what was made at `made` and is valid until `end` ends within `EXPIRY_NOTICE`; False once it has ended.
+
+    What was made for a day or less is meant to end soon and is not reported.
+    """
+    return now < end <= now + EXPIRY_NOTICE * SECOND and end - made > DAY * SECOND
 
 
 def is_name(text: str) -> bool:
@@ -308,6 +321,8 @@ class ExternalKey:
     created_at: Instant
     remove_at: Instant
     removed_at: Instant | None = None
+    created_by: str | None = None
+    """The client that added it; None where it was added before this was recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +346,13 @@ class ApiToken:
     expires_at: Instant
     revoked_at: Instant | None = None
     last_used_at: Instant | None = None
+    replaced_by: Id | None = None
+    """The token that it was rotated to."""
+
+    def ends_soon(self, now: Instant) -> bool:
+        """Whether its end is to be reported: not that of a token that was revoked or rotated already."""
+        settled = self.revoked_at is not None or self.replaced_by is not None
+        return not settled and ends_soon(self.created_at, self.expires_at, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +366,10 @@ class Grant:
     key_set_id: Id | None = None
     key_id: Id | None = None
     deleted_at: Instant | None = None
+    created_by: str | None = None
+    """The client that gave it; None where `init` did, or where it was given before this was recorded."""
+    accepted_combined_duties: bool = False
+    """It was given although the client then administrates what it signs or overrides (`access.combined_duties`)."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -20,7 +20,9 @@ from kms_jwks.model import (
     DEFAULT_API_TOKEN_LIFETIME,
     DEFAULT_CACHE_LIFETIME,
     DEFAULT_STALE_IF_ERROR,
+    DEFAULT_TOKEN_OVERLAP,
     MAX_API_TOKEN_LIFETIME,
+    MAX_TOKEN_OVERLAP,
     NAME_PATTERN,
     Typ,
 )
@@ -217,6 +219,10 @@ class KeySet(Answer):
     updated_at: datetime
     revision: int
     keys: list[Key]
+    external_keys: list[ExternalKey] = []
+    """The foreign keys that it publishes: the owner of each can sign for its issuer."""
+    external_keys_removed: int = 0
+    """How many others it published before; `…/external-keys` lists them."""
 
 
 class ExternalKeyCreate(Request):
@@ -236,6 +242,8 @@ class ExternalKey(Answer):
     created_at: datetime
     remove_at: datetime
     removed_at: datetime | None = None
+    created_by: str | None = None
+    """The client that added it; null where it was added before this was recorded."""
 
 
 # --- life cycle -------------------------------------------------------------------------------------------------------
@@ -394,6 +402,10 @@ class Safety(Answer):
     next: str
     """What happens next to this version, in words."""
     next_at: datetime | None
+    external_keys: list[ExternalKey] = []
+    """The foreign keys that the key set publishes beside the version: the owner of each can sign for its issuer."""
+    external_keys_removed: int = 0
+    """How many others it published before; `…/external-keys` lists them."""
 
 
 class TimelineSpan(Answer):
@@ -555,6 +567,21 @@ class TokenCreated(Answer):
     expires_at: datetime
 
 
+class TokenRotate(Request):
+    """`overlap`: seconds for which the old token still works, never beyond its own end."""
+
+    overlap: Annotated[int, Meta(ge=0, le=MAX_TOKEN_OVERLAP)] = DEFAULT_TOKEN_OVERLAP
+    expires_in: Annotated[int, Meta(ge=60, le=MAX_API_TOKEN_LIFETIME)] = DEFAULT_API_TOKEN_LIFETIME
+
+
+class TokenRotated(TokenCreated):
+    """The new token, which is not shown again, and when the old one ends."""
+
+    replaces: str
+    """The id of the old token."""
+    replaced_expires_at: datetime
+
+
 class Token(Answer):
     id: str
     client: str
@@ -562,6 +589,10 @@ class Token(Answer):
     expires_at: datetime
     revoked_at: datetime | None = None
     last_used_at: datetime | None = None
+    replaced_by: str | None = None
+    """The id of the token that it was rotated to."""
+    warnings: list[str] = []
+    """Remarks that every report has to show, e.g. that it ends within 30 days."""
 
 
 class GrantScope(Request):
@@ -573,6 +604,8 @@ class GrantCreate(Request):
     client: Name
     role: Literal["signer", "raw-signer", "verifier", "operator", "auditor", "admin", "break-glass"]
     scope: GrantScope
+    accept_combined_duties: bool = False
+    """Give it although the client then administrates what it signs or overrides."""
 
 
 class Grant(Answer):
@@ -581,6 +614,12 @@ class Grant(Answer):
     role: str
     scope: dict[str, str]
     created_at: datetime
+    created_by: str | None = None
+    """The client that gave it; null where `init` did, or where it was given before this was recorded."""
+    combined_with: list[str] = []
+    """The ids of the client's grants whose duties it combines: one administrates what the other signs or overrides."""
+    accepted_combined_duties: bool = False
+    """An administrator accepted that when giving it."""
 
 
 # --- operation --------------------------------------------------------------------------------------------------------

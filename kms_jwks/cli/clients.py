@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -13,7 +15,12 @@ from kms_jwks.access import Role
 from kms_jwks.cli.api import api_command
 from kms_jwks.cli.options import DURATION, confirmed
 from kms_jwks.cli.output import details, duration, note, print_line, when
-from kms_jwks.model import DEFAULT_API_TOKEN_LIFETIME, MAX_API_TOKEN_LIFETIME
+from kms_jwks.model import (
+    DEFAULT_API_TOKEN_LIFETIME,
+    DEFAULT_TOKEN_OVERLAP,
+    MAX_API_TOKEN_LIFETIME,
+    MAX_TOKEN_OVERLAP,
+)
 
 if TYPE_CHECKING:
     from kms_jwks.cli.api import Api
@@ -74,22 +81,57 @@ def token() -> None:
     """API tokens of a client."""
 
 
+_output_option = click.option(
+    "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write it to a file (mode 0600) instead."
+)
+
+
 @api_command(token, "create")
 @click.argument("client")
 @click.option("--expires-in", type=DURATION, help=_VALID)
-@click.option(
-    "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write it to a file (mode 0600) instead."
-)
+@_output_option
 def create_token(api: Api, client: str, expires_in: int | None, output: Path | None) -> None:
     """Make an API token and print it; it is not shown again."""
-    if output is not None:
-        # The file is made first: a token that cannot be written would be lost.
-        _write_secret(output, "")
-    made = api.client.create_token(client, expires_in=expires_in)
-    if output is not None:
-        _write_secret(output, made.token + "\n")
-        api.done(f"Token {made.id} of {client} is in {output}, valid until {when(made.expires_at)}.")
+    if output is None:
+        _show_token(api, api.client.create_token(client, expires_in=expires_in))
         return
+    with _secret_file(output) as file:
+        made = api.client.create_token(client, expires_in=expires_in)
+        file.write(made.token + "\n")
+    api.done(f"Token {made.id} of {client} is in {output}, valid until {when(made.expires_at)}.")
+
+
+@api_command(token, "rotate")
+@click.argument("client")
+@click.argument("token_id", metavar="ID")
+@click.option(
+    "--overlap",
+    type=DURATION,
+    help=f"How long the old token still works, up to {duration(MAX_TOKEN_OVERLAP)} and never beyond its own end. "
+    f"[default: {duration(DEFAULT_TOKEN_OVERLAP)}]",
+)
+@click.option("--expires-in", type=DURATION, help=_VALID)
+@_output_option
+def rotate_token(
+    api: Api, client: str, token_id: str, overlap: int | None, expires_in: int | None, output: Path | None
+) -> None:
+    """Make an API token in place of another one and print it.
+
+    It is not shown again. The old token still works for a while, so that its holder can change over.
+    """
+    if output is None:
+        rotated = api.client.rotate_token(client, token_id, overlap=overlap, expires_in=expires_in)
+        _show_token(api, rotated)
+    else:
+        with _secret_file(output) as file:
+            rotated = api.client.rotate_token(client, token_id, overlap=overlap, expires_in=expires_in)
+            file.write(rotated.token + "\n")
+        api.done(f"Token {rotated.id} of {client} is in {output}, valid until {when(rotated.expires_at)}.")
+    if not api.json:
+        note(f"The old token {rotated.replaces} works until {when(rotated.replaced_expires_at)}.")
+
+
+def _show_token(api: Api, made: wire.TokenCreated) -> None:
     api.show(made, lambda made: print_line(made.token))
     if not api.json:
         note(f"Token {made.id}, valid until {when(made.expires_at)}. It is not shown again.")
@@ -99,11 +141,16 @@ def create_token(api: Api, client: str, expires_in: int | None, output: Path | N
 @click.argument("client")
 def list_tokens(api: Api, client: str) -> None:
     """List the tokens of a client; the secrets are not shown."""
-    api.show_list(
-        api.client.tokens(client),
-        ("ID", "CREATED", "EXPIRES", "REVOKED", "LAST USED"),
-        lambda t: (t.id, when(t.created_at), when(t.expires_at), when(t.revoked_at), when(t.last_used_at)),
-    )
+    warnings: list[str] = []
+
+    def row(t: wire.Token) -> tuple[object, ...]:
+        warnings.extend(f"Warning: token {t.id} {warning}" for warning in t.warnings)
+        ended = f"{when(t.expires_at)} (rotated)" if t.replaced_by else when(t.expires_at)
+        return t.id, when(t.created_at), ended, when(t.revoked_at), when(t.last_used_at)
+
+    api.show_list(api.client.tokens(client), ("ID", "CREATED", "EXPIRES", "REVOKED", "LAST USED"), row)
+    for warning in warnings:
+        note(warning)
 
 
 @api_command(token, "revoke")
@@ -116,14 +163,26 @@ def revoke_token(api: Api, client: str, token_id: str) -> None:
     api.done(f"Token {token_id} is revoked.")
 
 
-def _write_secret(file: Path, text: str) -> None:
+@contextmanager
+def _secret_file(file: Path) -> Iterator[TextIO]:
+    """A file with mode 0600 that replaces `file` at the end of the `with`, unless that ends in an error.
+
+    It is made before the token: one that cannot be written would be lost. The old file stays until then, since it may
+    hold the very token that the call is made with.
+    """
+    target = file.resolve()
+    part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w", encoding="ascii") as stream:
-            os.fchmod(handle, 0o600)
-            stream.write(text)
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(target)
     except OSError as error:
         raise click.UsageError(f"--output: {file} cannot be written: {error.strerror}.") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 # --- grants -----------------------------------------------------------------------------------------------------------
@@ -143,8 +202,8 @@ def list_grants(api: Api, of: str | None) -> None:
     grants = api.client.grants()
     api.show_list(
         grants if of is None else (g for g in grants if g.client == of),
-        ("CLIENT", "ROLE", "SCOPE", "ID"),
-        lambda g: (g.client, g.role, _scope(g), g.id),
+        ("CLIENT", "ROLE", "SCOPE", "ID", "NOTES"),
+        lambda g: (g.client, g.role, _scope(g), g.id, _duties(g)),
     )
 
 
@@ -154,6 +213,11 @@ def list_grants(api: Api, of: str | None) -> None:
 @click.option("--key-set", metavar="NAME", help="Within this key set.")
 @click.option("--key", metavar="NAME", help="Within this key of it.")
 @click.option("--everything", is_flag=True, help="Within the whole installation.")
+@click.option(
+    "--accept-combined-duties",
+    is_flag=True,
+    help="Even if the client then administrates what it signs or overrides. Every list of grants shows it.",
+)
 def create_grant(
     api: Api,
     client: str,
@@ -161,24 +225,44 @@ def create_grant(
     key_set: str | None,
     key: str | None,
     everything: bool,
+    accept_combined_duties: bool,
 ) -> None:
-    """Give a client a role."""
+    """Give another client a role.
+
+    A client with the role admin is refused the roles signer, raw-signer and break-glass within the same scope, and the
+    other way round.
+    """
     if everything == (key_set is not None):
         raise click.UsageError("Give the scope of the role: --key-set NAME [--key NAME], or --everything.")
     if key is not None and key_set is None:
         raise click.UsageError("--key needs --key-set.")
     scope = {name: value for name, value in (("key_set", key_set), ("key", key)) if value is not None}
-    request = wire.convert({"client": client, "role": role, "scope": scope}, wire.GrantCreate)
-    api.show(
-        api.client.create_grant(request),
-        lambda made: details(
-            ("id", made.id),
-            ("client", made.client),
-            ("role", made.role),
-            ("scope", _scope(made)),
-            ("created", when(made.created_at)),
-        ),
+    request = wire.convert(
+        {"client": client, "role": role, "scope": scope, "accept_combined_duties": accept_combined_duties},
+        wire.GrantCreate,
     )
+    api.show(api.client.create_grant(request), _print_grant)
+
+
+def _print_grant(made: wire.Grant) -> None:
+    details(
+        ("id", made.id),
+        ("client", made.client),
+        ("role", made.role),
+        ("scope", _scope(made)),
+        ("created", when(made.created_at)),
+        ("created by", made.created_by or "-"),
+    )
+    if made.combined_with:
+        note(f"Warning: {_duties(made)}")
+
+
+def _duties(found: wire.Grant) -> str:
+    """What every list shows of a grant that combines duties with another one of its client."""
+    if not found.combined_with:
+        return ""
+    accepted = " (accepted)" if found.accepted_combined_duties else ""
+    return f"combines duties with {', '.join(found.combined_with)}{accepted}"
 
 
 @api_command(grant, "delete")

@@ -12,7 +12,13 @@ from kms_jwks.algorithms import PRIVATE_MEMBERS
 from kms_jwks.cli.api import api_command
 from kms_jwks.cli.options import DURATION, INSTANT, KEY_SPEC, confirmed, content, given, json_object, key_set_argument
 from kms_jwks.cli.output import details, duration, table, when, yes
-from kms_jwks.cli.versions import VERSION_COLUMNS, version_row
+from kms_jwks.cli.versions import (
+    EXTERNAL_COLUMNS,
+    VERSION_COLUMNS,
+    external_row,
+    print_external_keys,
+    version_row,
+)
 from kms_jwks.model import DEFAULT_CACHE_LIFETIME, DEFAULT_STALE_IF_ERROR, Access, Purpose
 from kms_jwks.timeline import CACHE_LIFETIME
 
@@ -36,8 +42,15 @@ def list_key_sets(api: Api) -> None:
     """List the key sets you may see."""
     api.show_list(
         api.client.key_sets(),
-        ("NAME", "PURPOSE", "ACCESS", "KEYS", "ISSUER"),
-        lambda s: (s.name, s.purpose, s.access, ", ".join(k.name for k in s.keys) or "-", s.issuer),
+        ("NAME", "PURPOSE", "ACCESS", "KEYS", "EXTERNAL", "ISSUER"),
+        lambda s: (
+            s.name,
+            s.purpose,
+            s.access,
+            ", ".join(k.name for k in s.keys) or "-",
+            len(s.external_keys) or "-",
+            s.issuer,
+        ),
     )
 
 
@@ -111,6 +124,7 @@ def _print_key_set(found: wire.KeySet) -> None:
     )
     click.echo()
     table(("KEY", *VERSION_COLUMNS), ((k.name, *version_row(v)) for k in found.keys for v in k.versions))
+    print_external_keys(found)
 
 
 # --- external keys ----------------------------------------------------------------------------------------------------
@@ -124,11 +138,11 @@ def external_key() -> None:
 @api_command(external_key, "list")
 @key_set_argument
 def list_external_keys(api: Api, key_set: str) -> None:
-    """List the external keys of a key set."""
+    """List the external keys of a key set, removed ones included."""
     api.show_list(
         api.client.external_keys(key_set),
-        ("KID", "ALG", "REMOVE AT"),
-        lambda e: (e.kid, e.alg, when(e.remove_at)),
+        (*EXTERNAL_COLUMNS, "REMOVED"),
+        lambda e: (*external_row(e), when(e.removed_at)),
     )
 
 
@@ -179,7 +193,8 @@ def _print_external_key(found: wire.ExternalKey) -> None:
     details(
         ("kid", found.kid),
         ("alg", found.alg),
-        ("created", when(found.created_at)),
+        ("added", when(found.created_at)),
+        ("added by", found.created_by or "-"),
         ("remove at", when(found.remove_at)),
         ("removed", when(found.removed_at)),
         ("public key", msgspec.json.encode(found.public_jwk).decode()),

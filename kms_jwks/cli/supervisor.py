@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import structlog
 
 from kms_jwks.config import CONFIG_VARIABLE, load_settings, variable_name
 from kms_jwks.http import logs
+from kms_jwks.model import Instant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +36,8 @@ LONGEST_PAUSE = 30.0
 """Seconds between two starts of a custodian that keeps dying."""
 LONG_LIFE = 60.0
 """A custodian that ran for so many seconds is restarted after the first pause again."""
+CERTIFICATE_INTERVAL = 86_400.0
+"""Seconds between two log lines about the same certificate."""
 CUSTODIAN_GRACE = 15.0
 """Seconds for the custodian to finish its step when the service stops."""
 
@@ -93,6 +97,7 @@ class _Supervisor:
         self._custodian = _Child("custodian", ("custodian",)) if settings.routes != "public" else None
         self._children = [c for c in (self._http, self._custodian) if c is not None]
         self._stopping = False
+        self._next_certificates = time.monotonic()
         self._pin: bytes | None = None
         """The PIN line from standard input; each child gets it on its own standard input."""
 
@@ -106,6 +111,7 @@ class _Supervisor:
             for child in self._children:
                 self._start(child)
             while self._http.process is not None:
+                self._report_certificates()
                 self._handle_signal(within=self._start_what_is_due())
             self._stop_custodian()
         finally:
@@ -126,6 +132,19 @@ class _Supervisor:
             return remaining
         self._start(custodian)
         return 3600.0
+
+    def _report_certificates(self) -> None:
+        """Log once a day which certificates of this node are not valid or end soon. Each node has its own."""
+        if time.monotonic() < self._next_certificates:
+            return
+        self._next_certificates = time.monotonic() + CERTIFICATE_INTERVAL
+        if self._settings.tls_cert is None and not re.search("ssl(root)?cert=", self._settings.database_url):
+            return  # the import would cost this process 25 MB
+        from kms_jwks.doctor import State, certificates
+
+        for check in certificates(self._settings, Instant(time.time_ns() // 1000), environment={}):
+            if check.state is not State.OK:
+                log.warning("certificate", what=check.name, detail=check.detail, next_step=check.next_step)
 
     def _handle_signal(self, *, within: float) -> None:
         """Wait up to `within` seconds for a signal, act on it, and reap the processes that exited."""

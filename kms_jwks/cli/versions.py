@@ -142,6 +142,7 @@ def _print_safety(found: wire.Safety) -> None:
     )
     if bars := check_bars(found, width()):
         click.echo("\n" + "\n".join(bars))
+    print_external_keys(found)
 
 
 @api_command(version, "attributes")
@@ -214,6 +215,24 @@ def version_row(v: wire.Version) -> tuple[object, ...]:
     """The row of a version in a table with the columns `VERSION_COLUMNS`."""
     origin = f"{v.origin}: {', '.join(v.weaknesses)}" if v.weaknesses else v.origin
     return v.number, v.state, v.alg, when(_since(v)), origin, v.kid or "-", _notes(v)
+
+
+EXTERNAL_COLUMNS = ("EXTERNAL KEY", "ALG", "ADDED", "ADDED BY", "REMOVE AT")
+
+
+def external_row(e: wire.ExternalKey) -> tuple[object, ...]:
+    """The row of an external key in a table with the columns `EXTERNAL_COLUMNS`."""
+    return e.kid, e.alg, when(e.created_at), e.created_by or "-", when(e.remove_at)
+
+
+def print_external_keys(found: wire.KeySet | wire.Safety) -> None:
+    """Print which foreign keys verifiers of the key set trust too, and how many they trusted before."""
+    if found.external_keys:
+        click.echo()
+        table(EXTERNAL_COLUMNS, map(external_row, found.external_keys))
+        note("Warning: the owner of an external key can sign for the key set's issuer.")
+    if found.external_keys_removed:
+        note(f"{found.external_keys_removed} more external key(s) were published before: kms-jwks external-key list")
 
 
 def _notes(found: wire.Version) -> str:

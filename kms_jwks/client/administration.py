@@ -230,6 +230,18 @@ class Administration:
         request = wire.TokenCreate() if expires_in is None else wire.TokenCreate(expires_in=expires_in)
         return decode(self._change("POST", f"{_client(client)}/tokens", request), wire.TokenCreated)
 
+    def rotate_token(
+        self, client: str, token_id: str, *, overlap: int | None = None, expires_in: int | None = None
+    ) -> wire.TokenRotated:
+        """Make an API token in place of another one, which ends `overlap` seconds later, by default 24 h.
+
+        `expires_in` as for `create_token`. Raises Conflict for a token that has ended.
+        """
+        fields = {"overlap": overlap, "expires_in": expires_in}
+        request = wire.TokenRotate(**{name: value for name, value in fields.items() if value is not None})
+        path = f"{_client(client)}/tokens/{segment(token_id, 'token')}/rotate"
+        return decode(self._change("POST", path, request), wire.TokenRotated)
+
     def revoke_token(self, client: str, token_id: str) -> None:
         """Revoke an API token; no worker accepts it once this returns."""
         self._change("DELETE", f"{_client(client)}/tokens/{segment(token_id, 'token')}")

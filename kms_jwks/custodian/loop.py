@@ -16,11 +16,13 @@ import structlog
 from kms_jwks import errors, timeline
 from kms_jwks.backends.calling import Backends
 from kms_jwks.custodian import transitions
+from kms_jwks.custodian.expiry import list_ending
 from kms_jwks.custodian.intents import OPEN, IntentRunner
 from kms_jwks.custodian.leader_lease import Fenced, LeaderLease
-from kms_jwks.model import IN_JWKS, SECOND, Epoch, Id, Instant, IntentKind, Key, KeySet, KeyVersion
+from kms_jwks.model import DAY, IN_JWKS, SECOND, Epoch, Id, Instant, IntentKind, Key, KeySet, KeyVersion
 from kms_jwks.store import ReadTx, Store, WriteTx
 from kms_jwks.timeline import Step, StepKind
+from kms_jwks.times import format_instant
 from kms_jwks.worker.confirmation import Confirmation
 
 log = structlog.get_logger(__name__)
@@ -31,6 +33,10 @@ PLAN_INTERVAL = 1.0
 """Seconds between two plans while the epoch stays the same."""
 DEAD_WORKERS_INTERVAL = 0.5
 """Seconds between two checks for dead workers."""
+EXPIRY_INTERVAL = float(DAY)
+"""Seconds between two reports of what ends soon."""
+MAX_EXPIRY_LINES = 100
+"""Log lines of one such report."""
 
 _MODULE_STEPS = {StepKind.TELL: IntentKind.TELL, StepKind.DESTROY: IntentKind.DESTROY}
 """Steps that need a module: each becomes an intent, which `IntentRunner` executes."""
@@ -57,7 +63,7 @@ class Custodian:
         self._database_lost_at: int | None = None
         self._logged_code = ""
         self._planned_epoch: Epoch | None = None
-        self._next_plan = self._next_dead_workers = monotonic()
+        self._next_plan = self._next_dead_workers = self._next_expiry = monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Tick until `stop`; a tick that fails is logged and the next one tries again."""
@@ -106,6 +112,25 @@ class Custodian:
         self._intents.run_due()
         self._record_visibility()
         self._take_due_steps()
+        self._report_expiry()
+
+    def _report_expiry(self) -> None:
+        """Log once a day which API tokens and external keys end soon."""
+        if self._monotonic() < self._next_expiry:
+            return
+        with self._store.read() as tx:
+            found = list_ending(tx)
+        self._next_expiry = self._monotonic() + EXPIRY_INTERVAL
+        for ending in found[:MAX_EXPIRY_LINES]:
+            log.warning(
+                "ends_soon",
+                what=ending.words,
+                subject=ending.subject,
+                end=format_instant(ending.end),
+                next_step=ending.next_step,
+            )
+        if more := len(found[MAX_EXPIRY_LINES:]):
+            log.warning("more_end_soon", count=more, next_step="kms-jwks doctor")
 
     # --- visibility
 

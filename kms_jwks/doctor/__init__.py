@@ -13,13 +13,25 @@ from kms_jwks import errors
 from kms_jwks.backends.calling import Backends
 from kms_jwks.config import Settings
 from kms_jwks.doctor import registry as registry_checks
+from kms_jwks.doctor.certificates import certificates
 from kms_jwks.doctor.checks import Check, State, failed, worst
 from kms_jwks.doctor.files import files, registry_file
 from kms_jwks.doctor.modules import Orphan, find_orphans, module, remove_orphan
 from kms_jwks.doctor.registry import Registry
+from kms_jwks.model import Instant
 from kms_jwks.store import Store
 
-__all__ = ["Check", "Orphan", "State", "examine", "find_orphans", "registry_file", "remove_orphan", "worst"]
+__all__ = [
+    "Check",
+    "Orphan",
+    "State",
+    "certificates",
+    "examine",
+    "find_orphans",
+    "registry_file",
+    "remove_orphan",
+    "worst",
+]
 
 
 def examine(
@@ -31,6 +43,7 @@ def examine(
 ) -> Iterator[Check]:
     """Run every check and yield each result. `wall` is this node's clock in microseconds."""
     yield from files(settings)
+    yield from certificates(settings, Instant(wall()))
     registry = None
     try:
         store.check_schema()
@@ -46,6 +59,9 @@ def examine(
         yield from registry_checks.intents(registry)
         yield from registry_checks.workers(registry)
         yield from registry_checks.policies(registry)
+        yield from registry_checks.external_keys(registry)
+        yield from registry_checks.duties(registry)
+        yield from registry_checks.expiry(registry)
     if settings.routes == "public":
         yield Check("modules", State.OK, "this node only publishes and needs no module")
         return

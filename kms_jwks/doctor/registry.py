@@ -6,11 +6,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kms_jwks import timeline
+from kms_jwks.access import Role, combined_duties
+from kms_jwks.custodian.expiry import Ending, list_ending
 from kms_jwks.doctor.checks import Check, State, some
 from kms_jwks.model import (
+    DAY,
+    EXPIRY_NOTICE,
     SECOND,
+    Client,
     CustodianLease,
     Epoch,
+    ExternalKey,
+    Grant,
     Instant,
     Intent,
     IntentState,
@@ -21,12 +28,15 @@ from kms_jwks.model import (
     Worker,
 )
 from kms_jwks.store import Store
+from kms_jwks.times import format_instant
 
 CLOCK_WARNING = 5
 """Seconds that the database's time may differ from this node's."""
 CLOCK_FAILURE = 60
 STUCK = 60
 """Seconds after which an intent that was not started, or did not end, counts as stuck."""
+MAX_ENDING = 20
+"""Tokens and external keys that are listed when they end soon."""
 CUSTODIAN_GRACE = 30
 """Seconds without an acting custodian that a restart may take; only then is it a failure."""
 
@@ -44,6 +54,11 @@ class Registry:
     workers: list[Worker]
     intents: list[Intent]
     lease: CustodianLease | None
+    clients: list[Client]
+    grants: list[Grant]
+    external_keys: list[ExternalKey]
+    """Removed ones included."""
+    ending: list[Ending]
 
     @classmethod
     def of(cls, store: Store) -> Registry:
@@ -59,6 +74,10 @@ class Registry:
                 workers=tx.workers(),
                 intents=tx.intents(),
                 lease=tx.custodian_lease(),
+                clients=tx.clients(),
+                grants=tx.grants(),
+                external_keys=tx.external_keys(include_removed=True),
+                ending=list_ending(tx),
             )
 
     def name_of(self, version: KeyVersion) -> str:
@@ -182,6 +201,82 @@ def policies(registry: Registry) -> Iterator[Check]:
                 f"{key_set.name} {key.name}: {warning}",
                 f"kms-jwks key update {key_set.name} {key.name} --publish-lead 24h --no-allow-unsafe-publish-lead",
             )
+
+
+def external_keys(registry: Registry) -> Iterator[Check]:
+    """The foreign keys that key sets publish and have published, with the clients that added them."""
+    for key_set in registry.key_sets:
+        added = [e for e in registry.external_keys if e.key_set_id == key_set.id]
+        for external in added:
+            if external.removed_at is None:
+                yield Check(
+                    "external key",
+                    State.WARNING,
+                    f"{key_set.name} publishes {external.kid} ({external.alg}){_added(external)}, until "
+                    f"{format_instant(external.remove_at)}: its owner can sign for {key_set.issuer}",
+                    "Nothing, while an issuer moves here with this key. Otherwise: kms-jwks external-key remove "
+                    f"{key_set.name} {external.kid}",
+                )
+        removed = [e for e in added if e.removed_at is not None]
+        if removed:
+            last = max(removed, key=lambda e: e.removed_at or 0)
+            yield Check(
+                "external key",
+                State.OK,
+                f"{key_set.name} published {len(removed)} before; the last one removed was {last.kid}{_added(last)}",
+            )
+
+
+def _added(external: ExternalKey) -> str:
+    by = f" by {external.created_by}" if external.created_by else ""
+    return f", added{by} at {format_instant(external.created_at)}"
+
+
+def duties(registry: Registry) -> Iterator[Check]:
+    """Clients that administrate what they sign or override."""
+    found = False
+    for client in registry.clients:
+        held = [g for g in registry.grants if g.client_id == client.id]
+        for grant in held:
+            for other in combined_duties(held, grant) if grant.role == Role.ADMIN else ():
+                found = True
+                later = max(grant, other, key=lambda g: g.created_at)
+                by = f" by {later.created_by}" if later.created_by else ""
+                accepted = f"accepted{by} at" if later.accepted_combined_duties else "never accepted, given at"
+                yield Check(
+                    "duties",
+                    State.WARNING,
+                    f"client {client.name} has the roles admin ({_scope(registry, grant)}) and {other.role} "
+                    f"({_scope(registry, other)}): {accepted} {format_instant(later.created_at)}",
+                    f"Give one of the roles to another client, then: kms-jwks grant delete {other.id}",
+                )
+    if not found:
+        yield Check("duties", State.OK, "no client administrates what it signs or overrides")
+
+
+def _scope(registry: Registry, grant: Grant) -> str:
+    if grant.key_set_id is None:
+        return "everything"
+    key_set = next((s.name for s in registry.key_sets if s.id == grant.key_set_id), grant.key_set_id)
+    key = next((f" {k.name}" for k in registry.keys if k.id == grant.key_id), "")
+    return f"{key_set}{key}"
+
+
+def expiry(registry: Registry) -> Iterator[Check]:
+    """API tokens and external keys that end soon."""
+    for ending in registry.ending[:MAX_ENDING]:
+        days = (ending.end - registry.now) // (DAY * SECOND)
+        yield Check(
+            "expiry",
+            State.WARNING,
+            f"{ending.words} ends at {format_instant(ending.end)}, in {days} days",
+            ending.next_step,
+        )
+    if more := len(registry.ending[MAX_ENDING:]):
+        yield Check("expiry", State.WARNING, f"{more} more end soon", "kms-jwks client token list CLIENT")
+    if not registry.ending:
+        days = EXPIRY_NOTICE // DAY
+        yield Check("expiry", State.OK, f"no API token and no external key ends within {days} days")
 
 
 def unknown_backends(registry: Registry, backends: Iterable[str]) -> Iterator[Check]:

@@ -150,7 +150,7 @@ def cancel_destroy(service: Service, request: Request, body: Empty) -> Response:
 
 
 def list_external_keys(service: Service, request: Request) -> Response:
-    """The external keys of a key set."""
+    """The external keys of a key set, removed ones included."""
     return ok(service.external_keys.list(request.context, request.params["key_set"], *request.page()))
 
 
@@ -210,6 +210,12 @@ def revoke_token(service: Service, request: Request) -> Response:
     """Revoke an API token; no worker accepts it once this is answered."""
     service.clients.revoke_token(request.context, request.params["client"], request.params["token"])
     return gone()
+
+
+def rotate_token(service: Service, request: Request, body: wire.TokenRotate) -> Response:
+    """Create a token in place of another one, which ends after an overlap; only this answer shows the new one."""
+    client, token = request.params["client"], request.params["token"]
+    return ok(service.clients.rotate_token(request.context, client, token, body), 201)
 
 
 def list_grants(service: Service, request: Request) -> Response:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from kms_jwks import authn, errors, wire
 from kms_jwks.access import Role
-from kms_jwks.model import DAY, DEFAULT_API_TOKEN_LIFETIME, MAX_NAME, Client, Id
+from kms_jwks.model import DAY, DEFAULT_API_TOKEN_LIFETIME, MAX_NAME, ApiToken, Client, Id
 from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.control import Control
 from kms_jwks.service.definitions import add_key_set
 from kms_jwks.store import WriteTx
-from kms_jwks.times import later
+from kms_jwks.times import format_instant, later
 
 ADMIN = "admin-bootstrap"
 """The client whose token `initialise` writes."""
@@ -39,7 +40,7 @@ def initialise(
     report = [f"registry: {store.url}"]
     with store.write() as tx:
         if admin_token_file is not None:
-            report.append(_ensure_token_file(tx, ADMIN, Role.ADMIN, None, None, admin_token_file))
+            report += _ensure_token_file(tx, ADMIN, Role.ADMIN, None, None, admin_token_file)
         if key_set is not None:
             found = tx.key_set(key_set)
             if found is None:
@@ -51,31 +52,49 @@ def initialise(
             key = tx.key(found.id, _KEY)
             if signer_token_file is not None:
                 name = f"signer-{key_set}"[:MAX_NAME]
-                report.append(
-                    _ensure_token_file(tx, name, Role.SIGNER, found.id, key.id if key else None, signer_token_file)
+                report += _ensure_token_file(
+                    tx, name, Role.SIGNER, found.id, key.id if key else None, signer_token_file
                 )
     return report
 
 
-def _ensure_token_file(tx: WriteTx, name: str, role: Role, key_set: Id | None, key: Id | None, file: Path) -> str:
-    """Make sure that `file` holds a token of client `name` that is valid for at least one more day."""
+def _ensure_token_file(
+    tx: WriteTx, name: str, role: Role, key_set: Id | None, key: Id | None, file: Path
+) -> Iterator[str]:
+    """Make sure that `file` holds a token of client `name` that is valid for at least one more day.
+
+    Yields what was done, and how to revoke the client's other tokens: a new file does not end them.
+    """
     owner = tx.client(name) or add_client(tx, name)
     add_grant(tx, owner, role, key_set, key)
-    if _holds_valid_token(tx, owner, file):
-        return f"client {name!r} ({role.value}): token in {file} reused"
-    made, _ = add_token(tx, owner, DEFAULT_API_TOKEN_LIFETIME)
-    _write_secret(file, made.token)
-    return f"client {name!r} ({role.value}): new token in {file}"
+    now = tx.now()
+    others = [t for t in tx.tokens(owner.id) if t.revoked_at is None and t.expires_at > now]
+    found = _valid_token(tx, owner, file)
+    if found is not None:
+        yield f"client {name!r} ({role.value}): token in {file} reused, valid until {format_instant(found.expires_at)}"
+        if found.ends_soon(now):
+            yield f"  It ends soon. A new one: kms-jwks client token rotate {name} {found.id} --output {file}"
+        others.remove(found)
+    else:
+        made, row = add_token(tx, owner, DEFAULT_API_TOKEN_LIFETIME)
+        _write_secret(file, made.token)
+        end = format_instant(row.expires_at)
+        yield f"client {name!r} ({role.value}): new token in {file}, valid until {end}"
+    for token in others:
+        yield f"  Another token of {name!r} still works, until {format_instant(token.expires_at)}."
+        yield f"  To revoke it: kms-jwks client token revoke {name} {token.id}"
 
 
-def _holds_valid_token(tx: WriteTx, owner: Client, file: Path) -> bool:
+def _valid_token(tx: WriteTx, owner: Client, file: Path) -> ApiToken | None:
+    """The token that `file` holds, if it is the owner's and valid for at least one more day."""
     try:
         sha256 = authn.parse(file.read_text().strip())
     except (OSError, errors.CredentialsMalformed, UnicodeDecodeError):
-        return False
+        return None
     row = tx.token_by_sha256(sha256)
     tomorrow = later(tx.now(), DAY)
-    return row is not None and row.client_id == owner.id and row.revoked_at is None and row.expires_at > tomorrow
+    good = row is not None and row.client_id == owner.id and row.revoked_at is None and row.expires_at > tomorrow
+    return row if good else None
 
 
 def _write_secret(file: Path, text: str) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from msgspec import UNSET
 
 from kms_jwks import authn, errors, wire
-from kms_jwks.access import Permission, Role
-from kms_jwks.model import ApiToken, Client, Grant, Id, new_id
+from kms_jwks.access import Caller, Permission, Role, combined_duties
+from kms_jwks.model import ApiToken, Client, Grant, Id, Instant, new_id
 from kms_jwks.service import views
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, check_name
@@ -66,7 +66,8 @@ class Clients:
             self._control.guard.enter(tx, context, Permission.CLIENT_READ)
             owner = find_client(tx, client)
             rows = tx.tokens(owner.id, after=Id(cursor) if cursor else None, limit=limit + 1)
-        return views.page(rows, limit, lambda t: views.token(owner, t))
+            now = tx.now()
+        return views.page(rows, limit, lambda t: views.token(owner, t, now))
 
     def create_token(self, context: RequestContext, client: str, request: wire.TokenCreate) -> wire.TokenCreated:
         """A new API token. The registry keeps its SHA-256; the token itself is in this answer and nowhere else."""
@@ -75,14 +76,36 @@ class Clients:
             made, row = add_token(tx, find_client(tx, client), request.expires_in)
         return wire.TokenCreated(token=made.token, id=row.id, expires_at=to_datetime(row.expires_at))
 
+    def rotate_token(
+        self, context: RequestContext, client: str, token_id: str, request: wire.TokenRotate
+    ) -> wire.TokenRotated:
+        """A new token in place of `token_id`, which ends after `overlap` or at its own end, whichever comes first.
+
+        Every worker knows the old one's end once this returns. Raises Conflict for a token that was revoked or has
+        expired. A client cannot rotate its own token without `client:manage`: a thief would renew a stolen one for
+        ever.
+        """
+        with self._control.change_everywhere() as tx:
+            self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
+            owner = find_client(tx, client)
+            old = _find_token(tx, owner, token_id)
+            _require_valid(owner, old, tx.now())
+            made, row = add_token(tx, owner, request.expires_in)
+            end = min(old.expires_at, later(tx.now(), request.overlap))
+            tx.save(replace(old, expires_at=end, replaced_by=row.id))
+        return wire.TokenRotated(
+            token=made.token,
+            id=row.id,
+            expires_at=to_datetime(row.expires_at),
+            replaces=old.id,
+            replaced_expires_at=to_datetime(end),
+        )
+
     def revoke_token(self, context: RequestContext, client: str, token_id: str) -> None:
         """Revoke a token. No worker accepts it once this returns."""
         with self._control.change_everywhere() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
-            owner = find_client(tx, client)
-            token = tx.token(Id(token_id))
-            if token is None or token.client_id != owner.id:
-                raise errors.ApiTokenNotFound(f"Client {client!r} has no such token.")
+            token = _find_token(tx, find_client(tx, client), token_id)
             if token.revoked_at is None:
                 tx.save(replace(token, revoked_at=tx.now()))
 
@@ -102,10 +125,15 @@ class Clients:
             return views.grant(tx, _find_grant(tx, grant_id))
 
     def create_grant(self, context: RequestContext, request: wire.GrantCreate) -> wire.Grant:
-        """Give a client a role in a scope; the same grant twice is one."""
+        """Give a client a role in a scope; the same grant twice is one. A client cannot change its own grants.
+
+        Raises CombinedDuties where the client would administrate what it signs or overrides, unless the request
+        accepts that.
+        """
         with self._control.change() as tx:
-            self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
+            caller = self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
             owner = find_client(tx, request.client)
+            _require_other_client(caller, owner.id)
             scope = request.scope
             key_set_id = key_id = None
             if scope.key_set is not UNSET:
@@ -120,13 +148,24 @@ class Clients:
                     key_id = key.id
             elif scope.key is not UNSET:
                 raise errors.InvalidField("scope: a key needs its key_set", fields={"field": "scope"})
-            return views.grant(tx, add_grant(tx, owner, Role(request.role), key_set_id, key_id))
+            made = add_grant(
+                tx,
+                owner,
+                Role(request.role),
+                key_set_id,
+                key_id,
+                created_by=caller.client,
+                accept_combined_duties=request.accept_combined_duties,
+            )
+            return views.grant(tx, made)
 
     def delete_grant(self, context: RequestContext, grant_id: str) -> None:
-        """Take a grant away. No worker honours it once this returns."""
+        """Take a grant away from another client. No worker honours it once this returns."""
         with self._control.change_everywhere() as tx:
-            self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
-            tx.save(replace(_find_grant(tx, grant_id), deleted_at=tx.now()))
+            caller = self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
+            grant = _find_grant(tx, grant_id)
+            _require_other_client(caller, grant.client_id)
+            tx.save(replace(grant, deleted_at=tx.now()))
 
 
 def find_client(tx: ReadTx, name: str) -> Client:
@@ -153,14 +192,56 @@ def add_token(tx: WriteTx, owner: Client, expires_in: int) -> tuple[authn.NewTok
     return made, row
 
 
-def add_grant(tx: WriteTx, owner: Client, role: Role, key_set_id: Id | None, key_id: Id | None) -> Grant:
-    """A new grant, or the one that the client has already."""
-    for existing in tx.grants(owner.id):
+def add_grant(
+    tx: WriteTx,
+    owner: Client,
+    role: Role,
+    key_set_id: Id | None,
+    key_id: Id | None,
+    *,
+    created_by: str | None = None,
+    accept_combined_duties: bool = False,
+) -> Grant:
+    """A new grant, or the one that the client has already. Raises CombinedDuties unless they are accepted."""
+    held = tx.grants(owner.id)
+    for existing in held:
         if (existing.role, existing.key_set_id, existing.key_id) == (role.value, key_set_id, key_id):
             return existing
-    value = Grant(new_id(), owner.id, role.value, tx.now(), key_set_id, key_id)
+    value = Grant(new_id(), owner.id, role.value, tx.now(), key_set_id, key_id, created_by=created_by)
+    if others := combined_duties(held, value):
+        if not accept_combined_duties:
+            raise errors.CombinedDuties(
+                f"Client {owner.name!r} has the role {' and '.join(sorted({g.role for g in others}))} within the same "
+                f"scope, which may not be combined with {role.value}.",
+                fields={"grants": [g.id for g in others]},
+            )
+        value = replace(value, accepted_combined_duties=True)
     tx.add(value)
     return value
+
+
+def _find_token(tx: ReadTx, owner: Client, token_id: str) -> ApiToken:
+    found = tx.token(Id(token_id))
+    if found is None or found.client_id != owner.id:
+        raise errors.ApiTokenNotFound(f"Client {owner.name!r} has no such token.")
+    return found
+
+
+def _require_valid(owner: Client, token: ApiToken, now: Instant) -> None:
+    if token.revoked_at is not None or token.expires_at <= now:
+        what = "has expired" if token.revoked_at is None else "was revoked"
+        raise errors.Conflict(
+            f"Token {token.id} {what} and cannot be rotated.",
+            next_step=f"Create a new one: kms-jwks client token create {owner.name}",
+        )
+
+
+def _require_other_client(caller: Caller, owner: Id) -> None:
+    if caller.client_id == owner:
+        raise errors.Forbidden(
+            "A client cannot change its own grants.",
+            next_step="Ask another administrator to change them.",
+        )
 
 
 def _find_grant(tx: ReadTx, grant_id: str) -> Grant:

@@ -24,11 +24,11 @@ class ExternalKeys:
         self._control = control
 
     def list(self, context: RequestContext, key_set: str, limit: int, cursor: str | None) -> wire.Page:
-        """The external keys that the set publishes."""
+        """Every external key that was added to the set, removed ones included."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_set(tx, context, Permission.KEY_READ, key_set)
             after = Id(cursor) if cursor else None
-            rows = tx.external_keys(found.key_set.id, after=after, limit=limit + 1)
+            rows = tx.external_keys(found.key_set.id, include_removed=True, after=after, limit=limit + 1)
         return views.page(rows, limit, views.external_key)
 
     def get(self, context: RequestContext, key_set: str, kid: str) -> wire.ExternalKey:
@@ -57,6 +57,7 @@ class ExternalKeys:
                 public_jwk=jwk,
                 created_at=found.now,
                 remove_at=remove_at,
+                created_by=found.caller.client,
             )
             tx.add(value)
             document_limits.require_small_document(tx, found.key_set)
@@ -68,7 +69,7 @@ class ExternalKeys:
     def delete(self, context: RequestContext, key_set: str, kid: str) -> None:
         """Take an external key out of the JWKS before its date. Its kid stays taken. Raises ExternalKeyNotFound."""
         with self._control.change() as tx:
-            found = self._control.guard.enter_set(tx, context, Permission.EXTERNAL_KEY_MANAGE, key_set)
+            found = self._control.guard.enter_set(tx, context, Permission.EXTERNAL_KEY_REMOVE, key_set)
             tx.save(replace(_find(tx, found.key_set, kid), removed_at=found.now))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from kms_jwks import errors
-from kms_jwks.access import EVERYTHING, Caller, Permission, Scope, allow, allow_within
+from kms_jwks.access import EVERYTHING, INSTALLATION_WIDE, Caller, Permission, Scope, allow, allow_within
 from kms_jwks.authn import credential_from_header
 from kms_jwks.model import Id, Instant, Key, KeySet
 from kms_jwks.service.context import RequestContext
@@ -239,6 +239,13 @@ class Guard:
 
 
 def _forbidden(caller: Caller, permission: Permission) -> errors.Forbidden:
+    if permission in INSTALLATION_WIDE:
+        return errors.Forbidden(
+            f"Client {caller.client!r} has no grant over everything with the permission {permission.value}.",
+            next_step="Ask an administrator of the whole installation to do this: a grant over a key set or a key does "
+            "not give this permission.",
+            fields={"permission": permission.value},
+        )
     return errors.Forbidden(
         f"Client {caller.client!r} has no grant with the permission {permission.value} here.",
         fields={"permission": permission.value},

@@ -7,7 +7,7 @@ from dataclasses import replace
 from msgspec import UNSET
 
 from kms_jwks import errors, timeline, wire
-from kms_jwks.access import EVERYTHING, Permission, Scope, allow
+from kms_jwks.access import Permission, Scope, allow
 from kms_jwks.custodian import transitions
 from kms_jwks.model import Key, VersionState
 from kms_jwks.service import adoption, key_timeline, views
@@ -58,9 +58,6 @@ class Keys:
         permission = Permission.KEY_CREATE if request.adopt is UNSET else Permission.KEY_ADOPT
         with control.store.read() as reading:
             control.guard.enter_set(reading, context, permission, key_set)
-            if request.adopt is not UNSET:
-                # A module is shared by all key sets: the right to adopt from it covers any application's key.
-                control.guard.require(context, permission, EVERYTHING)
         candidate = ask_backend(control, request)
         with control.store.write() as tx:
             found = control.guard.enter_set(tx, context, permission, key_set)

