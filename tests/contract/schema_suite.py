@@ -17,11 +17,11 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, Table, create_engine, inspect, text
 
 from kms_jwks import errors
-from kms_jwks.model import Client, Grant, Id, Intent, IntentKind, IntentState, VersionState, Worker
+from kms_jwks.model import ApiToken, Client, Grant, Id, Intent, IntentKind, IntentState, VersionState, Worker
 from kms_jwks.store import Store, schema
 from kms_jwks.store.mapping import MAPPERS
 from kms_jwks.store.tables import metadata
-from tests.unit.builders import T0, key, key_set, version
+from tests.unit.builders import T0, external, key, key_set, version
 
 MIGRATIONS = schema.MIGRATIONS
 NEXT = """
@@ -39,6 +39,9 @@ def upgrade() -> None:
 
 
 _WORKER = Worker(Id("worker-1"), "node", 7, 10, T0, T0)
+_CLIENT = Client(Id("client-1"), "issuer", T0)
+_TOKEN = ApiToken(Id("token-1"), Id("client-1"), "ab" * 32, T0, T0)
+_GRANT = Grant(Id("grant-1"), Id("client-1"), "signer", T0, Id("set-1"), Id("key-1"))
 _INTENT = Intent(Id("intent-1"), IntentKind.GENERATE, Id("version-1"), "softhsm", "kj-1", IntentState.DONE, T0, T0)
 
 
@@ -124,7 +127,8 @@ class SchemaContract:
         """Revision after revision; entities that were written under the first are read under the last."""
         revisions = sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("0*.py"))
         assert revisions[-1] == schema.needed_revision()
-        upgrade, things = command.upgrade, (key_set(), key(), version(1, VersionState.ACTIVE), _WORKER, _INTENT)
+        upgrade, active = command.upgrade, version(1, VersionState.ACTIVE)
+        things = (key_set(), key(), active, _WORKER, _INTENT, external(), _CLIENT, _TOKEN, _GRANT)
         for revision in revisions:
             with monkeypatch.context() as patched:
                 patched.setattr(command, "upgrade", lambda config, _, to=revision: upgrade(config, to))
@@ -139,7 +143,8 @@ class SchemaContract:
         store.check_schema()
         with store.read() as tx:
             found = (*tx.key_sets(), *tx.keys(), *tx.versions(), *tx.workers(), *tx.intents())
-        assert found == things
+            more = (*tx.external_keys(), *tx.clients(), *tx.tokens(), *tx.grants())
+        assert (*found, *more) == things
 
     def test_a_migration_that_fails_changes_nothing(
         self, store: Store, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

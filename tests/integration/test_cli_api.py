@@ -139,8 +139,17 @@ def test_external_keys(run: Run, server: Server) -> None:
     assert kid in run("external-key", "list", name).stdout
     assert kid in run("jwks", name).stdout
     assert kid in run("external-key", "show", name, kid).stdout
+    shown = run("key-set", "show", name)
+    assert [kid, "ES256", "admin-bootstrap"] == [shown.stdout.splitlines()[-1].split()[i] for i in (0, 1, 4)]
+    assert "can sign for the key set's issuer" in shown.stderr
+    (row,) = [line for line in run("key-set", "list").stdout.splitlines() if line.startswith(f"{name} ")]
+    assert row.split()[3:5] == ["-", "1"]
     run("external-key", "remove", name, kid, "--yes")
     run("external-key", "show", name, kid, code=1)
+    assert "1 more external key(s) were published before" in run("key-set", "show", name).stderr
+    (row,) = [line for line in run("external-key", "list", name).stdout.splitlines() if line.startswith(kid)]
+    assert "admin-bootstrap" in row
+    assert not row.rstrip().endswith("-"), "when it was removed"
     pem = run("version", "public-key", donor, "k1", "1", "--format", "pem").stdout
     run(
         "external-key",
@@ -181,6 +190,48 @@ def test_callers(run: Run, server: Server) -> None:
     assert token not in revoked.output
     run("client", "delete", name, "--yes")
     run("client", "show", name, code=1)
+
+
+def test_combined_duties(run: Run) -> None:
+    name = fresh("client")
+    run("client", "create", name)
+    run("grant", "create", name, "admin", "--key-set", "default")
+    words = ("grant", "create", name, "signer", "--key-set", "default", "--key", "default")
+    refused = run(*words, code=1).stderr
+    assert f"Client '{name}' has the role admin within the same scope" in refused
+    assert "--accept-combined-duties" in refused
+    given = run(*words, "--accept-combined-duties")
+    assert "Warning: combines duties with " in given.stderr
+    listed = run("grant", "list", "--client", name).stdout
+    assert [line.count("combines duties with ") for line in listed.splitlines()] == [0, 1, 1]
+    assert listed.count("(accepted)") == 1
+    assert "its own grants" in run("grant", "create", "admin-bootstrap", "signer", "--everything", code=3).stderr
+
+
+def test_a_token_is_rotated_where_it_stands(run: Run, tmp_path: Path) -> None:
+    name, file = fresh("client"), tmp_path / "token"
+    run("client", "create", name)
+    run("client", "token", "create", name, "--expires-in", "20d", "--output", str(file))
+    old = file.read_text()
+    warned = run("client", "token", "list", name).stderr
+    identity = json.loads(run("client", "token", "list", name, "--json").stdout)["items"][0]["id"]
+    assert f"Warning: token {identity} ends soon; rotate it: kms-jwks client token rotate {name} {identity}" in warned
+    rotate = ("client", "token", "rotate", name, identity)
+    run("client", "token", "rotate", name, "nothing", "--output", str(file), code=1)
+    assert file.read_text() == old, "an error leaves the file as it was"
+    done = run(*rotate, "--output", str(file))
+    assert f"The old token {identity} works until " in done.stderr
+    assert (file.read_text() != old, file.stat().st_mode & 0o777) == (True, 0o600)
+    assert list(tmp_path.iterdir()) == [file]
+    for token in (old, file.read_text()):
+        assert "no grant" in run("key-set", "list", token=token.strip(), code=3).stderr
+    listed = run("client", "token", "list", name)
+    assert listed.stdout.count("(rotated)") == 1
+    assert "Warning" not in listed.stderr
+    ended = run(*rotate, "--overlap", "0s")
+    assert ended.stdout.startswith("kj_")
+    assert "expired" in run("key-set", "list", token=old.strip(), code=3).stderr
+    assert "cannot be written" in run(*rotate, "--output", str(tmp_path / "none" / "t"), code=2).stderr
 
 
 def test_workers_that_are_alive_are_not_forgotten(run: Run) -> None:

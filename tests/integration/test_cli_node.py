@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import urllib3
 from click.testing import CliRunner, Result
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from kms_jwks.cli.app import cli
 from tests.children import kms_jwks
@@ -50,13 +54,13 @@ class Node:
         assert "Traceback" not in done.stderr
         return done
 
-    def command(self, *words: str, code: int = 0, **env: str) -> Result:
+    def command(self, *words: str, code: int | None = 0, **env: str) -> Result:
         """A command within this process, for the sake of speed."""
         clean = {name: None for name in os.environ if name.startswith("KMS_JWKS_")}
         answer = CliRunner().invoke(cli, [*words, "--config", str(self.config)], env={**clean, **env})
         if answer.exception is not None and not isinstance(answer.exception, SystemExit):
             raise answer.exception
-        assert answer.exit_code == code, answer.output
+        assert code is None or answer.exit_code == code, answer.output
         return answer
 
     def findings(self, *, code: int, module: bool = False, ignore: str = "custodian") -> list[Finding]:
@@ -70,6 +74,11 @@ class Node:
         assert all(step for *_, step in found), "every finding says how to mend it"
         assert (answer["state"] == "failure") == (code == 1)
         return [finding for finding in found if finding[0] != ignore]
+
+    def checks(self, name: str, **env: str) -> list[dict[str, str]]:
+        """What `doctor` says under a name, on a node that only publishes."""
+        answer = self.command("doctor", "--json", code=None, KMS_JWKS_ROUTES="public", **env)
+        return [check for check in json.loads(answer.stdout)["checks"] if check["name"] == name]
 
     def sql(self, statement: str, *values: object) -> list[Any]:
         with sqlite3.connect(self.registry) as connection:
@@ -259,6 +268,44 @@ def test_keys_that_are_not_as_the_registry_says(node: Node) -> None:
     assert "CKA_EXTRACTABLE was True and is False" in altered
 
 
+@pytest.mark.parametrize(
+    ("days", "state", "words", "step"),
+    [
+        ((-10, 60), "ok", "is valid until 20", ""),
+        ((-70, 20), "warning", ", for 19 more days", "Renew it."),
+        ((-90, -1), "failure", "expired at 20", "Renew it."),
+        ((1, 90), "failure", "is valid only from 20", "Correct the clock."),
+    ],
+)
+def test_certificates(node: Node, days: tuple[int, int], state: str, words: str, step: str) -> None:
+    """A chain ends with its first certificate, a bundle of trusted ones with its last."""
+    file = node.folder / "tls.pem"
+    file.write_bytes(certificate(*days) + certificate(-300, 200))
+    (chain,) = node.checks("TLS certificate", KMS_JWKS_TLS_CERT=str(file), KMS_JWKS_TLS_KEY=str(file))
+    assert (chain["state"], chain["next_step"]) == (state, step)
+    assert words in chain["detail"]
+    (bundle,) = node.checks("command line's CA certificate", KMS_JWKS_CACERT=str(file))
+    assert bundle["state"] == "ok"
+
+
+def test_a_certificate_that_is_none(node: Node) -> None:
+    for text, words in (("", "holds no certificate in PEM"), (None, "No such file")):
+        file = node.folder / "tls.pem"
+        file.unlink(missing_ok=True) if text is None else file.write_text(text)
+        (found,) = node.checks("TLS certificate", KMS_JWKS_TLS_CERT=str(file), KMS_JWKS_TLS_KEY=str(node.config))
+        assert found["state"] == "failure"
+        assert words in found["detail"]
+
+
+def certificate(begin: int, end: int) -> bytes:
+    """A self-signed certificate that is valid from and until so many days from now on."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now + timedelta(days=begin)).not_valid_after(now + timedelta(days=end))
+    return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
 def test_a_backend_that_is_not_configured_here(node: Node) -> None:
     node.sql("update versions set backend = 'hsm-2' where number = 1")
     found = {finding[0]: finding for finding in node.findings(code=1, module=True)}
@@ -382,6 +429,32 @@ def test_init_makes_what_is_missing_and_keeps_what_is_there(node: Node, tmp_path
     before = node.command("db", "check").stdout
     assert "disabled" in node.command("db", "restored", "--yes").stdout
     assert node.command("db", "check").stdout != before, "a new incarnation"
+
+
+def test_init_without_its_file_says_that_the_old_token_still_works(node: Node, tmp_path: Path) -> None:
+    token = tmp_path / "admin.token"
+    words = ("init", "--admin-token-file", str(token))
+    node.sql("delete from tokens")
+    node.command(*words)
+    ((old,),) = node.sql("select id from tokens")
+    token.unlink()
+    said = node.command(*words).stdout
+    assert f"client 'admin-bootstrap' (admin): new token in {token}, valid until 20" in said
+    assert "Another token of 'admin-bootstrap' still works, until 20" in said
+    assert f"To revoke it: kms-jwks client token revoke admin-bootstrap {old}\n" in said
+    node.sql("update tokens set revoked_at = 1 where id = ?", old)
+    node.sql("update tokens set expires_at = ? where id <> ?", time.time_ns() // 1000 + 20 * 86_400_000_000, old)
+    said = node.command(*words).stdout
+    assert f"token in {token} reused, valid until 20" in said
+    assert "It ends soon. A new one: kms-jwks client token rotate admin-bootstrap " in said
+    assert "still works" not in said
+
+
+def test_init_makes_no_client_that_administrates_what_it_signs(node: Node, tmp_path: Path) -> None:
+    node.sql("update grants set role = 'admin' where role = 'signer'")
+    words = ("init", "--key-set", "default", "--signer-token-file", str(tmp_path / "signer.token"))
+    assert "'signer-default' has the role admin within the same scope" in node.command(*words, code=1).stderr
+    assert list(tmp_path.glob("signer.token*")) == []
 
 
 def test_init_says_what_it_cannot_write(node: Node) -> None:

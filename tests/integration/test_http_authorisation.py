@@ -59,7 +59,7 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
         {"kid": "x", "alg": "ES256", "remove_at": "2001-01-01T00:00:00Z", "jwk": JWK},
     ),
     f"get_{SET}_external_keys_by_kid": (P.KEY_READ, None),
-    f"delete_{SET}_external_keys_by_kid": (P.EXTERNAL_KEY_MANAGE, None),
+    f"delete_{SET}_external_keys_by_kid": (P.EXTERNAL_KEY_REMOVE, None),
     "get_clients": (P.CLIENT_READ, None),
     "post_clients": (P.CLIENT_MANAGE, {"name": "v1"}),
     "get_clients_by_client": (P.CLIENT_READ, None),
@@ -67,6 +67,7 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     "get_clients_by_client_tokens": (P.CLIENT_READ, None),
     "post_clients_by_client_tokens": (P.CLIENT_MANAGE, {}),
     "delete_clients_by_client_tokens_by_token": (P.CLIENT_MANAGE, None),
+    "post_clients_by_client_tokens_by_token_rotate": (P.CLIENT_MANAGE, {}),
     "get_grants": (P.CLIENT_READ, None),
     "post_grants": (P.GRANT_MANAGE, {"client": "nothing", "role": "admin", "scope": {}}),
     "get_grants_by_grant": (P.CLIENT_READ, None),
@@ -137,6 +138,41 @@ def test_a_scope_holds_what_it_names_and_nothing_else(server: Server) -> None:
     assert [sign(here, k, whole) for k in ("k1", "k2")] == [200, 200]
     assert [sign(here, k, one) for k in ("k1", "k2")] == [200, 403]
     assert [sign(there, "k1", token) for token in (whole, one)] == [403, 403]
+
+
+def test_the_administrator_of_a_key_set_adds_no_key_of_its_own(server: Server) -> None:
+    here = server.key_set(None, "ES256")
+    local = server.client("admin", key_set=here)
+    body = {"kid": fresh("forged"), "alg": "ES256", "remove_at": "2099-01-01T00:00:00Z", "jwk": JWK}
+    path = f"/v1/key-sets/{here}/external-keys"
+    refused = server.call("POST", path, body, token=local)
+    assert (refused.status, refused.json["type"]) == (403, "urn:kms-jwks:problem:forbidden")
+    assert refused.json["permission"] == "external-key:manage"
+    assert server.must("GET", path)["items"] == []
+    added = server.must("POST", path, body)
+    assert added["created_by"] == "admin-bootstrap"
+    assert server.call("DELETE", f"{path}/{body['kid']}", token=local).status == 204
+    assert [e["created_by"] for e in server.must("GET", path)["items"]] == ["admin-bootstrap"]
+
+
+def test_an_administrator_gets_no_right_to_sign(server: Server) -> None:
+    """Not by its own hand, and from another administrator only where that accepts it in so many words."""
+    name, token = server.client_with("admin")
+    mine = server.must("POST", "/v1/clients", {"name": fresh("mine")}, token=token)["name"]
+    for client in ("admin-bootstrap", name):
+        body = {"client": client, "role": "signer", "scope": {"key_set": "default"}}
+        own = server.call("POST", "/v1/grants", body, token=token if client == name else "admin")
+        assert (own.status, own.json["type"]) == (403, "urn:kms-jwks:problem:forbidden")
+    refused = server.call("POST", "/v1/grants", {"client": name, "role": "signer", "scope": {"key_set": "default"}})
+    assert (refused.status, refused.json["type"]) == (409, "urn:kms-jwks:problem:combined_duties")
+    (held,) = [g for g in server.must("GET", "/v1/grants?limit=200")["items"] if g["client"] == name]
+    assert refused.json["grants"] == [held["id"]]
+    given = {"client": name, "role": "signer", "scope": {"key_set": "default"}, "accept_combined_duties": True}
+    assert server.must("POST", "/v1/grants", given)["combined_with"] == [held["id"]]
+    # The way that remains until two people have to approve (docs/security.md).
+    server.must("POST", "/v1/grants", {"client": mine, "role": "signer", "scope": {}}, token=token)
+    detour = server.must("POST", f"/v1/clients/{mine}/tokens", {}, token=token)["token"]
+    server.must("POST", "/v1/key-sets/default/keys/default/jwt", {"claims": {}}, token=detour)
 
 
 def test_lists_show_what_the_grants_cover(server: Server) -> None:

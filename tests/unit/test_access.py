@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from kms_jwks.access import EVERYTHING, ROLES, Permission, Role, Scope, allow, allow_within
+from kms_jwks.access import (
+    EVERYTHING,
+    INSTALLATION_WIDE,
+    ROLES,
+    Permission,
+    Role,
+    Scope,
+    allow,
+    allow_within,
+    combined_duties,
+)
 from kms_jwks.model import Grant, Id, Instant
 
 P = Permission
@@ -72,3 +82,45 @@ def test_permissions_of_different_grants_do_not_add_up_across_scopes() -> None:
     held = [grant(Role.SIGNER, SET), grant(Role.OPERATOR, OTHER_SET)]
     assert not allow(held, P.JWT_SIGN, Scope(OTHER_SET))
     assert not allow(held, P.KEY_ROTATE, Scope(SET))
+
+
+@pytest.mark.parametrize("permission", P)
+def test_some_permissions_need_a_grant_over_everything(permission: Permission) -> None:
+    held = {scope: [grant(Role.ADMIN, scope.key_set_id, scope.key_id)] for scope in (EVERYTHING, Scope(SET))}
+    given = permission in ROLES[Role.ADMIN]
+    assert allow(held[EVERYTHING], permission, Scope(SET)) is given
+    assert allow(held[Scope(SET)], permission, Scope(SET)) is (given and permission not in INSTALLATION_WIDE)
+    assert {P.EXTERNAL_KEY_MANAGE, P.KEY_ADOPT} == INSTALLATION_WIDE
+
+
+_ADMIN, _APART = Role.ADMIN, (Role.SIGNER, Role.RAW_SIGNER, Role.BREAK_GLASS)
+_SCOPES = [(None, None), (SET, None), (SET, KEY), (SET, OTHER_KEY), (OTHER_SET, None), (OTHER_SET, KEY)]
+_APART_SCOPES = {
+    frozenset(pair)
+    for pair in (
+        ((SET, None), (OTHER_SET, None)),
+        ((SET, None), (OTHER_SET, KEY)),
+        ((SET, KEY), (OTHER_SET, None)),
+        ((SET, KEY), (OTHER_SET, KEY)),
+        ((SET, KEY), (SET, OTHER_KEY)),
+        ((SET, OTHER_KEY), (OTHER_SET, None)),
+        ((SET, OTHER_KEY), (OTHER_SET, KEY)),
+    )
+}
+
+
+@pytest.mark.parametrize("role", _APART)
+def test_admin_is_not_combined_within_overlapping_scopes(role: Role) -> None:
+    for one in _SCOPES:
+        for other in _SCOPES:
+            overlap = frozenset((one, other)) not in _APART_SCOPES
+            for first, second in ((_ADMIN, role), (role, _ADMIN)):
+                held = [grant(Role.VERIFIER), grant(first, *one)]
+                assert combined_duties(held, grant(second, *other)) == ([held[1]] if overlap else []), (one, other)
+
+
+def test_other_roles_are_combined_freely() -> None:
+    for one in Role:
+        for other in Role:
+            apart = {one, other} in ({_ADMIN, role} for role in _APART)
+            assert bool(combined_duties([grant(one)], grant(other))) is apart, (one, other)

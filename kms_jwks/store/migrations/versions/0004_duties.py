@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -15,7 +17,9 @@ _ID = sa.String(36).with_variant(sa.String(36, collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("external_keys") as batch:
+    # Adding a column alone would leave SQLite's own text of the table different from that of a new one.
+    rebuild: Literal["always", "never"] = "always" if op.get_bind().dialect.name == "sqlite" else "never"
+    with op.batch_alter_table("external_keys", recreate=rebuild) as batch:
         batch.add_column(sa.Column("created_by", _TEXT, nullable=True))
 
     with op.batch_alter_table("tokens") as batch:
