@@ -65,7 +65,8 @@ def _ensure_token_file(
 
     Yields what was done, and how to revoke the client's other tokens: a new file does not end them.
     """
-    owner = tx.client(name) or add_client(tx, name)
+    owner = _find_or_add_client(tx, name, (role.value, key_set, key))
+    name = owner.name
     add_grant(tx, owner, role, key_set, key)
     now = tx.now()
     others = [t for t in tx.tokens(owner.id) if t.revoked_at is None and t.expires_at > now]
@@ -83,6 +84,26 @@ def _ensure_token_file(
     for token in others:
         yield f"  Another token of {name!r} still works, until {format_instant(token.expires_at)}."
         yield f"  To revoke it: kms-jwks client token revoke {name} {token.id}"
+
+
+def _find_or_add_client(tx: WriteTx, name: str, role: tuple[str, Id | None, Id | None]) -> Client:
+    """The client `name`; where that was deleted, the first of `name-2`, `name-3`, … that is free or has the role.
+
+    `role` is the role and its scope, by the ids of key set and key.
+
+    A deleted client's name stays taken, and `init` must stay a way back in when every other token has ended.
+    """
+    found = tx.client(name)
+    number = 1
+    while found is None:
+        try:
+            return add_client(tx, name if number == 1 else f"{name[: MAX_NAME - 4]}-{number}")
+        except errors.NameTaken:
+            number += 1
+            other = tx.client(f"{name[: MAX_NAME - 4]}-{number}")
+            if other is not None and any((g.role, g.key_set_id, g.key_id) == role for g in tx.grants(other.id)):
+                found = other
+    return found
 
 
 def _valid_token(tx: WriteTx, owner: Client, file: Path) -> ApiToken | None:

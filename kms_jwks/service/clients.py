@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import structlog
 from msgspec import UNSET
 
 from kms_jwks import authn, errors, wire
@@ -14,6 +15,8 @@ from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, check_name
 from kms_jwks.store import ReadTx, WriteTx
 from kms_jwks.times import later, to_datetime
+
+log = structlog.get_logger(__name__)
 
 
 class Clients:
@@ -157,7 +160,10 @@ class Clients:
                 created_by=caller.client,
                 accept_combined_duties=request.accept_combined_duties,
             )
-            return views.grant(tx, made)
+            answer = views.grant(tx, made)
+        if answer.combined_with:
+            log.warning("combined_duties", grant=answer.id, client=answer.client, role=answer.role, by=caller.client)
+        return answer
 
     def delete_grant(self, context: RequestContext, grant_id: str) -> None:
         """Take a grant away from another client. No worker honours it once this returns."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import structlog
 from msgspec import UNSET
 
 from kms_jwks import errors, jose, wire
@@ -15,6 +16,8 @@ from kms_jwks.service import views
 from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, find_algorithm, read_instant
 from kms_jwks.store import ReadTx
+
+log = structlog.get_logger(__name__)
 
 
 class ExternalKeys:
@@ -64,6 +67,7 @@ class ExternalKeys:
             if found.key_set.first_published_at is None:
                 published = replace(found.key_set, first_published_at=found.now, updated_at=found.now)
                 tx.save(replace(published, revision=published.revision + 1))
+        log.warning("external_key_added", key_set=key_set, kid=value.kid, client=value.created_by)
         return views.external_key(value)
 
     def delete(self, context: RequestContext, key_set: str, kid: str) -> None:

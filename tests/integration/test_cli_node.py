@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog.testing
 import urllib3
 from click.testing import CliRunner, Result
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from kms_jwks.cli import supervisor
 from kms_jwks.cli.app import cli
+from kms_jwks.config import load_settings
 from tests.children import kms_jwks
 from tests.faults.harness import Faults
 from tests.integration.conftest import free_port, prepare, running, settled, wait_until
@@ -288,6 +291,24 @@ def test_certificates(node: Node, days: tuple[int, int], state: str, words: str,
     assert bundle["state"] == "ok"
 
 
+def test_serve_logs_once_a_day_that_a_certificate_ends_soon(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = node.folder / "tls.pem"
+    file.write_bytes(certificate(-70, 20))
+    for name, value in (("CONFIG", node.config), ("TLS_CERT", file), ("TLS_KEY", file)):
+        monkeypatch.setenv(f"KMS_JWKS_{name}", str(value))
+    parent = supervisor._Supervisor(load_settings(None), {})
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            parent._report_certificates()
+    ((level, what, detail),) = [(line["log_level"], line["what"], line["detail"]) for line in logs]
+    assert (level, what) == ("warning", "TLS certificate")
+    assert detail.endswith(", for 19 more days")
+    parent._next_certificates -= supervisor.CERTIFICATE_INTERVAL
+    with structlog.testing.capture_logs() as logs:
+        parent._report_certificates()
+    assert len(logs) == 1
+
+
 def test_a_certificate_that_is_none(node: Node) -> None:
     for text, words in (("", "holds no certificate in PEM"), (None, "No such file")):
         file = node.folder / "tls.pem"
@@ -448,6 +469,17 @@ def test_init_without_its_file_says_that_the_old_token_still_works(node: Node, t
     assert f"token in {token} reused, valid until 20" in said
     assert "It ends soon. A new one: kms-jwks client token rotate admin-bootstrap " in said
     assert "still works" not in said
+
+
+def test_init_is_a_way_back_in_after_its_client_was_deleted(node: Node, tmp_path: Path) -> None:
+    """A deleted client's name stays taken, and a client of the next name that is none of `init`'s gets no role."""
+    node.sql("update clients set deleted_at = 1 where name = 'admin-bootstrap'")
+    node.sql("update clients set name = 'admin-bootstrap-2' where name = 'signer-default'")
+    words = ("init", "--admin-token-file", str(tmp_path / "admin.token"))
+    assert "client 'admin-bootstrap-3' (admin): new token" in node.command(*words).stdout
+    assert "client 'admin-bootstrap-3' (admin): token in " in node.command(*words).stdout
+    roles = "select name, role from grants join clients on clients.id = client_id where clients.deleted_at is null"
+    assert sorted(node.sql(roles)) == [("admin-bootstrap-2", "signer"), ("admin-bootstrap-3", "admin")]
 
 
 def test_init_makes_no_client_that_administrates_what_it_signs(node: Node, tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def test_a_client_does_not_administrate_what_it_signs_or_overrides(sets: World) 
 
 def test_accepted_duties_stay_visible(sets: World) -> None:
     signer = give(sets, "one", "signer", MAIN)
-    admin = give(sets, "one", "admin", ALL, accept=True)
+    with structlog.testing.capture_logs() as logs:
+        admin = give(sets, "one", "admin", ALL, accept=True)
+    assert [(line["event"], line["client"], line["by"]) for line in logs] == [("combined_duties", "one", "admin")]
     assert (admin.combined_with, admin.accepted_combined_duties, admin.created_by) == ([signer.id], True, "admin")
     shown = {g.id: g for g in grants(sets)}
     assert shown[admin.id] == admin == sets.service.clients.grant(sets.admin, admin.id)
@@ -141,7 +143,10 @@ def test_who_administrates_a_key_set_alone_publishes_no_key_of_its_own(sets: Wor
 
 def test_each_addition_is_shown_and_its_record_survives_the_removal(world: World) -> None:
     world.create(existing_issuer=True)
-    made = add_external(world, world.admin, "old")
+    with structlog.testing.capture_logs() as logs:
+        made = add_external(world, world.admin, "old")
+    added = [line for line in logs if line["event"] == "external_key_added"]
+    assert [(line["key_set"], line["kid"], line["client"]) for line in added] == [("main", "old", "admin")]
     assert made.created_by == "admin"
     found = world.service.key_sets.get(world.admin, "main")
     assert (found.external_keys, found.external_keys_removed) == ([made], 0)
