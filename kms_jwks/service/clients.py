@@ -136,7 +136,6 @@ class Clients:
         with self._control.change() as tx:
             caller = self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
             owner = find_client(tx, request.client)
-            _require_other_client(caller, owner.id)
             scope = request.scope
             key_set_id = key_id = None
             if scope.key_set is not UNSET:
@@ -151,6 +150,7 @@ class Clients:
                     key_id = key.id
             elif scope.key is not UNSET:
                 raise errors.InvalidField("scope: a key needs its key_set", fields={"field": "scope"})
+            _require_other_client(caller, owner.id)
             made = add_grant(
                 tx,
                 owner,

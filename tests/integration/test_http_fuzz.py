@@ -61,5 +61,6 @@ def fuzz(server: Server, folder: Path, token: str, parameters: dict[str, str], e
 def test_the_service_keeps_its_own_description(server: Server, tmp_path: Path, names: dict[str, str]) -> None:
     """Asked by a caller who owns the key set, so that the use cases themselves are reached."""
     name, token = server.client_with("admin", key_set=names["path.key_set"])
-    server.must("POST", "/v1/grants", {"client": name, "role": "signer", "scope": {"key_set": names["path.key_set"]}})
+    both = {"client": name, "role": "signer", "scope": {"key_set": names["path.key_set"]}}
+    server.must("POST", "/v1/grants", both | {"accept_combined_duties": True})
     fuzz(server, tmp_path, token, names, examples=2)
