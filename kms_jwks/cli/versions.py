@@ -232,7 +232,10 @@ def print_external_keys(found: wire.KeySet | wire.Safety) -> None:
         table(EXTERNAL_COLUMNS, map(external_row, found.external_keys))
         note("Warning: the owner of an external key can sign for the key set's issuer.")
     if found.external_keys_removed:
-        note(f"{found.external_keys_removed} more external key(s) were published before: kms-jwks external-key list")
+        note(
+            f"{found.external_keys_removed} external key(s) were published before and removed: "
+            "kms-jwks external-key list KEY_SET"
+        )
 
 
 def _notes(found: wire.Version) -> str:

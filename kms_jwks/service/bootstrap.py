@@ -51,7 +51,10 @@ def initialise(
                 report.append(f"key set {key_set!r}: reused (issuer {found.issuer})")
             key = tx.key(found.id, _KEY)
             if signer_token_file is not None:
-                name = f"signer-{key_set}"[:MAX_NAME]
+                name = f"signer-{key_set}"
+                if len(name) > MAX_NAME:
+                    # Cut off, the names of two key sets could lead to one client that signs for both.
+                    name = f"signer-{found.id}"
                 report += _ensure_token_file(
                     tx, name, Role.SIGNER, found.id, key.id if key else None, signer_token_file
                 )

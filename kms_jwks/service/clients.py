@@ -151,6 +151,7 @@ class Clients:
             elif scope.key is not UNSET:
                 raise errors.InvalidField("scope: a key needs its key_set", fields={"field": "scope"})
             _require_other_client(caller, owner.id)
+            held = {grant.id for grant in tx.grants(owner.id)}
             made = add_grant(
                 tx,
                 owner,
@@ -161,7 +162,7 @@ class Clients:
                 accept_combined_duties=request.accept_combined_duties,
             )
             answer = views.grant(tx, made)
-        if answer.combined_with:
+        if answer.combined_with and answer.id not in held:
             log.warning("combined_duties", grant=answer.id, client=answer.client, role=answer.role, by=caller.client)
         return answer
 

@@ -93,7 +93,7 @@ class Versions:
             found = self._control.guard.enter_key(tx, context, Permission.KEY_READ, key_set, key)
             value = find_version(tx, found.key, version)
             externals = views.external_keys(tx, found.key_set)
-            removed = views.external_keys_removed(tx, found.key_set)
+            removed = tx.count_removed_external_keys(found.key_set.id)
         report = timeline.safety(value, found.key, found.key_set, found.now)
         return wire.Safety(
             kid=value.kid,

@@ -56,7 +56,7 @@ def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
         revision=value.revision,
         keys=[key(tx, value, k) for k in tx.keys(value.id)],
         external_keys=external_keys(tx, value),
-        external_keys_removed=external_keys_removed(tx, value),
+        external_keys_removed=tx.count_removed_external_keys(value.id),
     )
 
 
@@ -213,11 +213,6 @@ def external_key(value: ExternalKey) -> wire.ExternalKey:
 def external_keys(tx: ReadTx, owner: KeySet) -> list[wire.ExternalKey]:
     """The external keys that a key set publishes."""
     return [external_key(e) for e in tx.external_keys(owner.id)]
-
-
-def external_keys_removed(tx: ReadTx, owner: KeySet) -> int:
-    """How many external keys a key set published before."""
-    return sum(e.removed_at is not None for e in tx.external_keys(owner.id, include_removed=True))
 
 
 def client(value: Client) -> wire.Client:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, insert, select, union, update
+from sqlalchemy import ColumnElement, Connection, func, insert, select, union, update
 
 from kms_jwks import errors
 from kms_jwks.model import (
@@ -156,6 +156,12 @@ class ReadTx:
         c = t.external_keys.c
         where = [*_equal(c.key_set_id, key_set_id), *([] if include_removed else [c.removed_at.is_(None)])]
         return self._list(ExternalKey, *where, after=after, limit=limit)
+
+    def count_removed_external_keys(self, key_set_id: Id) -> int:
+        """How many external keys of a set were removed; their records stay."""
+        c = t.external_keys.c
+        removed = select(func.count()).where(c.key_set_id == key_set_id, c.removed_at.is_not(None))
+        return self._connection.execute(removed).scalar_one()
 
     def ever_published(self, key_set_id: Id | None = None) -> frozenset[tuple[Id, str]]:
         """Key set and `alg` of every version and external key that was ever published, of one set or of all."""

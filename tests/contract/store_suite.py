@@ -153,6 +153,7 @@ class StoreContract:
             left: list[Any] = [reading.external_keys(), reading.grants(), reading.clients(), reading.workers()]
             assert left == [[], [], [], []]
             assert len(reading.external_keys(Id("set-1"), include_removed=True)) == 1
+            assert [reading.count_removed_external_keys(Id(name)) for name in ("set-1", "set-2")] == [1, 0]
             assert len(reading.grants(include_deleted=True)) == len(reading.workers(include_stopped=True)) == 1
             assert reading.client_by_id(Id("client-1")) is not None
             assert reading.kid_owner("old") == ("external_key", "external-1")

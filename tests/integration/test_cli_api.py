@@ -146,7 +146,7 @@ def test_external_keys(run: Run, server: Server) -> None:
     assert row.split()[3:5] == ["-", "1"]
     run("external-key", "remove", name, kid, "--yes")
     run("external-key", "show", name, kid, code=1)
-    assert "1 more external key(s) were published before" in run("key-set", "show", name).stderr
+    assert "1 external key(s) were published before and removed" in run("key-set", "show", name).stderr
     (row,) = [line for line in run("external-key", "list", name).stdout.splitlines() if line.startswith(kid)]
     assert "admin-bootstrap" in row
     assert not row.rstrip().endswith("-"), "when it was removed"

@@ -471,6 +471,14 @@ def test_init_without_its_file_says_that_the_old_token_still_works(node: Node, t
     assert "still works" not in said
 
 
+def test_init_makes_a_signer_for_each_key_set_however_long_its_name(node: Node, tmp_path: Path) -> None:
+    for last in "ab":
+        file = tmp_path / f"{last}.token"
+        node.command("init", "--key-set", "s" * 62 + last, "--signer-token-file", str(file))
+    counted = "select count(*) from grants where role = 'signer' group by client_id"
+    assert node.sql(counted) == [(1,), (1,), (1,)]
+
+
 def test_init_is_a_way_back_in_after_its_client_was_deleted(node: Node, tmp_path: Path) -> None:
     """A deleted client's name stays taken, and a client of the next name that is none of `init`'s gets no role."""
     node.sql("update clients set deleted_at = 1 where name = 'admin-bootstrap'")

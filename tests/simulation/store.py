@@ -230,6 +230,9 @@ class _Read(ReadTx):
         ]
         return self._page(found, after, limit)
 
+    def count_removed_external_keys(self, key_set_id: Id) -> int:
+        return sum(e.key_set_id == key_set_id and e.removed_at is not None for e in self._all(ExternalKey))
+
     def kid_owner(self, kid: str) -> tuple[str, Id] | None:
         return self.contents_now.kids.get(kid)
 
