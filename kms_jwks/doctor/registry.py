@@ -56,8 +56,8 @@ class Registry:
     lease: CustodianLease | None
     clients: list[Client]
     grants: list[Grant]
-    external_keys: list[ExternalKey]
-    """Removed ones included."""
+    external_records: list[ExternalKey]
+    """The external keys of all key sets, removed ones included."""
     ending: list[Ending]
 
     @classmethod
@@ -76,7 +76,7 @@ class Registry:
                 lease=tx.custodian_lease(),
                 clients=tx.clients(),
                 grants=tx.grants(),
-                external_keys=tx.external_keys(include_removed=True),
+                external_records=tx.external_keys(include_removed=True),
                 ending=list_ending(tx),
             )
 
@@ -206,7 +206,7 @@ def policies(registry: Registry) -> Iterator[Check]:
 def external_keys(registry: Registry) -> Iterator[Check]:
     """The foreign keys that key sets publish and have published, with the clients that added them."""
     for key_set in registry.key_sets:
-        added = [e for e in registry.external_keys if e.key_set_id == key_set.id]
+        added = [e for e in registry.external_records if e.key_set_id == key_set.id]
         for external in added:
             if external.removed_at is None:
                 yield Check(
