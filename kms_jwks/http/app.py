@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from urllib.parse import quote
 
 from flask import Flask, request
 from flask import Response as FlaskResponse
-from flask.sessions import SecureCookieSessionInterface
 from werkzeug.exceptions import HTTPException
 from werkzeug.wsgi import ClosingIterator
 
@@ -18,7 +18,6 @@ from kms_jwks import errors
 from kms_jwks.http import dispatch, problems
 from kms_jwks.http.exchange import Request, Response, Route, Side
 from kms_jwks.http.routes import served
-from kms_jwks.service.context import RequestContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
     from kms_jwks.service import Service
+    from kms_jwks.service.context import RequestContext
 
     Environ = dict[str, Any]
 
@@ -36,49 +36,50 @@ _DRAINED = 2_097_152
 """Bytes of a refused body that are read and dropped at most."""
 _BODILESS = frozenset({204, 304})
 _NOTHING: Callable[[], None] = lambda: None  # noqa: E731
-
-
-class _NoSessions(SecureCookieSessionInterface):
-    """The API sets no cookies."""
-
-    def open_session(self, app: Flask, request: Any) -> Any:
-        return self.make_null_session(app)
-
-    def is_null_session(self, obj: object) -> bool:
-        return True
+_NO_QUERY: dict[str, str] = {}
+_AUTHORITY = re.compile(r"https?://[^/?]*", re.IGNORECASE)
+"""The beginning of a request target in absolute form (RFC 9112 §3.2.2)."""
 
 
 class _Answer(FlaskResponse):
     """Flask's response type, sent without Werkzeug's handling of headers, which costs more than all the rest."""
 
     default_mimetype = None
-    _made: Response
-    _release: Callable[[], None]
-
-    @classmethod
-    def of(cls, made: Response, release: Callable[[], None]) -> _Answer:
-        """The answer, and the function that the server calls once it has sent it."""
-        answer = cls()
-        answer._made, answer._release = made, release
-        answer.status_code = made.status
-        return answer
+    made: Response
+    release: Callable[[], None]
+    """Called by the server once it has sent the answer."""
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        made = self._made
+        made = self.made
         headers = made.headers
         if made.status not in _BODILESS:
             headers = [*headers, ("Content-Length", str(len(made.body)))]
         start_response(_STATUS_LINES[made.status], headers)
         body = () if environ["REQUEST_METHOD"] == "HEAD" else (made.body,)
         # The server calls `close` when it has sent the body (PEP 3333): that releases the snapshot.
-        return ClosingIterator(body, self._release) if self._release is not _NOTHING else body
+        return ClosingIterator(body, self.release) if self.release is not _NOTHING else body
 
 
 class App(Flask):
-    """Flask without the parts that an API does not use. `service` is passed to the endpoints."""
+    """Flask as an API needs it. `service` is passed to the endpoints. Without a secret key it sets no cookies."""
 
-    session_interface = _NoSessions()
     service: Service
+
+    def wsgi_app(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Match the path as it was sent, not decoded, so that each route has one spelling.
+
+        `/v1%2fclients` is not `/v1/clients`. WSGI itself offers the decoded path only; gunicorn and other servers add
+        the request target (`RAW_URI`, `REQUEST_URI`).
+        """
+        target = environ.get("RAW_URI") or environ.get("REQUEST_URI")
+        if target is None:
+            path = quote(environ["PATH_INFO"].encode("latin-1"))
+        else:
+            path = _AUTHORITY.sub("", target, count=1) if target[:1] != "/" else target
+            path = path.partition("?")[0]
+        # Werkzeug drops leading slashes; no route begins with "/.".
+        environ["PATH_INFO"] = f"/.{path}" if path.startswith("//") else path
+        return super().wsgi_app(environ, start_response)
 
 
 def create_app(service: Service) -> App:
@@ -121,9 +122,11 @@ class _Adapter:
         def respond(**params: str) -> FlaskResponse:
             started = time.perf_counter()
             environ: Environ = request.environ
-            context = _context(environ, route)
+            context = dispatch.context_of(request.headers.get, environ.get("REMOTE_ADDR"), route)
             release = _NOTHING
             try:
+                if "%" in environ["PATH_INFO"]:
+                    params = dispatch.decode_params(params)
                 exchange = self._read(route, environ, params, context)
                 if route.hot:
                     # After the body, whose sender may be slow, and before the snapshot is read for the answer.
@@ -146,7 +149,7 @@ class _Adapter:
     def refuse(self, error: HTTPException) -> FlaskResponse:
         """Answer what Werkzeug refuses before any route runs."""
         started = time.perf_counter()
-        context = _context(request.environ, None)
+        context = dispatch.context_of(request.headers.get, request.environ.get("REMOTE_ADDR"), None)
         _read_rest(request.environ)
         if error.code == 405:
             allow = tuple(sorted(getattr(error, "valid_methods", None) or ()))
@@ -160,7 +163,7 @@ class _Adapter:
     def defect(self, error: Exception) -> FlaskResponse:
         """Answer an exception from outside of every view."""
         started = time.perf_counter()
-        context = _context(request.environ, None)
+        context = dispatch.context_of(request.headers.get, request.environ.get("REMOTE_ADDR"), None)
         response = problems.for_exception(error, context.request_id)
         return _finish(response, request.environ, context, {}, started, _NOTHING)
 
@@ -171,16 +174,12 @@ class _Adapter:
             # A peer that stops sending its body, or reading its answer, must not hold a thread and a snapshot for ever.
             connection.settimeout(self._timeout)
 
-        def header(name: str) -> str | None:
-            key = name.upper().replace("-", "_")
-            value: str | None = environ.get("CONTENT_TYPE" if key == "CONTENT_TYPE" else f"HTTP_{key}")
-            return value or None
-
+        query = environ.get("QUERY_STRING")
         exchange = Request(
             method=environ["REQUEST_METHOD"],
             params=params,
-            query=lambda name: _query(environ, name),
-            header=header,
+            query=dispatch.parse_query(route, query).get if query else _NO_QUERY.get,
+            header=request.headers.get,
             body=b"",
             context=context,
         )
@@ -193,42 +192,20 @@ class _Adapter:
             chunked="HTTP_TRANSFER_ENCODING" in environ,
         )
         if body is not None:
-            _feed(body, environ["wsgi.input"])
+            stream = environ["wsgi.input"]
+            try:
+                while body.wanted and (chunk := stream.read(min(body.wanted, _CHUNK))):
+                    body.feed(chunk)
+            except errors.Error:
+                raise
+            except Exception as error:
+                # Timeouts, broken chunks, lost connections: each server has exception classes of its own for them.
+                late = isinstance(error, TimeoutError)
+                cause = "did not arrive in time" if late else "broke off, or its chunks are malformed"
+                raise errors.LengthMismatch(f"The body {cause}.") from error
             exchange.body = body.complete()
         getattr(environ["wsgi.input"], "received", _NOTHING)()
         return exchange
-
-
-def _context(environ: Environ, route: Route | None) -> RequestContext:
-    return RequestContext(
-        authorization=environ.get("HTTP_AUTHORIZATION") or None,
-        request_id=dispatch.request_id(environ.get("HTTP_X_REQUEST_ID")),
-        peer=environ.get("REMOTE_ADDR"),
-        route=None if route is None else route.path,
-    )
-
-
-def _query(environ: Environ, name: str) -> str | None:
-    try:
-        values = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True, max_num_fields=32).get(name)
-    except ValueError:
-        raise errors.InvalidField("The query has too many parameters.") from None
-    if values is not None and len(values) > 1:
-        raise errors.InvalidField(f"{name}: stands twice in the query", fields={"field": name})
-    return str(values[0]) if values is not None else None
-
-
-def _feed(body: dispatch.Body, stream: Any) -> None:
-    """Read a body from a WSGI input, which blocks, until it is whole or ends."""
-    while body.wanted:
-        try:
-            chunk = stream.read(min(body.wanted, _CHUNK))
-        except Exception as error:
-            # Timeouts, broken chunks, lost connections: each server has exception classes of its own for them.
-            raise errors.LengthMismatch("The body broke off, or its chunks are malformed.") from error
-        if not chunk:
-            return
-        body.feed(chunk)
 
 
 def _read_rest(environ: Environ) -> None:
@@ -271,4 +248,7 @@ def _finish(
         started=started,
         quiet=quiet,
     )
-    return _Answer.of(response, release)
+    answer = _Answer()
+    answer.made, answer.release = response, release
+    answer.status_code = response.status
+    return answer

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from types import UnionType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, unquote
 
 import msgspec
 import structlog
@@ -20,13 +21,13 @@ import structlog
 from kms_jwks import errors, strictjson, wire
 from kms_jwks.http import problems
 from kms_jwks.http.exchange import JSON, Request, Response, Route
+from kms_jwks.service.context import RequestContext
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from kms_jwks.config import Settings
     from kms_jwks.service import Service
-    from kms_jwks.service.context import RequestContext
 
 log = structlog.get_logger(__name__)
 _root = logging.getLogger()
@@ -34,6 +35,11 @@ _root = logging.getLogger()
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JSON_UTF_8 = re.compile(r'application/json(?:\s*;\s*charset="?utf-8"?)?\s*', re.IGNORECASE)
+_NEEDLESSLY_ENCODED = re.compile("%(?:2[DE]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5F|7E)", re.IGNORECASE)
+"""Unreserved characters, percent-encoded."""
+_MAX_PARAMETERS = 32
+_SHOWN_NAME = 64
+"""Characters of an unknown query parameter's name that a refusal repeats at most."""
 _LOGGED_PATH = 256
 _LOGGED_DETAIL = 300
 """Characters of a path and of a problem's detail that a log line holds at most."""
@@ -52,16 +58,62 @@ class Limits:
         return cls(settings.max_body, settings.max_batch_body)
 
 
-def request_id(header: str | None) -> str:
-    """The caller's X-Request-Id where it has 1 to 64 characters of `A-Za-z0-9._-`, else a fresh id."""
-    if header is not None and _REQUEST_ID.fullmatch(header):
-        return header
-    return os.urandom(12).hex()
+def context_of(header: Callable[[str], str | None], peer: str | None, route: Route | None) -> RequestContext:
+    """The context of a request.
+
+    `header` looks a header up by its lower-case name. The request id is the caller's X-Request-Id where it has 1 to 64
+    characters of `A-Za-z0-9._-`, else a fresh one.
+    """
+    request_id = header("x-request-id")
+    if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+        request_id = os.urandom(12).hex()
+    return RequestContext(
+        authorization=header("authorization") or None,
+        request_id=request_id,
+        peer=peer,
+        route=None if route is None else route.path,
+    )
 
 
 def bodiless(request: object) -> bool:
     """Whether a route's body may be left out: all its fields are optional."""
     return isinstance(request, type) and not any(f.required for f in msgspec.structs.fields(request))
+
+
+# --- the path and the query -------------------------------------------------------------------------------------------
+
+
+def decode_params(params: Mapping[str, str]) -> dict[str, str]:
+    """The parameters of a path that holds percent-encoded octets. Raises RouteNotFound.
+
+    Only a kid may hold a slash. A character that needs no encoding (RFC 3986 §2.3) is not encoded: each object has one
+    path.
+    """
+    if any(_NEEDLESSLY_ENCODED.search(value) for value in params.values()):
+        raise errors.RouteNotFound
+    decoded = {name: unquote(value) for name, value in params.items()}
+    if any("/" in value for name, value in decoded.items() if name not in ("kid", "version")):
+        raise errors.RouteNotFound
+    return decoded
+
+
+def parse_query(route: Route, query: str) -> dict[str, str]:
+    """The parameters of a query that is not empty. Raises InvalidField for one that the route does not take."""
+    try:
+        found = parse_qs(query, keep_blank_values=True, max_num_fields=_MAX_PARAMETERS)
+    except ValueError:
+        raise errors.InvalidField("The query has too many parameters.") from None
+    taken = (*(("limit", "cursor") if route.paged else ()), *route.query)
+    for name, values in found.items():
+        if name not in taken:
+            known = ", ".join(taken) or "none"
+            raise errors.InvalidField(
+                f"{name[:_SHOWN_NAME]!r}: not a query parameter of this route; it takes {known}",
+                fields={"field": name[:_SHOWN_NAME]},
+            )
+        if len(values) > 1:
+            raise errors.InvalidField(f"{name}: stands twice in the query", fields={"field": name})
+    return {name: values[0] for name, values in found.items()}
 
 
 # --- the body ---------------------------------------------------------------------------------------------------------

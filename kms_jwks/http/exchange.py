@@ -148,6 +148,8 @@ class Route:
     """The struct of a Page's items."""
     paged: bool = False
     """Takes `?limit&cursor`."""
+    query: tuple[str, ...] = ()
+    """Further query parameters that the route takes; all others are refused."""
     media: tuple[str, ...] = ()
     """Media types of a success that has no struct."""
     statuses: tuple[int, ...] = (200,)

@@ -140,6 +140,9 @@ def _parameters(route: Route) -> Iterator[dict[str, Any]]:
         yield {"name": "limit", "in": "query", "schema": limit, "description": "Items of a page, 50 by default."}
         cursor = {"type": "string", "pattern": f"^{CURSOR}$"}
         yield {"name": "cursor", "in": "query", "schema": cursor, "description": "`next` of the page before."}
+    for name in route.query:
+        schema, description = _PARAMETERS[name]
+        yield {"name": name, "in": "query", "schema": schema, "description": description}
     if route.method == "PATCH":
         yield {
             "name": "If-Match",

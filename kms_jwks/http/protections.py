@@ -1,11 +1,14 @@
-"""What protects a serving process: a deadline for reading each request, and its end once a module holds its threads.
+"""What protects a serving process: a deadline for reading each request, counts of what it refused, and its end once a
+module holds its threads.
 
 Plain classes that know no server; a gunicorn worker of either kind connects them to its connections and its clock tick.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -51,6 +54,20 @@ class RequestDeadlines(Generic[C]):
             # The thread that reads may have finished meanwhile; only one of the two gets the entry.
             if deadline <= now and self._reading.pop(request, None) is not None:
                 self._stop_reading(connection)
+
+
+class RefusalCounts:
+    """How many requests a server process refused before any route, by reason. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, reason: str) -> int:
+        """Count one more; how many of this reason there were."""
+        with self._lock:
+            self._counts[reason] += 1
+            return self._counts[reason]
 
 
 class Verdict(Enum):

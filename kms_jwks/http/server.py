@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import ssl
 import threading
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,19 +20,22 @@ import structlog
 from gunicorn import util  # type: ignore[import-untyped]
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
-from gunicorn.http import errors as parser  # type: ignore[import-untyped]
+from gunicorn.http import RequestParser  # type: ignore[import-untyped]
+from gunicorn.http import errors as parser
+from gunicorn.http.message import Request  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
 
 from kms_jwks import errors
 from kms_jwks.http import dispatch, logs, problems
 from kms_jwks.http.app import App, create_app
-from kms_jwks.http.protections import RequestDeadlines, Verdict, WornOutCheck
+from kms_jwks.http.protections import RefusalCounts, RequestDeadlines, Verdict, WornOutCheck
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kms_jwks.backends.calling import Backends
     from kms_jwks.config import Settings
+    from kms_jwks.http.exchange import Response
     from kms_jwks.service import Service
 
 log = structlog.get_logger(__name__)
@@ -128,7 +133,49 @@ class Log(Logger):  # type: ignore[misc]
             log.setLevel(max(self.loglevel, logging.INFO))
 
 
-# gunicorn's parser refuses these before any route: the status, and a text that repeats nothing of what was sent.
+# --- what is refused before any route ---------------------------------------------------------------------------------
+
+
+class IncompleteHead(parser.ParseException):  # type: ignore[misc]
+    """The connection ended within a request's head."""
+
+
+class LateHead(IncompleteHead):
+    """The deadline passed before the end of a request's head."""
+
+
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+"""A Host header (RFC 9110 §7.2): reg-name, IPv4 address or IP-literal, and a port."""
+
+
+class CheckedRequest(Request):  # type: ignore[misc]
+    """gunicorn's request, held against rules of RFC 9112 that gunicorn leaves to the application.
+
+    A request of HTTP/1.1 has a Host (§3.2). The target has no fragment (§3.2.1). The only transfer coding is chunked,
+    alone: gunicorn takes `gzip, chunked` and passes the compressed body on (§6.1). TE does not name chunked (RFC 9110
+    §10.1.4). Raises gunicorn's own exceptions, and IncompleteHead.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        try:
+            super().__init__(*arguments)
+        except parser.NoMoreData as error:
+            raise IncompleteHead from error
+        if "#" in self.uri:
+            raise parser.InvalidRequestLine(self.uri)
+        host = None
+        for name, value in self.headers:
+            if name == "HOST":
+                host = value
+            elif name == "TRANSFER-ENCODING" and value.lower() != "chunked":
+                raise parser.UnsupportedTransferCoding(value)
+            elif name == "TE" and "chunked" in re.split(r"[\s,;]+", value.lower()):
+                raise parser.InvalidHeader("TE")
+        if not _HOST.fullmatch(host or "") or (host is None and self.version >= (1, 1)):
+            raise parser.InvalidHeader("HOST")
+
+
+# The status, and a text that repeats nothing of what was sent.
 _REFUSED: dict[type[Exception], tuple[int, errors.InvalidRequest]] = {
     parser.LimitRequestLine: (414, errors.InvalidRequest("The request line is too long.")),
     parser.LimitRequestHeaders: (431, errors.InvalidRequest("The header fields are too large or too many.")),
@@ -144,20 +191,32 @@ _REFUSED: dict[type[Exception], tuple[int, errors.InvalidRequest]] = {
     parser.InvalidChunkSize: (400, errors.LengthMismatch("A chunk's size is malformed.")),
     parser.InvalidChunkExtension: (400, errors.LengthMismatch("A chunk's extension is malformed.")),
     parser.ChunkMissingTerminator: (400, errors.LengthMismatch("A chunk does not end where it should.")),
+    IncompleteHead: (400, errors.InvalidRequest("The connection ended within the request's head.")),
+    LateHead: (408, errors.InvalidRequest("The request's head did not arrive in time.")),
     ssl.SSLError: (403, errors.InvalidRequest("The TLS connection failed; this address answers HTTPS alone.")),
 }
-_FRAMING = frozenset({"CONTENT-LENGTH", "TRANSFER-ENCODING"})
+_HEADERS = {
+    "CONTENT-LENGTH": errors.LengthMismatch(),
+    "TRANSFER-ENCODING": errors.LengthMismatch(),
+    "HOST": errors.InvalidRequest("The Host header is missing, malformed, or stands twice."),
+    "TE": errors.InvalidRequest("The TE header lists chunked, which every recipient takes and no sender may list."),
+}
+"""What InvalidHeader says of these headers."""
 
 
-def refusal(error: Exception, peer: str | None) -> bytes | None:
-    """The whole HTTP answer to a request that gunicorn could not read; None for other errors. Writes the log line."""
+def refusal(error: Exception, peer: str | None, counts: RefusalCounts) -> bytes | None:
+    """The whole HTTP answer to a request that was refused before any route, None for a defect.
+
+    Counts the refusal, and writes its log line; `count` in it is how many of its reason this worker has refused.
+    """
     found = next((_REFUSED[cls] for cls in type(error).__mro__ if cls in _REFUSED), None)
-    if found is None:
+    if found is None or isinstance(error, parser.InvalidResponseHeader | parser.InvalidResponseHeaderName):
         return None
     status, problem = found
-    if isinstance(error, parser.InvalidHeader) and error.hdr in _FRAMING:
-        problem = errors.LengthMismatch()
-    request_id = dispatch.request_id(None)
+    if isinstance(error, parser.InvalidHeader):
+        problem = _HEADERS.get(error.hdr, problem)
+    reason = (isinstance(error, ssl.SSLError) and getattr(error, "reason", None)) or type(error).__name__
+    request_id = _request_id()
     getattr(log, dispatch.level_of(status))(
         "request_refused",
         request_id=request_id,
@@ -165,16 +224,26 @@ def refusal(error: Exception, peer: str | None) -> bytes | None:
         peer=peer,
         code=problem.code,
         detail=problem.detail,
-        reason=(isinstance(error, ssl.SSLError) and getattr(error, "reason", None)) or type(error).__name__,
+        reason=reason,
+        count=counts.add(reason),
     )
-    response = problems.response(problem, request_id, status=status)
+    return _whole(problems.response(problem, request_id, status=status), request_id)
+
+
+def _request_id() -> str:
+    return dispatch.context_of(lambda _: None, None, None).request_id
+
+
+def _whole(response: Response, request_id: str) -> bytes:
+    """An answer as it is sent, with the end of the connection."""
     response.headers += [
         ("X-Request-Id", request_id),
         ("Content-Length", str(len(response.body))),
         ("Connection", "close"),
     ]
     head = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
-    return f"HTTP/1.1 {status} Refused\r\n{head}\r\n".encode("latin-1") + response.body
+    status = HTTPStatus(response.status)
+    return f"HTTP/1.1 {status.value} {status.phrase}\r\n{head}\r\n".encode("latin-1") + response.body
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -188,7 +257,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._deadlines = RequestDeadlines(self.request_timeout, _stop_reading)
         self._worn_out = WornOutCheck(int(self.cfg.threads))
+        self._refusals = RefusalCounts()
         self._exiting = False
+
+    def init_process(self) -> None:
+        """After the fork: gunicorn's parser makes its requests by `CheckedRequest`."""
+        RequestParser.mesg_class = CheckedRequest
+        super().init_process()
 
     def handle(self, conn: Any) -> Any:
         """One request on a connection, in a thread."""
@@ -227,11 +302,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().set_accept_enabled(enabled and self._worn_out.has_threads)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
-        """Answer a request that gunicorn could not read, and log the refusal."""
-        answer = refusal(exc, addr[0] if addr else None)
+        """Answer a request that was refused before any route, or that met a defect, with a problem; log it."""
+        if isinstance(exc, IncompleteHead) and not self._deadlines.received(threading.get_ident()):
+            exc = LateHead()
+        peer = addr[0] if addr else None
+        answer = refusal(exc, peer, self._refusals)
         if answer is None:
-            super().handle_error(req, client, addr, exc)
-            return
+            request_id = _request_id()
+            log.error("request_failed", request_id=request_id, peer=peer, exc_info=exc)
+            answer = _whole(problems.response(errors.InternalError(), request_id), request_id)
         try:
             util.write_nonblock(client, answer)
         except OSError:

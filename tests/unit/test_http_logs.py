@@ -15,6 +15,7 @@ from werkzeug.test import Client
 
 from kms_jwks import errors, wire
 from kms_jwks.http import dispatch, logs, problems, server
+from kms_jwks.http.protections import RefusalCounts
 from kms_jwks.service.signing import Batch
 from tests.unit.test_http_app import JWKS, SIGN, SIGNED, FakeService, Sender, app_of
 
@@ -307,7 +308,7 @@ def test_a_detail_is_not_endless(lines: io.StringIO, service: FakeService) -> No
 def test_what_the_server_refuses_before_any_route_has_its_line(lines: io.StringIO, cls: type[Exception]) -> None:
     secret = "kj_secret"
     made = cls(9000, 8000) if cls is parser.LimitRequestLine else cls(secret)
-    answer = server.refusal(made, "192.0.2.1")
+    answer = server.refusal(made, "192.0.2.1", RefusalCounts())
     assert answer is not None
     document = json.loads(answer.partition(b"\r\n\r\n")[2])
     line = only(lines)

@@ -12,6 +12,7 @@ from gunicorn.http import errors as parser  # type: ignore[import-untyped]
 
 from kms_jwks.cli import supervisor
 from kms_jwks.config import Settings, load_settings
+from kms_jwks.http.protections import RefusalCounts
 from kms_jwks.http.server import _REFUSED, Worker, gunicorn_settings, refusal, tls_context
 
 
@@ -45,7 +46,7 @@ def test_proxies_and_tls_are_passed_on() -> None:
 def test_what_gunicorn_refuses_is_a_problem_document(cls: type[Exception]) -> None:
     secret = "kj_secret"
     made = cls(9000, 8000) if cls is parser.LimitRequestLine else cls(secret)
-    answer = refusal(made, "192.0.2.1")
+    answer = refusal(made, "192.0.2.1", RefusalCounts())
     assert answer is not None
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
@@ -60,8 +61,8 @@ def test_what_gunicorn_refuses_is_a_problem_document(cls: type[Exception]) -> No
 
 
 def test_what_is_not_the_callers_fault_is_left_to_gunicorn() -> None:
-    assert refusal(ZeroDivisionError(), None) is None
-    assert refusal(parser.InvalidHeader("CONTENT-LENGTH"), None).startswith(b"HTTP/1.1 400")  # type: ignore[union-attr]
+    assert refusal(ZeroDivisionError(), None, RefusalCounts()) is None
+    assert refusal(parser.InvalidHeader("CONTENT-LENGTH"), None, RefusalCounts()).startswith(b"HTTP/1.1 400")  # type: ignore[union-attr]
 
 
 def test_children_find_the_file_and_what_the_command_line_changed(
