@@ -35,6 +35,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from kms_jwks import issuers
 from kms_jwks.errors import ConfigurationError
 from kms_jwks.model import NAME_RULE, is_name
 
@@ -79,6 +80,9 @@ def _public_url(value: str) -> str:
         raise ValueError("must not carry a user name or a password")
     if "?" in value or "#" in value or value.endswith("/") or any(ch.isspace() for ch in value):
         raise ValueError("must have no query, no fragment, no space and no slash at its end")
+    normal = issuers.normal_form(value)
+    if normal != value:
+        raise ValueError(f"must be in normal form, which is {normal}: issuers begin with it")
     return value
 
 

@@ -214,6 +214,8 @@ class KeySet(Answer):
     jwks_uri: str
     jwks_pq_uri: str | None
     """Where its ML-DSA keys are published; null while it has none."""
+    warnings: list[str]
+    """Remarks that every report has to show, e.g. that the issuer's metadata is not served."""
     first_published_at: datetime | None
     created_at: datetime
     updated_at: datetime

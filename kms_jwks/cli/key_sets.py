@@ -11,7 +11,7 @@ from kms_jwks import wire
 from kms_jwks.algorithms import PRIVATE_MEMBERS
 from kms_jwks.cli.api import api_command
 from kms_jwks.cli.options import DURATION, INSTANT, KEY_SPEC, confirmed, content, given, json_object, key_set_argument
-from kms_jwks.cli.output import details, duration, table, when, yes
+from kms_jwks.cli.output import details, duration, note, table, when, yes
 from kms_jwks.cli.versions import (
     EXTERNAL_COLUMNS,
     VERSION_COLUMNS,
@@ -125,6 +125,8 @@ def _print_key_set(found: wire.KeySet) -> None:
     click.echo()
     table(("KEY", *VERSION_COLUMNS), ((k.name, *version_row(v)) for k in found.keys for v in k.versions))
     print_external_keys(found)
+    for warning in found.warnings:
+        note(f"Warning: {warning}")
 
 
 # --- external keys ----------------------------------------------------------------------------------------------------

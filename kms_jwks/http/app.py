@@ -7,7 +7,7 @@ import re
 import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from flask import Flask, request
 from flask import Response as FlaskResponse
@@ -18,6 +18,7 @@ from kms_jwks import errors
 from kms_jwks.http import dispatch, problems
 from kms_jwks.http.exchange import Request, Response, Route, Side
 from kms_jwks.http.routes import served
+from kms_jwks.issuers import AUTHORIZATION_SERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -89,17 +90,30 @@ def create_app(service: Service) -> App:
     app.url_map.merge_slashes = False
     app.url_map.redirect_defaults = False
     adapter = _Adapter(service)
+    prefix = urlsplit(service.settings.public_url).path
     for route in served(service.settings.routes):
-        app.add_url_rule(
-            _rule(route.path),
-            endpoint=f"{route.method} {route.path}",
-            view_func=adapter.view(route),
-            methods=[route.method],
-            provide_automatic_options=False,
-        )
+        view = adapter.view(route)
+        for path in _paths(route.path, prefix):
+            app.add_url_rule(
+                _rule(path),
+                endpoint=f"{route.method} {route.path}",
+                view_func=view,
+                methods=[route.method],
+                provide_automatic_options=False,
+            )
     app.register_error_handler(HTTPException, adapter.refuse)
     app.register_error_handler(Exception, adapter.defect)
     return app
+
+
+def _paths(path: str, prefix: str) -> tuple[str, ...]:
+    """Where a route is. `prefix` is the path of `public_url`, which a proxy removes.
+
+    RFC 8414 §3.1 puts the well-known part before the whole path of an issuer, so that a proxy finds no prefix there.
+    """
+    if prefix and path.startswith(AUTHORIZATION_SERVER):
+        return path, AUTHORIZATION_SERVER + prefix + path.removeprefix(AUTHORIZATION_SERVER)
+    return (path,)
 
 
 def _rule(path: str) -> str:

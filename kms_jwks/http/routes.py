@@ -180,6 +180,11 @@ ROUTES: tuple[Route, ...] = (
         data.discovery,
         "Issuer metadata (RFC 8414) where the service is the issuer",
     ),
+    *_document(
+        "/{key_set}/.well-known/oauth-authorization-server",
+        data.discovery,
+        "Issuer metadata (RFC 8414), below the issuer",
+    ),
     # signing
     _signing("jwt", data.sign_jwt, wire.JwtRequest, wire.SignedJwt, P.JWT_SIGN),
     _signing("jws", data.sign_jws, wire.JwsRequest, wire.SignedJws, P.JWS_SIGN),

@@ -6,19 +6,18 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import UNSET
 
-from kms_jwks import errors, timeline, wire
+from kms_jwks import errors, issuers, timeline, wire
 from kms_jwks.algorithms import ALGORITHMS, DEFAULT_RSA_BITS
 from kms_jwks.custodian import document_limits, transitions
 from kms_jwks.model import Access, Id, Instant, Key, KeySet, KeyVersion, Policy, Purpose, SigningProfile, new_id
 from kms_jwks.service import adoption
 from kms_jwks.service.adoption import Candidate
 from kms_jwks.service.control import Control, check_name, find_algorithm, read_instant
-from kms_jwks.store import WriteTx
+from kms_jwks.store import ReadTx, WriteTx
 
 T = TypeVar("T", Policy, SigningProfile)
 
@@ -31,10 +30,12 @@ def add_key_set(
 ) -> tuple[KeySet, list[Id]]:
     """Write a key set and its first keys, some of them adopted. Returns it with the ids of their first versions."""
     now = tx.now()
+    name = check_name(request.name)
+    issuer = f"{control.public_url}/{name}" if request.issuer is UNSET else request.issuer
     key_set = KeySet(
         id=new_id(),
-        name=check_name(request.name),
-        issuer=f"{control.public_url}/{request.name}" if request.issuer is UNSET else check_issuer(request.issuer),
+        name=name,
+        issuer=check_issuer(tx, control, issuer, name),
         access=Access(request.access),
         purpose=Purpose(request.purpose),
         cache_lifetime=check_cache_lifetime(request.cache_lifetime),
@@ -55,21 +56,29 @@ def add_key_set(
     return key_set, versions
 
 
-def check_issuer(issuer: str) -> str:
-    """An issuer identifier: an http or https URL without query or fragment (OIDC Discovery §3, RFC 8414 §2).
+def check_issuer(tx: ReadTx, control: Control, issuer: str, name: str) -> str:
+    """The issuer of the key set `name`, where it is in normal form and no other set's.
 
-    Raises InvalidField.
+    Raises InvalidField, and IssuerTaken where clients or readers would take it for the issuer of another key set.
     """
     try:
-        parts = urlsplit(issuer)
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError:
-        parts, port_is_valid = urlsplit(""), False
-    is_url = parts.scheme in ("http", "https") and parts.hostname and port_is_valid and issuer.isprintable()
-    if not is_url or "?" in issuer or "#" in issuer or " " in issuer or "@" in parts.netloc:
+        normal = issuers.normal_form(issuer)
+    except ValueError as error:
+        raise errors.InvalidField(f"issuer: {error}", fields={"field": "issuer"}) from None
+    if normal != issuer:
         raise errors.InvalidField(
-            "issuer: an http or https URL without user, query or fragment is needed", fields={"field": "issuer"}
+            f"issuer: not in normal form, which is {normal}",
+            next_step="Send the normal form; where verifiers know the issuer in the other form, they have to change.",
+            fields={"field": "issuer", "normal_form": normal},
         )
+    owner = issuers.default_owner(issuer, control.public_url)
+    if owner not in (None, name):
+        raise errors.InvalidField(
+            f"issuer: below public_url, {issuer} is kept for a key set named {owner!r}", fields={"field": "issuer"}
+        )
+    compared = issuers.comparable(issuer)
+    if any(other.name != name and issuers.comparable(other.issuer) == compared for other in tx.key_sets()):
+        raise errors.IssuerTaken(f"Another key set has the issuer {issuer}, or one that clients take for the same.")
     return issuer
 
 
@@ -142,6 +151,12 @@ def add_key(
 def choose_backend(control: Control, request: wire.KeyCreate) -> str:
     """The backend that a request names or leaves to the default. Raises InvalidField, BackendUnknown."""
     name = control.backends.default if request.backend is UNSET else request.backend
+    if name is None and not control.backends.by_name:
+        raise errors.InvalidField(
+            "backend: none is configured",
+            next_step="Add a [backends.NAME] section to the settings of every node.",
+            fields={"field": "backend"},
+        )
     if name is None:
         raise errors.InvalidField(
             "backend: several are configured and none is the default; name one", fields={"field": "backend"}

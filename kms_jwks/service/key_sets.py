@@ -85,7 +85,7 @@ class KeySets:
             if request.issuer is not UNSET and request.issuer != key_set.issuer:
                 if key_set.first_activated_at is not None:
                     raise errors.Immutable("The issuer cannot change once a key of the set could sign.")
-                changed = replace(changed, issuer=check_issuer(request.issuer))
+                changed = replace(changed, issuer=check_issuer(tx, control, request.issuer, name))
             if request.access is not UNSET:
                 changed = replace(changed, access=Access(request.access))
             if request.cache_lifetime is not UNSET:

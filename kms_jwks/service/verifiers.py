@@ -7,7 +7,7 @@ import hashlib
 import msgspec
 from msgspec import UNSET
 
-from kms_jwks import errors, verification, wire
+from kms_jwks import errors, issuers, verification, wire
 from kms_jwks.access import Permission
 from kms_jwks.model import SECOND, Purpose
 from kms_jwks.service.context import RequestContext
@@ -31,23 +31,30 @@ class Verifiers:
         Raises KeySetNotFound, NotPublished.
         """
         found = self._admit_reader(context, key_set)
-        document = found.jwks_pq if post_quantum else found.jwks
+        document, other = (found.jwks_pq, found.jwks) if post_quantum else (found.jwks, found.jwks_pq)
         if document is None:
-            what = "no ML-DSA key" if post_quantum else "nothing"
-            raise errors.NotPublished(f"Key set {key_set!r} has published {what} yet.")
+            raise self._not_published(found, "jwks.json" if post_quantum else "jwks-pq.json", other)
         return document
 
     def discovery(self, context: RequestContext, key_set: str | None) -> Document:
         """Issuer metadata (OpenID Connect Discovery §4, RFC 8414), None for the paths without a key set's name.
 
-        RouteNotFound unless the issuer is this very URL and signs JWTs: clients reject metadata whose issuer is
-        another URL.
+        Clients look for it at this very URL where the issuer is this URL, or this URL and a slash, and they reject the
+        metadata of another issuer. Raises KeySetNotFound, RouteNotFound where the issuer is another one or signs no
+        JWTs, and NotPublished.
         """
         name = self.default_key_set if key_set is None else key_set
         found = self._admit_reader(context, name)
+        if found.purpose is not Purpose.JWT:
+            raise errors.RouteNotFound(f"Key set {name!r} signs no JWTs, so it has no issuer metadata.")
         url = self._public_url if key_set is None else f"{self._public_url}/{key_set}"
-        if found.issuer != url or found.jwks is None or found.purpose is not Purpose.JWT:
-            raise errors.RouteNotFound("This URL is not the key set's issuer.")
+        if url + issuers.OPENID_CONFIGURATION not in issuers.metadata_urls(found.issuer):
+            raise errors.RouteNotFound(
+                f"The issuer of key set {name!r} is {found.issuer}, and this is the place for the metadata of {url}.",
+                next_step="Serve the issuer's metadata where the issuer is, with this key set's jwks_uri.",
+            )
+        if found.jwks is None:
+            raise self._not_published(found, "jwks-pq.json", found.jwks_pq)
         body = msgspec.json.encode(
             {
                 "issuer": found.issuer,
@@ -83,11 +90,29 @@ class Verifiers:
         return wire.Verified(header=dict(verified.header), claims=dict(verified.claims), kid=verified.kid)
 
     def _admit_reader(self, context: RequestContext, name: str) -> PublishedSet:
-        """The key set, for any caller where it is public, for a caller with the permission where it is restricted."""
+        """The key set, for any caller where it is public, for a caller with the permission where it is restricted.
+
+        A caller without credentials gets the same answer for a restricted set and for one that does not exist.
+        """
         snapshot = self._sync.snapshot()
         found = snapshot.key_sets.get(name)
         if found is not None and found.public:
             return found
-        if found is None and context.authorization is None:
-            raise errors.KeySetNotFound(f"There is no public key set {name!r}.")
-        return self._guard.admit_set(snapshot, context, Permission.JWKS_READ, name, self._sync.clock.now())
+        try:
+            return self._guard.admit_set(snapshot, context, Permission.JWKS_READ, name, self._sync.clock.now())
+        except errors.CredentialsMissing:
+            raise errors.CredentialsMissing(
+                f"There is no public key set {name!r}, and a restricted one asks for credentials.",
+                next_step="Check the key set's name, or send an API token with jwks:read as Authorization: Bearer.",
+            ) from None
+
+    def _not_published(self, key_set: PublishedSet, other_name: str, other: Document | None) -> errors.NotPublished:
+        """Why one of the key set's two documents is not there; `other` is the other one."""
+        if other is None:
+            return errors.NotPublished(f"Key set {key_set.name!r} has published nothing yet.")
+        kinds = ("ML-DSA keys", "keys of other algorithms")
+        has, lacks = kinds if other is key_set.jwks_pq else kinds[::-1]
+        return errors.NotPublished(
+            f"Key set {key_set.name!r} has published {has} alone.",
+            next_step=f"Fetch {self._public_url}/{key_set.name}/.well-known/{other_name}, or create {lacks}.",
+        )

@@ -9,9 +9,21 @@ from typing import Generic, Protocol, TypeVar
 from msgspec import UNSET
 
 from kms_jwks import exposure as exposures
-from kms_jwks import jose, timeline, wire
+from kms_jwks import issuers, jose, timeline, wire
 from kms_jwks.access import combined_duties
-from kms_jwks.model import ApiToken, Client, ExternalKey, Grant, Id, Instant, Key, KeySet, KeyVersion, VersionState
+from kms_jwks.model import (
+    ApiToken,
+    Client,
+    ExternalKey,
+    Grant,
+    Id,
+    Instant,
+    Key,
+    KeySet,
+    KeyVersion,
+    Purpose,
+    VersionState,
+)
 from kms_jwks.store import ReadTx
 from kms_jwks.times import optional, to_datetime
 from kms_jwks.worker.snapshot import is_post_quantum
@@ -50,6 +62,7 @@ def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
         existing_issuer=value.existing_issuer,
         jwks_uri=f"{public_url}/{value.name}/.well-known/jwks.json",
         jwks_pq_uri=f"{public_url}/{value.name}/.well-known/jwks-pq.json" if _has_post_quantum(tx, value) else None,
+        warnings=_metadata_warnings(value, public_url),
         first_published_at=optional(value.first_published_at),
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
@@ -58,6 +71,21 @@ def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
         external_keys=external_keys(tx, value),
         external_keys_removed=tx.count_removed_external_keys(value.id),
     )
+
+
+def _metadata_warnings(value: KeySet, public_url: str) -> list[str]:
+    """Where clients look for the issuer's metadata and this service does not serve it."""
+    if value.purpose is not Purpose.JWT:
+        return []
+    places = issuers.metadata_urls(value.issuer)
+    if f"{public_url}/{value.name}{issuers.OPENID_CONFIGURATION}" in places:
+        return []
+    if public_url + issuers.OPENID_CONFIGURATION in places:
+        return ["The issuer's metadata is served only while this is the default key set (default_key_set)."]
+    if not places:
+        return ["The issuer is not a URL, so that no client discovers its metadata: give verifiers the jwks_uri."]
+    where = f"Clients look for the issuer's metadata at {places[0]}, which is not served here"
+    return [f"{where}: serve it there with this jwks_uri, or give verifiers the jwks_uri."]
 
 
 def _has_post_quantum(tx: ReadTx, value: KeySet) -> bool:

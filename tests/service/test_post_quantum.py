@@ -170,7 +170,7 @@ def test_a_restricted_set_restricts_both(world: World, site: Site) -> None:
     found = site.get(PQ, world.admin)
     assert (found.status, found.headers["Access-Control-Allow-Origin"]) == (200, None)
     assert found.headers["Cache-Control"].startswith("private")
-    assert site.get("/unknown/.well-known/jwks-pq.json").status == 404
+    assert site.get("/unknown/.well-known/jwks-pq.json").status == 401, "as a restricted set"
 
 
 def test_the_default_set_has_both_at_the_root(world: World, site: Site) -> None:

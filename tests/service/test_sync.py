@@ -190,9 +190,10 @@ def test_discovery_only_where_the_issuer_is_the_url(world: World) -> None:
     assert found["issuer"] == "https://keys.example/main"
     assert found["jwks_uri"] == "https://keys.example/main/.well-known/jwks.json"
     assert found["id_token_signing_alg_values_supported"] == ["ES256"]
-    for name in ("elsewhere", None):
-        with pytest.raises(errors.NotFound):
-            world.service.verifiers.discovery(RequestContext(), name)
+    with pytest.raises(errors.RouteNotFound, match=r"is https://other\.example"):
+        world.service.verifiers.discovery(RequestContext(), "elsewhere")
+    with pytest.raises(errors.CredentialsMissing):  # as for a restricted set: there is no default key set
+        world.service.verifiers.discovery(RequestContext(), None)
 
 
 # --- what the log says
