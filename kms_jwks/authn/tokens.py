@@ -17,6 +17,7 @@ from kms_jwks.errors import CredentialsMalformed, CredentialsMissing
 
 PREFIX: Final = "kj_"
 _ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_VALUES: Final = {digit: value for value, digit in enumerate(_ALPHABET)}
 _RANDOM_LENGTH: Final = 43  # 62^43 is the first power beyond 2^256
 _CHECKSUM_LENGTH: Final = 6  # 62^6 is the first beyond 2^32
 TOKEN_LENGTH: Final = len(PREFIX) + _RANDOM_LENGTH + _CHECKSUM_LENGTH
@@ -53,7 +54,10 @@ def parse(text: str) -> str:
     if not _TOKEN.fullmatch(text):
         raise CredentialsMalformed(_form_problem(text))
     token = text.encode("ascii")
-    if text[-_CHECKSUM_LENGTH:] != _base62(zlib.crc32(token[:-_CHECKSUM_LENGTH]), _CHECKSUM_LENGTH):
+    checksum = 0
+    for digit in text[-_CHECKSUM_LENGTH:]:
+        checksum = checksum * 62 + _VALUES[digit]
+    if checksum != zlib.crc32(token[:-_CHECKSUM_LENGTH]):
         raise CredentialsMalformed("The API token's checksum does not match: a character was lost or changed.")
     return hashlib.sha256(token).hexdigest()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kms_jwks import errors, wire
 from kms_jwks.http import problems
-from kms_jwks.http.exchange import JSON, Request, Response, ok
+from kms_jwks.http.exchange import JSON, Endpoint, Request, Response, ok
 from kms_jwks.service.signing import Batch
 from kms_jwks.service.signing_job import SigningOperation
 
@@ -76,25 +76,21 @@ def _published(request: Request, document: Document, media_type: str, vary: str 
 # --- signatures -------------------------------------------------------------------------------------------------------
 
 
-def sign_jwt(service: Service, request: Request, body: dict[str, object]) -> Response:
-    """Sign claims as a JWT."""
-    return _sign(service, request, SigningOperation.JWT, body)
+def _signing(operation: SigningOperation, summary: str) -> Endpoint:
+    def sign(service: Service, request: Request, body: dict[str, object]) -> Response:
+        params = request.params
+        outcome = service.signing.handle(operation, request.context, params["key_set"], params["key"], body)
+        return _batch(outcome, request.context.request_id) if isinstance(outcome, Batch) else ok(outcome)
+
+    sign.__doc__ = summary
+    return sign
 
 
-def sign_jws(service: Service, request: Request, body: dict[str, object]) -> Response:
-    """Sign any payload as a compact JWS, in raw key sets."""
-    return _sign(service, request, SigningOperation.JWS, body)
-
-
-def sign_signature(service: Service, request: Request, body: dict[str, object]) -> Response:
-    """The signature alone: over a JWT's signing input, or over bytes in raw key sets."""
-    return _sign(service, request, SigningOperation.SIGNATURE, body)
-
-
-def _sign(service: Service, request: Request, operation: SigningOperation, body: dict[str, object]) -> Response:
-    params = request.params
-    outcome = service.signing.handle(operation, request.context, params["key_set"], params["key"], body)
-    return _batch(outcome, request.context.request_id) if isinstance(outcome, Batch) else ok(outcome)
+sign_jwt = _signing(SigningOperation.JWT, "Sign claims as a JWT.")
+sign_jws = _signing(SigningOperation.JWS, "Sign any payload as a compact JWS, in raw key sets.")
+sign_signature = _signing(
+    SigningOperation.SIGNATURE, "The signature alone: over a JWT's signing input, or over bytes in raw key sets."
+)
 
 
 def _batch(batch: Batch, request_id: str) -> Response:

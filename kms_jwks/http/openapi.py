@@ -36,6 +36,19 @@ _PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "backend": (_NAME, "A backend's name in the configuration."),
 }
 
+_NOT_FOUND: dict[str, type[errors.Error]] = {
+    "key_set": errors.KeySetNotFound,
+    "key": errors.KeyNotFound,
+    "version": errors.VersionNotFound,
+    "kid": errors.ExternalKeyNotFound,
+    "client": errors.ClientNotFound,
+    "token": errors.ApiTokenNotFound,
+    "grant": errors.GrantNotFound,
+    "worker": errors.WorkerNotFound,
+    "backend": errors.BackendUnknown,
+}
+"""What a path parameter that names nothing is answered with."""
+
 
 @lru_cache(maxsize=1)
 def encoded(routes: tuple[Route, ...], public_url: str) -> bytes:
@@ -73,7 +86,9 @@ def refusals(route: Route) -> list[type[errors.Error]]:
     if route.permission:
         found += [errors.Unauthenticated, errors.Forbidden]
     if route.params:
-        found.append(errors.NotFound if route.method != "OPTIONS" else errors.RouteNotFound)
+        found.append(errors.RouteNotFound)
+    if route.method != "OPTIONS":
+        found += [_NOT_FOUND[name] for name in route.params]
     if route.request is not None:
         found += [
             errors.InvalidRequest,

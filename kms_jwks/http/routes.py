@@ -31,7 +31,13 @@ def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple
             media=media or ("application/json",),
             statuses=(200, 304),
             permission=(P.JWKS_READ,),
-            problems=(errors.NotFound, errors.StoreUnavailable),
+            problems=(
+                errors.RouteNotFound,
+                errors.KeySetNotFound,
+                errors.NotPublished,
+                errors.InvalidField,
+                errors.StoreUnavailable,
+            ),
         ),
         Route(
             method="OPTIONS",
@@ -42,6 +48,9 @@ def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple
             statuses=(204,),
         ),
     )
+
+
+_NOT_SIGNED = (errors.PurposeMismatch, errors.KeyDisabled, errors.NoActiveVersion, errors.KidNotActive)
 
 
 def _signing(
@@ -57,7 +66,7 @@ def _signing(
         batch=True,
         answer=answer,
         permission=permission,
-        problems=(errors.Conflict, errors.Unavailable, errors.BackendError, errors.BackendTimeout),
+        problems=(*_NOT_SIGNED, errors.Unavailable, errors.BackendError, errors.BackendTimeout),
     )
 
 
@@ -150,6 +159,7 @@ _VERSION = f"{_KEY}/versions/{{version}}"
 _CLIENT = "/v1/clients/{client}"
 _IF_MATCH = (errors.RevisionMismatch, errors.RevisionRequired)
 _MODULE = (errors.Unavailable, errors.BackendError, errors.BackendTimeout)
+_NEW_KEY = (errors.BackendUnknown, *_MODULE)
 
 ROUTES: tuple[Route, ...] = (
     *_document(
@@ -197,7 +207,12 @@ ROUTES: tuple[Route, ...] = (
         P.RAW_SIGN,
     ),
     _get(
-        f"{_KEY}/active", data.active, P.KEY_READ, wire.Active, hot=True, problems=(errors.Conflict, errors.Unavailable)
+        f"{_KEY}/active",
+        data.active,
+        P.KEY_READ,
+        wire.Active,
+        hot=True,
+        problems=(errors.KeyDisabled, errors.NoActiveVersion, errors.Unavailable),
     ),
     Route(
         method="POST",
@@ -208,11 +223,21 @@ ROUTES: tuple[Route, ...] = (
         request=wire.VerifyRequest,
         answer=wire.Verified,
         permission=(P.TOKEN_VERIFY,),
-        problems=(errors.TokenRejected, errors.Conflict, errors.Unavailable),
+        problems=(errors.TokenRejected, errors.PurposeMismatch, errors.Unavailable),
     ),
     # key sets
     _get(_SETS, admin.list_key_sets, P.KEY_SET_READ, items=wire.KeySet),
-    _change("POST", _SETS, admin.create_key_set, P.KEY_SET_CREATE, wire.KeySetCreate, wire.KeySet, 201, 202),
+    _change(
+        "POST",
+        _SETS,
+        admin.create_key_set,
+        P.KEY_SET_CREATE,
+        wire.KeySetCreate,
+        wire.KeySet,
+        201,
+        202,
+        problems=_NEW_KEY,
+    ),
     _get(_SET, admin.get_key_set, P.KEY_SET_READ, wire.KeySet, etag=True),
     _change("PATCH", _SET, admin.patch_key_set, P.KEY_SET_UPDATE, wire.KeySetPatch, wire.KeySet, problems=_IF_MATCH),
     # keys
@@ -226,7 +251,7 @@ ROUTES: tuple[Route, ...] = (
         wire.Key,
         201,
         202,
-        problems=_MODULE,
+        problems=_NEW_KEY,
     ),
     _get(_KEY, admin.get_key, P.KEY_READ, wire.Key, etag=True),
     _get(f"{_KEY}/timeline", admin.key_timeline, P.KEY_READ, wire.Timeline),
@@ -298,7 +323,16 @@ ROUTES: tuple[Route, ...] = (
         201,
     ),
     _get("/v1/grants", admin.list_grants, P.CLIENT_READ, items=wire.Grant),
-    _change("POST", "/v1/grants", admin.create_grant, P.GRANT_MANAGE, wire.GrantCreate, wire.Grant, 201),
+    _change(
+        "POST",
+        "/v1/grants",
+        admin.create_grant,
+        P.GRANT_MANAGE,
+        wire.GrantCreate,
+        wire.Grant,
+        201,
+        problems=(errors.ClientNotFound, errors.KeySetNotFound, errors.KeyNotFound),
+    ),
     _get("/v1/grants/{grant}", admin.get_grant, P.CLIENT_READ, wire.Grant),
     _change("DELETE", "/v1/grants/{grant}", admin.delete_grant, P.GRANT_MANAGE),
     # operation

@@ -6,9 +6,9 @@ The data plane reads a snapshot, the control plane its own transaction; both giv
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
 from kms_jwks import errors
 from kms_jwks.access import EVERYTHING, INSTALLATION_WIDE, Caller, Permission, Scope, allow, allow_within
@@ -18,13 +18,10 @@ from kms_jwks.service.context import RequestContext
 from kms_jwks.store import ReadTx
 from kms_jwks.worker.snapshot import KnownToken, PublishedSet, SigningKey, Snapshot, known_token
 
-TokenSource = Callable[[str], KnownToken | None]
-"""Where API tokens are looked up by their SHA-256: a snapshot or a transaction."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
-    """What the guard decided about one call.
+    """What the guard decided about one call, or is deciding.
 
     `permission` is None where the credentials were refused before a permission was looked at. `key_set` and `key` are
     the names in the request, known or not. `error` is the problem code of the refusal, None where the call was let in.
@@ -33,7 +30,7 @@ class Decision:
     permission: Permission | None
     key_set: str | None
     key: str | None
-    error: str | None
+    error: str | None = None
 
 
 Observer = Callable[[RequestContext, Decision], None]
@@ -59,37 +56,6 @@ class EnteredSet:
     key_set: KeySet
 
 
-class _Deciding:
-    """One decision under way: it ends with the `with` block, by its end or by the error that leaves it."""
-
-    __slots__ = ("_context", "_key", "_key_set", "_observe", "permission")
-
-    def __init__(
-        self,
-        observe: Observer | None,
-        context: RequestContext,
-        permission: Permission | None,
-        key_set: str | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._observe = observe
-        self._context = context
-        self._key_set = key_set
-        self._key = key
-        self.permission = permission
-
-    def __enter__(self) -> _Deciding:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._observe is None or not (error is None or isinstance(error, _REFUSALS)):
-            return
-        code = error.code if isinstance(error, errors.Error) else None
-        self._observe(self._context, Decision(self.permission, self._key_set, self._key, code))
-
-
 _REFUSALS = (errors.Unauthenticated, errors.Forbidden, errors.NotFound)
 
 
@@ -105,9 +71,8 @@ class Guard:
 
     def authenticate(self, source: Snapshot | ReadTx, context: RequestContext, now: Instant) -> None:
         """Set `context.caller`. What the caller may do is decided by the use case. Raises Unauthenticated."""
-        tokens = _tokens_in(source) if isinstance(source, Snapshot) else _tokens_of(source)
         try:
-            self._authenticate(tokens, context, now)
+            self._authenticate(source, context, now)
         except errors.Unauthenticated as error:
             if self._observe is not None:
                 self._observe(context, Decision(None, None, None, error.code))
@@ -122,8 +87,8 @@ class Guard:
 
         Raises Unauthenticated, Forbidden, KeySetNotFound.
         """
-        with _Deciding(self._observe, context, permission, name):
-            caller = self._authenticate(_tokens_in(snapshot), context, now)
+        with self._deciding(context, Decision(permission, name, None)):
+            caller = self._authenticate(snapshot, context, now)
             key_set = self._known_to(caller, snapshot.key_sets.get(name), name)
             if not allow_within(caller.grants, permission, key_set.id):
                 raise _forbidden(caller, permission)
@@ -142,12 +107,13 @@ class Guard:
 
         Raises Unauthenticated, Forbidden, KeySetNotFound, KeyNotFound.
         """
-        with _Deciding(self._observe, context, None, key_set_name, key_name) as deciding:
-            caller = self._authenticate(_tokens_in(snapshot), context, now)
+        with self._deciding(context, Decision(None, key_set_name, key_name)) as decision:
+            caller = self._authenticate(snapshot, context, now)
             key_set = self._known_to(caller, snapshot.key_sets.get(key_set_name), key_set_name)
-            deciding.permission = wanted = permission(key_set)
+            decision.permission = wanted = permission(key_set)
             key = key_set.keys.get(key_name)
-            self._authorise(caller, wanted, Scope(key_set.id, key.id if key else None))
+            if not allow(caller.grants, wanted, Scope(key_set.id, key.id if key else None)):
+                raise _forbidden(caller, wanted)
             if key is None:
                 raise errors.KeyNotFound(f"There is no key {key_name!r} in key set {key_set_name!r}.")
             return key_set, key
@@ -156,37 +122,40 @@ class Guard:
 
     def enter(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:
         """Let a call in that concerns the installation as a whole."""
-        with _Deciding(self._observe, context, permission):
-            caller = self._authenticate(_tokens_of(tx), context, tx.now())
-            self._authorise(caller, permission, EVERYTHING)
+        with self._deciding(context, Decision(permission, None, None)):
+            caller = self._authenticate(tx, context, tx.now())
+            if not allow(caller.grants, permission, EVERYTHING):
+                raise _forbidden(caller, permission)
             return caller
 
     def enter_any(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:
         """Let a listing in that shows each caller what its grants cover; it must have the permission somewhere."""
-        with _Deciding(self._observe, context, permission):
-            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+        with self._deciding(context, Decision(permission, None, None)):
+            caller = self._authenticate(tx, context, tx.now())
             if not any(allow([g], permission, Scope(g.key_set_id, g.key_id)) for g in caller.grants):
                 raise _forbidden(caller, permission)
             return caller
 
     def enter_set(self, tx: ReadTx, context: RequestContext, permission: Permission, name: str) -> EnteredSet:
         """Let a call in that names a key set. Raises Unauthenticated, Forbidden, KeySetNotFound."""
-        with _Deciding(self._observe, context, permission, name):
-            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+        with self._deciding(context, Decision(permission, name, None)):
+            caller = self._authenticate(tx, context, tx.now())
             key_set = tx.key_set(name)
-            self._authorise(caller, permission, Scope(key_set.id) if key_set else EVERYTHING)
+            if not allow(caller.grants, permission, Scope(key_set.id) if key_set else EVERYTHING):
+                raise _forbidden(caller, permission)
             if key_set is None:
                 raise errors.KeySetNotFound(f"There is no key set {name!r}.")
             return EnteredSet(caller, tx.now(), key_set)
 
     def enter_key(self, tx: ReadTx, context: RequestContext, permission: Permission, key_set: str, key: str) -> Entered:
         """Let a call in that names a key. Raises Unauthenticated, Forbidden, KeySetNotFound, KeyNotFound."""
-        with _Deciding(self._observe, context, permission, key_set, key):
-            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+        with self._deciding(context, Decision(permission, key_set, key)):
+            caller = self._authenticate(tx, context, tx.now())
             found_set = tx.key_set(key_set)
             found_key = tx.key(found_set.id, key) if found_set else None
             scope = Scope(found_set.id, found_key.id if found_key else None) if found_set else EVERYTHING
-            self._authorise(caller, permission, scope)
+            if not allow(caller.grants, permission, scope):
+                raise _forbidden(caller, permission)
             if found_set is None:
                 raise errors.KeySetNotFound(f"There is no key set {key_set!r}.")
             if found_key is None:
@@ -195,9 +164,10 @@ class Guard:
 
     def require(self, context: RequestContext, permission: Permission, scope: Scope) -> None:
         """A further permission, or the same for a further scope, of a caller that was let in. Raises Forbidden."""
-        with _Deciding(self._observe, context, permission):
+        with self._deciding(context, Decision(permission, None, None)):
             assert context.caller is not None, "only a caller that was let in can be asked for more"
-            self._authorise(context.caller, permission, scope)
+            if not allow(context.caller.grants, permission, scope):
+                raise _forbidden(context.caller, permission)
 
     # --- last use
 
@@ -209,11 +179,27 @@ class Guard:
 
     # --- inside
 
-    def _authenticate(self, source: TokenSource, context: RequestContext, now: Instant) -> Caller:
+    @contextmanager
+    def _deciding(self, context: RequestContext, decision: Decision) -> Iterator[Decision]:
+        """Report the decision when the block ends: as a refusal where one of `_REFUSALS` leaves it, else as let in."""
+        try:
+            yield decision
+        except _REFUSALS as error:
+            decision.error = error.code
+            if self._observe is not None:
+                self._observe(context, decision)
+            raise
+        if self._observe is not None:
+            self._observe(context, decision)
+
+    def _authenticate(self, source: Snapshot | ReadTx, context: RequestContext, now: Instant) -> Caller:
+        if isinstance(source, Snapshot) and not source.complete:
+            raise errors.StoreUnavailable("This worker has not read the registry yet.", retry_after=1)
         credential = context.credential
         if credential is None:
             credential = context.credential = credential_from_header(context.authorization)
-        known = source(credential.sha256)
+        sha256 = credential.sha256
+        known = source.tokens.get(sha256) if isinstance(source, Snapshot) else _token_in(source, sha256)
         if known is None:
             raise errors.CredentialsUnknown
         if known.revoked:
@@ -223,10 +209,6 @@ class Guard:
         self._used[known.id] = now
         context.caller = known.caller
         return known.caller
-
-    def _authorise(self, caller: Caller, permission: Permission, scope: Scope) -> None:
-        if not allow(caller.grants, permission, scope):
-            raise _forbidden(caller, permission)
 
     def _known_to(self, caller: Caller, key_set: PublishedSet | None, name: str) -> PublishedSet:
         """A caller without a grant in a set gets the same answer whether the set exists or not."""
@@ -252,18 +234,9 @@ def _forbidden(caller: Caller, permission: Permission) -> errors.Forbidden:
     )
 
 
-def _tokens_in(snapshot: Snapshot) -> TokenSource:
-    if not snapshot.complete:
-        raise errors.StoreUnavailable("This worker has not read the registry yet.", retry_after=1)
-    return snapshot.tokens.get
-
-
-def _tokens_of(tx: ReadTx) -> TokenSource:
-    def find(sha256: str) -> KnownToken | None:
-        token = tx.token_by_sha256(sha256)
-        client = tx.client_by_id(token.client_id) if token else None
-        if token is None or client is None or client.deleted_at is not None:
-            return None
-        return known_token(token, client.name, tx.grants(client.id))
-
-    return find
+def _token_in(tx: ReadTx, sha256: str) -> KnownToken | None:
+    token = tx.token_by_sha256(sha256)
+    client = tx.client_by_id(token.client_id) if token else None
+    if token is None or client is None or client.deleted_at is not None:
+        return None
+    return known_token(token, client.name, tx.grants(client.id))
