@@ -76,20 +76,22 @@ def _published(request: Request, document: Document, media_type: str, vary: str 
 # --- signatures -------------------------------------------------------------------------------------------------------
 
 
-def _signing(operation: SigningOperation, summary: str) -> Endpoint:
+def _signing(name: str, operation: SigningOperation, summary: str) -> Endpoint:
     def sign(service: Service, request: Request, body: dict[str, object]) -> Response:
         params = request.params
         outcome = service.signing.handle(operation, request.context, params["key_set"], params["key"], body)
         return _batch(outcome, request.context.request_id) if isinstance(outcome, Batch) else ok(outcome)
 
-    sign.__doc__ = summary
+    sign.__name__, sign.__doc__ = name, summary
     return sign
 
 
-sign_jwt = _signing(SigningOperation.JWT, "Sign claims as a JWT.")
-sign_jws = _signing(SigningOperation.JWS, "Sign any payload as a compact JWS, in raw key sets.")
+sign_jwt = _signing("sign_jwt", SigningOperation.JWT, "Sign claims as a JWT.")
+sign_jws = _signing("sign_jws", SigningOperation.JWS, "Sign any payload as a compact JWS, in raw key sets.")
 sign_signature = _signing(
-    SigningOperation.SIGNATURE, "The signature alone: over a JWT's signing input, or over bytes in raw key sets."
+    "sign_signature",
+    SigningOperation.SIGNATURE,
+    "The signature alone: over a JWT's signing input, or over bytes in raw key sets.",
 )
 
 

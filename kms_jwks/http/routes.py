@@ -118,13 +118,16 @@ def _change(
     )
 
 
-def _health(path: str, endpoint: Endpoint, *statuses: int, side: Side = Side.BOTH) -> Route:
+def _health(
+    path: str, endpoint: Endpoint, *statuses: int, side: Side = Side.BOTH, query: tuple[str, ...] = ()
+) -> Route:
     return Route(
         method="GET",
         path=path,
         endpoint=endpoint,
         summary=(endpoint.__doc__ or "").rstrip("."),
         side=side,
+        query=query,
         answer=wire.Readiness,
         statuses=statuses,
     )
@@ -343,7 +346,7 @@ ROUTES: tuple[Route, ...] = (
     _get("/v1/backends/{backend}", operation.get_backend, P.BACKEND_READ, wire.Backend, problems=_MODULE),
     _health("/healthz", operation.healthz, 200),
     _health("/readyz", operation.readyz, 200, 503),
-    _health("/readyz/sign", operation.readyz_sign, 200, 503, side=Side.PRIVATE),
+    _health("/readyz/sign", operation.readyz_sign, 200, 503, side=Side.PRIVATE, query=("key_set", "key")),
     Route(
         method="GET",
         path="/openapi.json",

@@ -442,6 +442,12 @@ RAW_HTTP = (
     ("a folded header", "X-A: 1\r\n 2\r\nContent-Length: 0\r\n", b"", 400, "invalid_request"),
     ("a header that is too large", f"X-A: {'x' * 9000}\r\nContent-Length: 0\r\n", b"", 431, "invalid_request"),
     ("too many headers", "X-A: 1\r\n" * 70, b"", 431, "invalid_request"),
+    ("gzip before chunked", "Transfer-Encoding: gzip, chunked\r\n", chunked(GOOD), 501, "invalid_request"),
+    ("identity before chunked", "Transfer-Encoding: identity, chunked\r\n", chunked(GOOD), 501, "invalid_request"),
+    ("gzip in a header of its own", "Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n", chunked(GOOD), 501, "invalid_request"),
+    ("chunked twice", "Transfer-Encoding: chunked, chunked\r\n", chunked(GOOD), 400, "length_mismatch"),
+    ("TE that lists chunked", f"TE: gzip, chunked\r\nContent-Length: {len(GOOD)}\r\n", GOOD, 400, "invalid_request"),
+    ("two hosts", "Host: y\r\nContent-Length: 0\r\n", b"", 400, "invalid_request"),
     ("another expectation", "Expect: 42\r\nContent-Length: 0\r\n", b"", 417, "invalid_request"),
 )  # fmt: skip
 
@@ -454,11 +460,78 @@ def test_broken_http(world: World, head: str, body: bytes, status: int, code: st
 
 @pytest.mark.parametrize(
     ("request_line", "status"),
-    [("GET / HTTP/9.9", 400), ("get / HTTP/1.1", 400), ("GET", 400), (f"GET /{'x' * 9000} HTTP/1.1", 414)],
+    [
+        ("GET / HTTP/9.9", 400),
+        ("get / HTTP/1.1", 400),
+        ("GET", 400),
+        (f"GET /{'x' * 9000} HTTP/1.1", 414),
+        ("GET /healthz#a HTTP/1.1", 400),
+        ("GET /healthz?a#b HTTP/1.1", 400),
+    ],
 )
 def test_a_broken_request_line(server: Server, request_line: str, status: int) -> None:
     answer = parsed(server.raw(f"{request_line}\r\nHost: x\r\n\r\n".encode()))
     assert (answer.status, answer.problem) == (status, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("version", "host", "status"),
+    [
+        ("1.1", "Host: x\r\n", 200),
+        ("1.1", "Host: [::1]:8080\r\n", 200),
+        ("1.1", "Host:\r\n", 200),
+        ("1.1", "", 400),
+        ("1.1", "Host: a b\r\n", 400),
+        ("1.1", "Host: a/b\r\n", 400),
+        ("1.1", "Host: user@a\r\n", 400),
+        ("1.1", "Host: a:80:80\r\n", 400),
+        ("1.1", "Host: a\r\nHost: a\r\n", 400),
+        ("1.0", "", 200),
+        ("1.0", "Host: a b\r\n", 400),
+    ],
+)
+def test_the_host_header(server: Server, version: str, host: str, status: int) -> None:
+    """RFC 9112 §3.2: HTTP/1.1 has one, and only one that is well-formed."""
+    answer = parsed(server.raw(f"GET /healthz HTTP/{version}\r\n{host}Connection: close\r\n\r\n".encode()))
+    assert answer.status == status
+    assert status == 200 or answer.problem == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("/v1/clients", 200),
+        ("http://elsewhere.example/v1/clients", 200),
+        ("//v1/clients", 404),
+        ("/v1%2fclients", 404),
+        ("/%761/clients", 404),
+        ("/v1/clients/", 404),
+        ("/x/../v1/clients", 404),
+        ("/default%2f.well-known%2fjwks.json", 404),
+        ("/v1/key-sets/defaul%74", 404),
+        ("/v1/clients?nonsense=1", 400),
+    ],
+)
+def test_a_route_has_one_spelling(server: Server, target: str, status: int) -> None:
+    head = f"GET {target} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.admin}\r\nConnection: close\r\n\r\n"
+    answer = parsed(server.raw(head.encode()))
+    assert answer.status == status
+    assert status == 200 or answer.problem == {404: "route_not_found", 400: "invalid_field"}[status]
+
+
+def test_a_head_that_breaks_off(server: Server) -> None:
+    answer = parsed(server.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-A", half_close=True))
+    assert (answer.status, answer.problem) == (400, "invalid_request")
+    assert "head" in answer.json["detail"]
+
+
+def test_what_is_refused_before_any_route_is_counted_and_logged_with_peer_and_reason(server: Server) -> None:
+    ids = [parsed(server.raw(b"GET /healthz HTTP/1.1\r\n\r\n")).json["request_id"] for _ in range(2)]
+    lines = [json.loads(line) for line in server.log.splitlines() if '"request_refused"' in line]
+    for line in (line for line in lines if line["request_id"] in ids):
+        assert (line["peer"], line["reason"], line["code"]) == ("127.0.0.1", "InvalidHeader", "invalid_request")
+        assert line["count"] >= 1
+    assert {line["request_id"] for line in lines} >= set(ids)
 
 
 def test_a_connection_with_an_unread_body_is_said_to_end(world: World) -> None:
@@ -499,8 +572,8 @@ def test_a_request_that_comes_drop_by_drop(world: World, head: bytes | None) -> 
                 assert time.monotonic() - started < 10, "it may hold its thread for ever"
             while part := connection.recv(65_536):
                 received += part
-    if head is None:
-        assert parsed(received).problem == "length_mismatch"
+    answer = parsed(received)
+    assert (answer.status, answer.problem) == ((400, "length_mismatch") if head is None else (408, "invalid_request"))
 
 
 def test_an_answer_that_takes_longer_does_not_spoil_the_connection(server: Server) -> None:
@@ -587,6 +660,10 @@ CONTROL: tuple[tuple[str, str, str, Any, int, str], ...] = (
     ("null", "POST", "/v1/key-sets", {"name": "x", "issuer": None}, 400, "invalid_field"),
     ("a cache lifetime out of range", "POST", "/v1/key-sets", {"name": "x", "cache_lifetime": 1}, 400, "invalid_field"),
     ("an issuer that is no URL", "POST", "/v1/key-sets", {"name": "x", "issuer": "me"}, 400, "invalid_field"),
+    ("an issuer in another spelling", "POST", "/v1/key-sets", {"name": "x", "issuer": "HTTPS://login.example.com:443//a"}, 400, "invalid_field"),
+    ("an issuer with letters that look alike", "POST", "/v1/key-sets", {"name": "x", "issuer": "https://xn--pple-43d.com"}, 400, "invalid_field"),
+    ("another set's issuer and a slash", "POST", "/v1/key-sets", {"name": "x", "issuer": "{url}/{jwt}/"}, 400, "invalid_field"),
+    ("the default issuer of a set that is not there", "POST", "/v1/key-sets", {"name": "x", "issuer": "{url}/not-there"}, 400, "invalid_field"),
     ("an unknown access", "POST", "/v1/key-sets", {"name": "x", "access": "secret"}, 400, "invalid_field"),
     ("a name twice", "POST", "/v1/key-sets", {"name": "default"}, 409, "name_taken"),
     ("an unknown alg", "POST", "/v1/key-sets/{jwt}/keys", {"name": "n", "alg": "HS256"}, 400, "unsupported_algorithm_requested"),
@@ -625,12 +702,18 @@ CONTROL: tuple[tuple[str, str, str, Any, int, str], ...] = (
 )  # fmt: skip
 
 
+def filled(world: World, text: str) -> str:
+    for name, value in (("{kid}", world.kid), ("{url}", world.server.url), ("{jwt}", world.jwt)):
+        text = text.replace(name, value)
+    return text
+
+
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize(
     ("method", "path", "payload", "status", "code"), [row[1:] for row in CONTROL], ids=[row[0] for row in CONTROL]
 )
 def test_the_control_plane(world: World, method: str, path: str, payload: Any, status: int, code: str) -> None:
-    body = payload if isinstance(payload, bytes) else json.dumps(payload).replace("{kid}", world.kid).encode()
+    body = payload if isinstance(payload, bytes) else filled(world, json.dumps(payload)).encode()
     path = path.format(jwt=world.jwt, kid=world.kid)
     headers = {}
     if method == "PATCH" and code != "revision_required":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from openapi_spec_validator import validate
 
+from kms_jwks.authn import new_token
 from tests.integration.conftest import Answer, Server, fresh, wait_until
 
 
@@ -95,6 +96,17 @@ def hidden(server: Server) -> str:
     return server.key_set(None, "ES256", access="restricted")
 
 
+@pytest.fixture(scope="module")
+def callers(server: Server, shop: str) -> dict[str, str]:
+    """The tokens of callers that may not read the restricted set."""
+    return {
+        "nobody": "",
+        "a stranger": new_token().token,
+        "a client without a grant": server.client(),
+        "a signer elsewhere": server.client("signer", key_set=shop),
+    }
+
+
 class TestRestricted:
     def test_needs_the_permission(self, server: Server, hidden: str) -> None:
         path = f"/{hidden}/.well-known/jwks.json"
@@ -112,6 +124,45 @@ class TestRestricted:
         assert "Access-Control-Allow-Origin" not in answer.headers
         assert "Authorization" in answer.headers["Vary"]
 
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/{}/.well-known/jwks.json",
+            "/{}/.well-known/jwks-pq.json",
+            "/{}/.well-known/openid-configuration",
+            "/{}/.well-known/oauth-authorization-server",
+            "/.well-known/oauth-authorization-server/{}",
+            "/v1/key-sets/{}",
+            "/v1/key-sets/{}/keys",
+            "/v1/key-sets/{}/keys/k1",
+            "/v1/key-sets/{}/keys/k1/active",
+            "/v1/key-sets/{}/external-keys",
+        ],
+    )
+    @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "POST"])
+    @pytest.mark.parametrize("who", ["nobody", "a stranger", "a client without a grant", "a signer elsewhere"])
+    def test_its_name_cannot_be_found_out(
+        self, server: Server, hidden: str, callers: dict[str, str], method: str, path: str, who: str
+    ) -> None:
+        """A set that is there and one that is not are refused with the same octets, but for the name and the id."""
+        missing = fresh("set")
+        answers = []
+        for name in (hidden, missing):
+            headers = {"Authorization": f"Bearer {callers[who]}"} if callers[who] else {}
+            answer = server.call(method, path.format(name), token=None, headers=headers)
+            request_id = answer.headers["X-Request-Id"]
+            answers.append(
+                (
+                    answer.status,
+                    [(k, v) for k, v in answer.headers.items() if k not in ("Date", "X-Request-Id")],
+                    answer.body.replace(name.encode(), b"NAME").replace(request_id.encode(), b"ID"),
+                )
+            )
+        assert len(hidden) == len(missing)
+        assert answers[0] == answers[1]
+        if method == "GET":
+            assert answers[0][0] == {"nobody": 401, "a stranger": 401}.get(who, 403)
+
     def test_a_caller_without_a_token_learns_little(self, server: Server, hidden: str) -> None:
         assert fetch(server, f"/{hidden}/.well-known/openid-configuration").status == 401
 
@@ -120,7 +171,8 @@ class TestDiscovery:
     def test_both_forms_say_the_same(self, server: Server, shop: str) -> None:
         one = fetch(server, f"/{shop}/.well-known/openid-configuration")
         two = fetch(server, f"/.well-known/oauth-authorization-server/{shop}")
-        assert one.json == two.json
+        three = fetch(server, f"/{shop}/.well-known/oauth-authorization-server")
+        assert one.body == two.body == three.body
         issuer = f"{server.url}/{shop}"
         assert one.json["issuer"] == issuer
         assert one.json["jwks_uri"] == f"{issuer}/.well-known/jwks.json"
@@ -132,9 +184,63 @@ class TestDiscovery:
             fetch(server, f"/{shop}/.well-known/openid-configuration", If_None_Match=one.headers["ETag"]).status == 304
         )
 
+    def test_an_issuer_with_a_slash_at_its_end(self, server: Server) -> None:
+        """OpenID Connect Discovery §4.1: a client drops the slash before it appends, and compares the whole issuer."""
+        name = fresh("slash")
+        issuer = f"{server.url}/{name}/"
+        assert server.key_set(name, "ES256", issuer=issuer) == name
+        found = fetch(server, issuer.removeprefix(server.url).rstrip("/") + "/.well-known/openid-configuration")
+        assert (found.status, found.json["issuer"]) == (200, issuer)
+        assert fetch(server, f"/.well-known/oauth-authorization-server/{name}").json == found.json
+        assert server.must("GET", f"/v1/key-sets/{name}")["warnings"] == []
+
+    @pytest.mark.parametrize(
+        ("issuer", "warning"),
+        [
+            ("https://{}.example/tenant/", "https://{}.example/tenant/.well-known/openid-configuration"),
+            ("accounts.{}.example", "not a URL"),
+            ("spiffe://{}.example", "not a URL"),
+            ("urn:example:{}", "not a URL"),
+        ],
+    )
+    def test_an_issuer_whose_metadata_is_not_served_says_so(self, server: Server, issuer: str, warning: str) -> None:
+        name = fresh("other")
+        answer = server.call("POST", "/v1/key-sets", {"name": name, "issuer": issuer.format(name)})
+        assert answer.status == 201
+        (found,) = answer.json["warnings"]
+        assert warning.format(name) in found
+        assert "jwks_uri" in found
+
+    def test_an_issuer_is_one_sets_alone_however_it_is_written(self, server: Server) -> None:
+        name = fresh("taken")
+        server.must("POST", "/v1/key-sets", {"name": name, "issuer": f"https://{name}.example"})
+        for issuer in (f"https://{name}.example/", f"{name}.example"):
+            answer = server.call("POST", "/v1/key-sets", {"name": fresh("taker"), "issuer": issuer})
+            assert (answer.status, answer.problem) == (409, "issuer_taken")
+
+    def test_a_refusal_names_the_normal_form(self, server: Server) -> None:
+        answer = server.call(
+            "POST", "/v1/key-sets", {"name": fresh("x"), "issuer": "https://Login.example.com:443/a//b"}
+        )
+        assert (answer.status, answer.json["normal_form"]) == (400, "https://login.example.com/a/b")
+        assert "https://login.example.com/a/b" in answer.json["detail"]
+
+    def test_an_administrator_of_one_set_cannot_take_the_issuer_of_another(self, server: Server) -> None:
+        name = fresh("scoped")
+        server.must("POST", "/v1/key-sets", {"name": name})
+        admin = server.client("admin", key_set=name)
+        path = f"/v1/key-sets/{name}"
+        for issuer in (f"{server.url}/default", f"{server.url}/default/", f"{server.url}/{fresh('later')}"):
+            tag = server.call("GET", path).headers["ETag"]
+            answer = server.call("PATCH", path, {"issuer": issuer}, token=admin, headers={"If-Match": tag})
+            assert (answer.status, answer.problem) == (400, "invalid_field")
+            assert "public_url" in answer.json["detail"]
+
     def test_another_issuer_is_404(self, server: Server) -> None:
         name = server.key_set(None, "ES256", issuer="https://issuer.example")
-        assert fetch(server, f"/{name}/.well-known/openid-configuration").problem == "route_not_found"
+        elsewhere = fetch(server, f"/{name}/.well-known/openid-configuration")
+        assert elsewhere.problem == "route_not_found"
+        assert "https://issuer.example" in elsewhere.json["detail"]
         assert fetch(server, f"/.well-known/oauth-authorization-server/{name}").problem == "route_not_found"
         assert fetch(server, f"/{name}/.well-known/jwks.json").status == 200
 

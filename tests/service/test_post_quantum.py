@@ -186,6 +186,11 @@ def test_a_set_of_ml_dsa_keys_alone_has_no_ordinary_document_until_it_has_an_ord
     assert made.keys[0].active_kid is not None
     missing = site.get(JWKS)
     assert (missing.status, missing.headers["Cache-Control"]) == (404, "no-store")
+    for path in (JWKS, "/main/.well-known/openid-configuration"):
+        problem = json.loads(site.get(path).body)
+        assert problem["type"].endswith(":not_published")
+        assert "ML-DSA keys alone" in problem["detail"]
+        assert "https://keys.example/main/.well-known/jwks-pq.json" in problem["next_step"]
     assert made.jwks_pq_uri == "https://keys.example/main/.well-known/jwks-pq.json"
     # No verifier can have cached a document that was never published, so its first key signs at once.
     kid = add_key(world, "ES256", "default").active_kid

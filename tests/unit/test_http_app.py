@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote
 
 import pytest
 from werkzeug.test import Client, EnvironBuilder, TestResponse, run_wsgi_app
@@ -49,6 +50,7 @@ class FakeService:
         self.key_sets = SimpleNamespace(list=self._use, create=self._use, get=self._use, patch=self._use)
         self.keys = SimpleNamespace(rotate=self._use, disable=self._use)
         self.versions = SimpleNamespace(public_jwk=self._use)
+        self.external_keys = SimpleNamespace(get=self._use)
         self.clients = SimpleNamespace(create=self._use, delete=self._use)
         self.operation = SimpleNamespace(ready=self._use, ready_sign=self._use)
 
@@ -137,6 +139,14 @@ def problem(response: TestResponse) -> str:
     assert document["request_id"] == response.headers["X-Request-Id"]
     assert response.headers["Cache-Control"] == "no-store"
     return str(document["type"].removeprefix("urn:kms-jwks:problem:"))
+
+
+def opened(service: FakeService, target: str) -> TestResponse:
+    """A GET of a request target, as gunicorn presents it."""
+    path = unquote(target.partition("?")[0], "latin-1")
+    environ = EnvironBuilder("/", headers=SHOWN, query_string=target.partition("?")[2]).get_environ()
+    environ |= {"RAW_URI": target, "PATH_INFO": path}
+    return TestResponse(*run_wsgi_app(app_of(service), environ, buffered=True), EnvironBuilder("/").get_request())
 
 
 class TestRequestId:
@@ -287,6 +297,74 @@ class TestRouting:
         response = client.get(path)
         assert (response.status_code, problem(response)) == (404, "route_not_found")
 
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "//v1/key-sets",
+            "///v1/key-sets",
+            "/%2Fv1/key-sets",
+            "/v1%2fkey-sets",
+            "/v1%2Fkey-sets",
+            "/%761/key-sets",
+            "/v1/key%2Dsets",
+            "/v1/%6bey-sets/s",
+            "/v1/key-sets/%73",
+            "/v1/key-sets/s%2Fkeys",
+            "/v1/key-sets/s/%2e%2e/s",
+            "/s%2f.well-known%2fjwks.json",
+            "/s/.well-known%2Fjwks.json",
+            "/s/%2Ewell-known/jwks.json",
+            "/v1/./key-sets",
+            "/x/../v1/key-sets",
+            "/v1/key-sets;a=b",
+            "/v1/key-sets#a",
+            "ftp://keys.example/v1/key-sets",
+            "http://keys.example//v1/key-sets",
+            "https://keys.example",
+            "*",
+        ],
+    )
+    def test_a_route_has_one_spelling(self, service: FakeService, target: str) -> None:
+        service.answer = wire.Page(items=[])
+        assert opened(service, target).status_code == 404
+        assert problem(opened(service, target)) == "route_not_found"
+        assert not service.asked
+
+    @pytest.mark.parametrize(
+        "target", ["/v1/key-sets", "http://keys.example/v1/key-sets", "HTTPS://[::1]:1/v1/key-sets?limit=1"]
+    )
+    def test_a_target_in_either_form_is_matched(self, service: FakeService, target: str) -> None:
+        service.answer = wire.Page(items=[])
+        assert opened(service, target).status_code == 200
+
+    def test_a_server_that_does_not_pass_the_target_on(self, service: FakeService) -> None:
+        service.answer = wire.Page(items=[])
+        for path, status in (("/v1/key-sets", 200), ("//v1/key-sets", 404), ("/v1/key-sets/a b", 404)):
+            environ = EnvironBuilder("/", headers=SHOWN).get_environ() | {"PATH_INFO": path}
+            for name in ("RAW_URI", "REQUEST_URI"):
+                environ.pop(name, None)
+            _, found, _ = run_wsgi_app(app_of(service), environ)
+            if path.endswith("b"):
+                assert service.asked[-1][1] == "a b"
+            else:
+                assert found.startswith(str(status))
+
+    @pytest.mark.parametrize(
+        ("sent", "kid"),
+        [
+            ("their%2Fkid", "their/kid"),
+            ("their/kid", "their/kid"),
+            ("50%25", "50%"),
+            ("a%2Fb%3D%2B", "a/b=+"),
+            ("a=+", "a=+"),
+            ("%C3%A9", "é"),
+        ],
+    )
+    def test_a_kid_may_hold_what_a_path_encodes(self, service: FakeService, sent: str, kid: str) -> None:
+        service.answer = errors.ExternalKeyNotFound()
+        assert problem(opened(service, f"/v1/key-sets/s/external-keys/{sent}")) == "external_key_not_found"
+        assert service.asked[0][1:] == ("s", kid)
+
     def test_unknown_methods_are_told_the_known_ones(self, client: Client) -> None:
         response = client.put("/v1/key-sets")
         assert (response.status_code, problem(response)) == (405, "method_not_allowed")
@@ -328,12 +406,25 @@ class TestRouting:
             "cursor=%00",
             "limit=٣",
             "limit=-1",
+            "nonsense=1",
+            "limit=1&nonsense",
+            "=1",
+            "Limit=1",
         ],
     )
     def test_bad_pages(self, client: Client, service: FakeService, query: str) -> None:
         response = client.get(f"/v1/key-sets?{query}")
         assert (response.status_code, problem(response)) == (400, "invalid_field")
         assert not service.asked
+
+    @pytest.mark.parametrize("path", ["/s/.well-known/jwks.json", "/v1/key-sets/s", "/healthz", SIGN])
+    def test_a_query_that_a_route_does_not_take(self, client: Client, service: FakeService, path: str) -> None:
+        send = client.post if path == SIGN else client.get
+        response = send(f"{path}?limit=1")
+        assert (response.status_code, problem(response)) == (400, "invalid_field")
+        assert "'limit'" in json.loads(response.data)["detail"]
+        assert not service.asked
+        assert send(f"{path}?", json={} if path == SIGN else None).status_code != 400
 
 
 class TestAnswers:
@@ -499,6 +590,27 @@ class TestDocuments:
 @pytest.mark.parametrize(
     ("path", "name"),
     [
+        ("/.well-known/oauth-authorization-server/keys/other", "other"),
+        ("/.well-known/oauth-authorization-server/keys", None),
+        ("/.well-known/oauth-authorization-server/other", "other"),
+        ("/other/.well-known/oauth-authorization-server", "other"),
+        ("/other/.well-known/openid-configuration", "other"),
+        ("/.well-known/openid-configuration", None),
+    ],
+)
+def test_metadata_below_a_public_url_with_a_path(path: str, name: str | None) -> None:
+    """RFC 8414 §3.1: the well-known part comes before the whole path, where no proxy removes the prefix."""
+    service = FakeService(public_url="https://host.example/keys")
+    service.answer = JWKS
+    client = Sender(create_app(cast("Service", service)))
+    assert client.get(path).status_code == 200
+    assert service.asked[0][1] == name
+    assert client.get("/.well-known/oauth-authorization-server/elsewhere/other").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
         ("/.well-known/jwks.json", "main"),
         ("/other/.well-known/jwks.json", "other"),
         ("/.well-known/jwks-pq.json", "main"),
@@ -507,6 +619,7 @@ class TestDocuments:
         ("/other/.well-known/openid-configuration", "other"),
         ("/.well-known/oauth-authorization-server", None),
         ("/.well-known/oauth-authorization-server/other", "other"),
+        ("/other/.well-known/oauth-authorization-server", "other"),
     ],
 )
 def test_which_set_a_path_names(client: Client, service: FakeService, path: str, name: str | None) -> None:

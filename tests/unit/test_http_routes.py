@@ -139,6 +139,36 @@ class TestOpenApi:
         assert version["created_at"]["format"] == "date-time"
         assert version["destroy_at"]["anyOf"][0]["format"] == "date-time"
 
+    @pytest.mark.parametrize(
+        ("operation", "status", "codes"),
+        [
+            ("post /v1/key-sets/{key_set}/keys/{key}/jwt", 404, "route_not_found key_set_not_found key_not_found"),
+            (
+                "post /v1/key-sets/{key_set}/keys/{key}/jwt",
+                409,
+                "purpose_mismatch key_disabled no_active_version kid_not_active",
+            ),
+            ("delete /v1/nodes/{worker}", 404, "route_not_found worker_not_found"),
+            ("get /{key_set}/.well-known/jwks.json", 404, "route_not_found key_set_not_found not_published"),
+            ("options /{key_set}/.well-known/jwks.json", 404, "route_not_found"),
+            ("post /v1/grants", 404, "client_not_found key_set_not_found key_not_found"),
+            (
+                "post /v1/key-sets/{key_set}/keys",
+                404,
+                "route_not_found key_set_not_found backend_not_found",
+            ),
+            (
+                "delete /v1/clients/{client}/tokens/{token}",
+                404,
+                "route_not_found client_not_found api_token_not_found",
+            ),
+        ],
+    )
+    def test_a_route_lists_what_it_can_answer_and_nothing_else(self, operation: str, status: int, codes: str) -> None:
+        method, _, path = operation.partition(" ")
+        description = self.document["paths"][path][method]["responses"][str(status)]["description"]
+        assert set(re.findall("`([a-z_]+)`", description)) == set(codes.split())
+
     def test_problems_stand_under_their_status(self) -> None:
         operation = self.document["paths"]["/v1/key-sets/{key_set}/keys/{key}/jwt"]["post"]
         for status in ("400", "401", "403", "404", "409", "411", "413", "415", "500", "502", "503", "504"):

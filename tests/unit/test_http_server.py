@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import ssl
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from gunicorn.config import Config  # type: ignore[import-untyped]
@@ -63,6 +65,27 @@ def test_what_gunicorn_refuses_is_a_problem_document(cls: type[Exception]) -> No
 def test_what_is_not_the_callers_fault_is_left_to_gunicorn() -> None:
     assert refusal(ZeroDivisionError(), None, RefusalCounts()) is None
     assert refusal(parser.InvalidHeader("CONTENT-LENGTH"), None, RefusalCounts()).startswith(b"HTTP/1.1 400")  # type: ignore[union-attr]
+    assert refusal(parser.InvalidResponseHeader("X-A"), None, RefusalCounts()) is None
+    assert refusal(parser.InvalidResponseHeaderName("X A"), None, RefusalCounts()) is None
+
+
+def test_a_defect_before_any_route_is_a_problem_document_too(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker: Any = SimpleNamespace(_refusals=RefusalCounts())
+        Worker.handle_error(worker, None, theirs, ("192.0.2.1", 1), ZeroDivisionError("division by the secret"))
+        head, _, body = ours.recv(65_536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert json.loads(body)["type"].endswith(":internal_error")
+    assert b"secret" not in body
+    log = "".join(capsys.readouterr())
+    assert json.loads(body)["request_id"] in log
+    assert "ZeroDivisionError" in log
+
+
+def test_refusals_are_counted_by_reason() -> None:
+    counts = RefusalCounts()
+    assert [counts.add(reason) for reason in ("LateHead", "InvalidHeader", "LateHead")] == [1, 1, 2]
 
 
 def test_children_find_the_file_and_what_the_command_line_changed(
