@@ -217,16 +217,19 @@ def refusal(error: Exception, peer: str | None, counts: RefusalCounts) -> bytes 
         problem = _HEADERS.get(error.hdr, problem)
     reason = (isinstance(error, ssl.SSLError) and getattr(error, "reason", None)) or type(error).__name__
     request_id = _request_id()
-    getattr(log, dispatch.level_of(status))(
-        "request_refused",
-        request_id=request_id,
-        status=status,
-        peer=peer,
-        code=problem.code,
-        detail=problem.detail,
-        reason=reason,
-        count=counts.add(reason),
-    )
+    line = {
+        "request_id": request_id,
+        "status": status,
+        "peer": peer,
+        "code": problem.code,
+        "detail": problem.detail,
+        "reason": reason,
+        "count": counts.add(reason),
+    }
+    if status >= 500:
+        log.warning("request_refused", **line)
+    else:
+        log.info("request_refused", **line)
     return _whole(problems.response(problem, request_id, status=status), request_id)
 
 
