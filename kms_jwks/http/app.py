@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse
 
     from kms_jwks.service import Service
-    from kms_jwks.service.context import RequestContext
+    from kms_jwks.service.guard import RequestContext
 
     Environ = dict[str, Any]
 

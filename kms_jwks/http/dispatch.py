@@ -21,7 +21,7 @@ import structlog
 from kms_jwks import errors, strictjson, wire
 from kms_jwks.http import problems
 from kms_jwks.http.exchange import JSON, Request, Response, Route
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

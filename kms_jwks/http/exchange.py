@@ -17,7 +17,7 @@ import msgspec
 
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 
 if TYPE_CHECKING:
     from kms_jwks.service.views import Created

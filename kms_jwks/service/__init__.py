@@ -11,9 +11,8 @@ import structlog
 from kms_jwks.backends.calling import Backends
 from kms_jwks.config import Settings
 from kms_jwks.service.clients import Clients
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.external_keys import ExternalKeys
-from kms_jwks.service.guard import Guard
+from kms_jwks.service.guard import Guard, RequestContext
 from kms_jwks.service.key_sets import KeySets
 from kms_jwks.service.keys import Keys
 from kms_jwks.service.operation import Operation

@@ -11,8 +11,8 @@ from kms_jwks import authn, errors, wire
 from kms_jwks.access import Caller, Permission, Role, combined_duties
 from kms_jwks.model import ApiToken, Client, Grant, Id, Instant, new_id
 from kms_jwks.service import views
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, check_name
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.store import ReadTx, WriteTx
 from kms_jwks.times import later, to_datetime
 

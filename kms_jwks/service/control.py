@@ -14,8 +14,7 @@ from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.calling import Backends
 from kms_jwks.model import Epoch, Id, Instant, Key, KeyVersion, VersionState, name_error
 from kms_jwks.service import views
-from kms_jwks.service.context import RequestContext
-from kms_jwks.service.guard import Entered, Guard
+from kms_jwks.service.guard import Entered, Guard, RequestContext
 from kms_jwks.store import ReadTx, Store, WriteTx
 from kms_jwks.times import to_instant
 from kms_jwks.worker.confirmation import Confirmation

@@ -13,8 +13,8 @@ from kms_jwks.access import Permission
 from kms_jwks.custodian import document_limits
 from kms_jwks.model import ExternalKey, Id, KeySet, VersionState, new_id
 from kms_jwks.service import views
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, find_algorithm, read_instant
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.store import ReadTx
 
 log = structlog.get_logger(__name__)

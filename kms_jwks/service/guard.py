@@ -8,15 +8,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kms_jwks import errors
 from kms_jwks.access import EVERYTHING, INSTALLATION_WIDE, Caller, Permission, Scope, allow, allow_within
-from kms_jwks.authn import credential_from_header
+from kms_jwks.authn import Credential, credential_from_header
 from kms_jwks.model import Id, Instant, Key, KeySet
-from kms_jwks.service.context import RequestContext
 from kms_jwks.store import ReadTx
 from kms_jwks.worker.snapshot import KnownToken, PublishedSet, SigningKey, Snapshot, known_token
+
+
+@dataclass(slots=True, eq=False)
+class RequestContext:
+    """One call: what the server knew when it came in, and what the use case found out about it.
+
+    `authorization` is the Authorization header and `peer_certificate` the client certificate in DER; neither is shown
+    or logged. `peer` is the address of the connection's other end, `route` the path template that matched.
+    """
+
+    authorization: str | None = field(default=None, repr=False)
+    peer_certificate: bytes | None = field(default=None, repr=False)
+    request_id: str = ""
+    peer: str | None = None
+    route: str | None = None
+    credential: Credential | None = field(default=None, repr=False)
+    """Set by the guard: what the Authorization header holds, parsed once."""
+    caller: Caller | None = None
+    """Set by the guard once the credentials are known, also where the call is refused for missing rights."""
+    backend: str | None = None
+    """Set by the signing path before it asks a backend, so that a failure's log line names the backend."""
 
 
 @dataclass(slots=True)

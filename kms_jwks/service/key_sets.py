@@ -11,7 +11,6 @@ from kms_jwks.access import Permission, Scope, allow
 from kms_jwks.custodian import transitions
 from kms_jwks.model import Access, Id, KeySet
 from kms_jwks.service import views
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, check_revision
 from kms_jwks.service.definitions import (
     add_key_set,
@@ -20,6 +19,7 @@ from kms_jwks.service.definitions import (
     check_issuer,
     check_policy,
 )
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.service.views import Created
 from kms_jwks.store import ReadTx
 

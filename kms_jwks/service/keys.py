@@ -11,9 +11,9 @@ from kms_jwks.access import Permission, Scope, allow
 from kms_jwks.custodian import transitions
 from kms_jwks.model import Key, VersionState
 from kms_jwks.service import adoption, key_timeline, views
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, check_revision, require_enabled
 from kms_jwks.service.definitions import add_key, ask_backend, check_policy, check_profile, merge, merge_policy
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.service.views import Created
 from kms_jwks.store import WriteTx
 

@@ -9,8 +9,8 @@ from kms_jwks import errors, wire
 from kms_jwks.access import Permission
 from kms_jwks.model import SECOND, Epoch, Id, Instant, Worker
 from kms_jwks.service import views
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.times import optional, to_datetime
 from kms_jwks.worker.restart_limit import RestartLimit
 from kms_jwks.worker.sync import OVERDUE, RegistrySync

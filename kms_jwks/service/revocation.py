@@ -17,8 +17,8 @@ from kms_jwks.access import Permission, Scope
 from kms_jwks.custodian import transitions
 from kms_jwks.model import SECOND, Epoch, Instant, Key, KeySet, KeyVersion, VersionState
 from kms_jwks.service import views
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, find_version
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.store import ReadTx, WriteTx
 from kms_jwks.times import to_datetime
 

@@ -16,8 +16,7 @@ from kms_jwks import errors, jose, wire
 from kms_jwks.access import Permission
 from kms_jwks.backends.calling import Backends, PendingSignature
 from kms_jwks.model import SECOND, Instant, Purpose
-from kms_jwks.service.context import RequestContext
-from kms_jwks.service.guard import Guard
+from kms_jwks.service.guard import Guard, RequestContext
 from kms_jwks.service.signing_job import (
     Preparer,
     SigningJob,

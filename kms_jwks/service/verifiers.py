@@ -10,8 +10,7 @@ from msgspec import UNSET
 from kms_jwks import errors, issuers, verification, wire
 from kms_jwks.access import Permission
 from kms_jwks.model import SECOND, Purpose
-from kms_jwks.service.context import RequestContext
-from kms_jwks.service.guard import Guard
+from kms_jwks.service.guard import Guard, RequestContext
 from kms_jwks.worker.snapshot import Document, PublishedSet
 from kms_jwks.worker.sync import RegistrySync
 

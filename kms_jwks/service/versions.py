@@ -11,9 +11,8 @@ from kms_jwks.backends.base import KeyRef
 from kms_jwks.custodian import transitions
 from kms_jwks.model import Id, KeyVersion, VersionState
 from kms_jwks.service import adoption, views
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import Control, find_version, read_instant, require_enabled
-from kms_jwks.service.guard import Entered
+from kms_jwks.service.guard import Entered, RequestContext
 from kms_jwks.service.views import Created
 from kms_jwks.times import optional, to_datetime
 

@@ -15,7 +15,7 @@ from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
 from kms_jwks.model import DAY, Origin, VersionState
 from kms_jwks.service.adoption import PUBLIC_KEY_GIVEN
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.timeline import later
 from kms_jwks.times import to_datetime
 from tests.service.world import World

@@ -13,7 +13,7 @@ from kms_jwks import doctor, errors, wire
 from kms_jwks.access import Role
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.model import DAY, Id
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.times import later, to_datetime
 from tests.service.world import World
 

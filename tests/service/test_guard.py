@@ -8,8 +8,7 @@ import pytest
 
 from kms_jwks import authn, errors, wire
 from kms_jwks.access import Permission
-from kms_jwks.service.context import RequestContext
-from kms_jwks.service.guard import Decision
+from kms_jwks.service.guard import Decision, RequestContext
 from kms_jwks.service.signing_job import SigningOperation
 from tests.service.world import World
 

@@ -11,7 +11,7 @@ from kms_jwks import errors, wire
 from kms_jwks.access import Role
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.model import DAY, IntentKind, VersionState
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.timeline import later
 from kms_jwks.times import to_datetime, to_instant
 from tests.service.world import UNSAFE, World

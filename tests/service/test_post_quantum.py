@@ -25,7 +25,7 @@ from werkzeug.serving import make_server
 from kms_jwks import errors, jose, wire
 from kms_jwks.http.app import create_app
 from kms_jwks.model import DAY, VersionState
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.timeline import later
 from kms_jwks.times import to_datetime
 from kms_jwks.worker.jwks_cache import JwksCache

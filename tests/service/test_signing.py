@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from kms_jwks import errors, jose, strictjson, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, SECOND, VersionState
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.service.signing import Batch, Steps
 from kms_jwks.service.signing_job import SigningJob, SigningOperation
 from tests.service.world import World

@@ -12,7 +12,7 @@ import structlog.testing
 
 from kms_jwks import errors, wire
 from kms_jwks.model import SECOND
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.worker import registration
 from tests.service.world import World
 

@@ -26,8 +26,8 @@ from kms_jwks.custodian.loop import Custodian
 from kms_jwks.errors import Error
 from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
 from kms_jwks.service.clients import add_client, add_grant, add_token
-from kms_jwks.service.context import RequestContext
 from kms_jwks.service.control import CUSTODIAN_WAIT, Control, is_settled
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.worker.confirmation import Confirmation
 from kms_jwks.worker.snapshot import Snapshot
 from tests.memory_backend import MemoryBackend

@@ -16,7 +16,7 @@ from kms_jwks.access import Caller
 from kms_jwks.config import Settings
 from kms_jwks.http.app import App, create_app
 from kms_jwks.model import Id
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 from kms_jwks.service.signing import Batch
 from kms_jwks.worker.snapshot import Document
 

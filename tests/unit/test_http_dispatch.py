@@ -16,7 +16,7 @@ from kms_jwks.http.dispatch import Body, Limits
 from kms_jwks.http.exchange import Request, Route
 from kms_jwks.http.problems import LengthRequired
 from kms_jwks.http.routes import ROUTES
-from kms_jwks.service.context import RequestContext
+from kms_jwks.service.guard import RequestContext
 from tests.unit.test_http_app import SHOWN, SIGN, FakeService, Sender, app_of, problem
 
 if TYPE_CHECKING:
