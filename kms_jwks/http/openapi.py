@@ -89,15 +89,15 @@ def refusals(route: Route) -> list[type[errors.Error]]:
         found.append(errors.RouteNotFound)
     if route.method != "OPTIONS":
         found += [_NOT_FOUND[name] for name in route.params]
+    found.append(errors.InvalidField)  # any route, for a query that it does not take
     if route.request is not None:
+        # The data plane's rows name their own refusals of a body.
+        found += [errors.MalformedBody, errors.LengthMismatch] if route.hot else [errors.InvalidRequest]
         found += [
-            errors.InvalidRequest,
             problems.LengthRequired,
             errors.BodyTooLarge,
             errors.UnsupportedMediaType,
         ]
-    if route.paged:
-        found.append(errors.InvalidRequest)
     found += [cls for cls in route.problems if cls not in found]
     return found
 

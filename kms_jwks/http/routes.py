@@ -35,7 +35,6 @@ def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple
                 errors.RouteNotFound,
                 errors.KeySetNotFound,
                 errors.NotPublished,
-                errors.InvalidField,
                 errors.StoreUnavailable,
             ),
         ),
@@ -54,7 +53,12 @@ _NOT_SIGNED = (errors.PurposeMismatch, errors.KeyDisabled, errors.NoActiveVersio
 
 
 def _signing(
-    name: str, endpoint: Endpoint, request: type[wire.Request] | UnionType, answer: type[wire.Answer], *permission: P
+    name: str,
+    endpoint: Endpoint,
+    request: type[wire.Request] | UnionType,
+    answer: type[wire.Answer],
+    *permission: P,
+    invalid: tuple[type[errors.InvalidRequest], ...],
 ) -> Route:
     return Route(
         method="POST",
@@ -66,7 +70,7 @@ def _signing(
         batch=True,
         answer=answer,
         permission=permission,
-        problems=(*_NOT_SIGNED, errors.Unavailable, errors.BackendError, errors.BackendTimeout),
+        problems=(*invalid, *_NOT_SIGNED, errors.InvalidBatch, errors.Unavailable, errors.BackendError),
     )
 
 
@@ -199,8 +203,8 @@ ROUTES: tuple[Route, ...] = (
         "Issuer metadata (RFC 8414), below the issuer",
     ),
     # signing
-    _signing("jwt", data.sign_jwt, wire.JwtRequest, wire.SignedJwt, P.JWT_SIGN),
-    _signing("jws", data.sign_jws, wire.JwsRequest, wire.SignedJws, P.JWS_SIGN),
+    _signing("jwt", data.sign_jwt, wire.JwtRequest, wire.SignedJwt, P.JWT_SIGN, invalid=(errors.ClaimsRefused,)),
+    _signing("jws", data.sign_jws, wire.JwsRequest, wire.SignedJws, P.JWS_SIGN, invalid=(errors.InvalidPayload,)),
     _signing(
         "signature",
         data.sign_signature,
@@ -208,6 +212,7 @@ ROUTES: tuple[Route, ...] = (
         wire.Signature,
         P.JWT_SIGN,
         P.RAW_SIGN,
+        invalid=(errors.SigningInputRefused, errors.InvalidPayload, errors.InvalidDigest),
     ),
     _get(
         f"{_KEY}/active",

@@ -148,6 +148,13 @@ class TestOpenApi:
                 409,
                 "purpose_mismatch key_disabled no_active_version kid_not_active",
             ),
+            (
+                "post /v1/key-sets/{key_set}/keys/{key}/jwt",
+                400,
+                "invalid_field malformed_body length_mismatch claims_refused invalid_batch",
+            ),
+            ("post /v1/key-sets/{key_set}/verify", 400, "invalid_field malformed_body length_mismatch"),
+            ("get /v1/clients", 400, "invalid_field"),
             ("delete /v1/nodes/{worker}", 404, "route_not_found worker_not_found"),
             ("get /{key_set}/.well-known/jwks.json", 404, "route_not_found key_set_not_found not_published"),
             ("options /{key_set}/.well-known/jwks.json", 404, "route_not_found"),
