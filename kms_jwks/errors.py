@@ -310,7 +310,7 @@ class BackendUnknown(NotFound):
 
 class NotPublished(NotFound):
     code = "not_published"
-    title = "The key set has not published anything yet"
+    title = "The key set has published no key in this document yet"
     next_step = "Create a key in it and wait until its first version is published."
 
 
