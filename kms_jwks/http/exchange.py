@@ -76,7 +76,7 @@ class Request:
         Raises RevisionMismatch for a validator that this service never issued, RevisionRequired for `*`.
         """
         header = self.header("if-match")
-        if header is None:
+        if not header:
             return None
         if header.strip() == "*":
             raise errors.RevisionRequired("If-Match: * names no revision.")
