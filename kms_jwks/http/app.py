@@ -197,27 +197,22 @@ class _Adapter:
             body=b"",
             context=context,
         )
-        body = dispatch.receive(
-            self._service,
-            route,
-            exchange,
-            self._limits,
-            length=environ.get("CONTENT_LENGTH"),
-            chunked="HTTP_TRANSFER_ENCODING" in environ,
-        )
-        if body is not None:
-            stream = environ["wsgi.input"]
+        chunked = "HTTP_TRANSFER_ENCODING" in environ
+        length = environ.get("CONTENT_LENGTH")
+        wanted = dispatch.receive(self._service, route, exchange, self._limits, length=length, chunked=chunked)
+        if wanted is not None:
+            stream, left, parts = environ["wsgi.input"], wanted, []
             try:
-                while body.wanted and (chunk := stream.read(min(body.wanted, _CHUNK))):
-                    body.feed(chunk)
-            except errors.Error:
-                raise
+                while left and (part := stream.read(min(left, _CHUNK))):
+                    left -= len(part)
+                    parts.append(part)
             except Exception as error:
                 # Timeouts, broken chunks, lost connections: each server has exception classes of its own for them.
                 late = isinstance(error, TimeoutError)
                 cause = "did not arrive in time" if late else "broke off, or its chunks are malformed"
                 raise errors.LengthMismatch(f"The body {cause}.") from error
-            exchange.body = body.complete()
+            exchange.body = b"".join(parts)
+            dispatch.check_body(exchange.body, wanted, chunked=chunked)
         getattr(environ["wsgi.input"], "received", _NOTHING)()
         return exchange
 

@@ -1,7 +1,8 @@
 """The way of every request around its endpoint: authentication, body, decoding, the answer, and the line in the log.
 
 This module knows no web framework and reads nothing itself. An adapter (the Flask app today) calls `receive` with the
-head, feeds the body to the `Body` it gets, calls `answer`, and passes the answer to `complete` before it sends it.
+head, reads as much of the body as that says, passes it to `check_body`, calls `answer`, and passes the answer to
+`complete` before it sends it.
 """
 
 from __future__ import annotations
@@ -119,44 +120,14 @@ def parse_query(route: Route, query: str) -> dict[str, str]:
 # --- the body ---------------------------------------------------------------------------------------------------------
 
 
-class Body:
-    """A body that arrives in chunks, from a thread that reads a socket or from an event loop."""
-
-    __slots__ = ("_length", "_limit", "_parts", "wanted")
-
-    def __init__(self, limit: int, length: int | None) -> None:
-        """`limit` is the largest body in bytes, `length` the Content-Length; None where the body is chunked."""
-        self._limit = limit
-        self._length = length
-        self._parts: list[bytes] = []
-        self.wanted = limit + 1 if length is None else length
-        """Bytes still to read at most; 0 once nothing more is needed."""
-
-    def feed(self, chunk: bytes) -> None:
-        """Add the next bytes. Raises BodyTooLarge, and LengthMismatch for more bytes than Content-Length says."""
-        self.wanted -= len(chunk)
-        if self._length is None:
-            if self.wanted <= 0:
-                raise _too_large(self._limit)
-        elif self.wanted < 0:
-            raise errors.LengthMismatch(f"Content-Length says {self._length} bytes, more came.")
-        self._parts.append(chunk)
-
-    def complete(self) -> bytes:
-        """The whole body, once the sender has ended it. Raises LengthMismatch where bytes are missing."""
-        if self._length is not None and self.wanted:
-            came = self._length - self.wanted
-            raise errors.LengthMismatch(f"Content-Length says {self._length} bytes, {came} came.")
-        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-
-
 def receive(
     service: Service, route: Route, request: Request, limits: Limits, *, length: str | None, chunked: bool
-) -> Body | None:
-    """Decide from a request's head whether its body is read; None where the route has no body.
+) -> int | None:
+    """How many bytes of a body are read at most, decided from the request's head; None where the route has no body.
 
     Where the route has a permission and a body, the caller is authenticated here: a body whose sender is unknown is
-    neither read nor decoded. `length` is the Content-Length header. Raises Unauthenticated, StoreUnavailable,
+    neither read nor decoded. `length` is the Content-Length header. Of a chunked body, the first byte beyond the limit
+    is read too. Raises Unauthenticated, StoreUnavailable,
     RouteNotFound (a control character in the path), LengthMismatch (no usable length where a body is needed) and
     BodyTooLarge.
     """
@@ -168,17 +139,29 @@ def receive(
         service.authenticate(request.context, data_plane=route.hot)
     limit = limits.batch if route.batch else limits.single
     if chunked:
-        return Body(limit, None)
+        return limit + 1
     if length is None:
         if bodiless(route.request):
-            return Body(limit, 0)
+            return 0
         raise problems.LengthRequired
     if not (length.isascii() and length.isdigit()):
         raise errors.LengthMismatch("Content-Length is not a number of bytes.")
-    size = int(length[:20])
+    size = int(length.lstrip("0")[:20] or "0")
     if size > limit:
         raise _too_large(limit)
-    return Body(limit, size)
+    return size
+
+
+def check_body(body: bytes, wanted: int, *, chunked: bool) -> None:
+    """Hold what was read, until its end or `wanted` bytes, against what `receive` decided.
+
+    Raises BodyTooLarge for a chunked body beyond the limit, LengthMismatch for one that is not as long as its
+    Content-Length.
+    """
+    if chunked and len(body) >= wanted:
+        raise _too_large(wanted - 1)
+    if not chunked and len(body) != wanted:
+        raise errors.LengthMismatch(f"Content-Length says {wanted} bytes, {len(body)} came.")
 
 
 def _too_large(limit: int) -> errors.BodyTooLarge:
