@@ -188,11 +188,10 @@ class _Adapter:
             # A peer that stops sending its body, or reading its answer, must not hold a thread and a snapshot for ever.
             connection.settimeout(self._timeout)
 
-        query = environ.get("QUERY_STRING")
         exchange = Request(
             method=environ["REQUEST_METHOD"],
             params=params,
-            query=dispatch.parse_query(route, query).get if query else _NO_QUERY.get,
+            query=_NO_QUERY.get,
             header=request.headers.get,
             body=b"",
             context=context,
@@ -200,6 +199,8 @@ class _Adapter:
         chunked = "HTTP_TRANSFER_ENCODING" in environ
         length = environ.get("CONTENT_LENGTH")
         wanted = dispatch.receive(self._service, route, exchange, self._limits, length=length, chunked=chunked)
+        if query := environ.get("QUERY_STRING"):
+            exchange.query = dispatch.parse_query(route, query).get
         if wanted is not None:
             stream, left, parts = environ["wsgi.input"], wanted, []
             try:
