@@ -419,7 +419,8 @@ class TestRouting:
 
     @pytest.mark.parametrize("path", ["/s/.well-known/jwks.json", "/v1/key-sets/s", "/healthz", SIGN])
     def test_a_query_that_a_route_does_not_take(self, client: Client, service: FakeService, path: str) -> None:
-        method, payload = ("POST", {"claims": {}}) if path == SIGN else ("GET", None)
+        method = "POST" if path == SIGN else "GET"
+        payload: dict[str, Any] | None = {"claims": {}} if path == SIGN else None
         response = client.open(f"{path}?limit=1", method=method, json=payload)
         assert (response.status_code, problem(response)) == (400, "invalid_field")
         assert "'limit'" in json.loads(response.data)["detail"]
