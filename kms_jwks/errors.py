@@ -6,7 +6,7 @@
     ├── InvalidRequest            the request cannot succeed as it is
     │   ├── MalformedBody · InvalidField · BodyTooLarge · UnsupportedMediaType · LengthMismatch
     │   ├── ClaimsRefused · SigningInputRefused · InvalidPayload · InvalidDigest
-    │   └── InvalidJwk · InvalidBatch · UnsupportedAlgorithmRequested · PolicyRefused
+    │   └── InvalidJwk · InvalidBatch · UnsupportedAlgorithmRequested · PolicyRefused · IdempotencyKeyReused
     ├── TokenRejected             `verify`: the token is not valid
     │   └── TokenMalformed · TokenSignatureInvalid · TokenExpired · TokenNotYetValid · TokenIssuerMismatch ·
     │       TokenAudienceMismatch · TokenTypeMismatch · TokenKeyUnknown · TokenKeyRevoked
@@ -20,7 +20,7 @@
     ├── Conflict                  a valid request that the present state does not allow
     │   ├── NameTaken · IssuerTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
-    │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties
+    │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties · TokenNotShownAgain
     ├── RevisionMismatch · RevisionRequired
     ├── Unavailable               retry later: RegistryStale · StoreUnavailable
     ├── BackendError              the only errors that leave a backend
@@ -149,6 +149,12 @@ class UnsupportedAlgorithmRequested(InvalidRequest):
 class PolicyRefused(InvalidRequest):
     code = "policy_refused"
     title = "The policy breaks a rule"
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    code = "idempotency_key_reused"
+    title = "The Idempotency-Key belongs to another call of this client"
+    next_step = "Send a fresh Idempotency-Key with each new call, and the old one only with the very same call."
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
@@ -370,6 +376,14 @@ class CombinedDuties(Conflict):
         "Give the role to another client, or send `accept_combined_duties` (`--accept-combined-duties`): every list of "
         "grants and `kms-jwks doctor` then show it."
     )
+
+
+class TokenNotShownAgain(Conflict):
+    """`fields["token_id"]` names the token that the first call made."""
+
+    code = "token_not_shown_again"
+    title = "This call has made its API token already, and a token is shown once"
+    next_step = "If the first answer is lost, revoke that token and create another with a fresh Idempotency-Key."
 
 
 class KeyDisabled(Conflict):

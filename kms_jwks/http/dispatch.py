@@ -163,6 +163,8 @@ def _decode(route: Route, request: Request, limits: Limits) -> Any:
 def answer(service: Service, route: Route, request: Request, limits: Limits) -> Response:
     """The route's answer to a request that is complete, or the problem it ended in. Never raises an Exception."""
     try:
+        if route.creates:
+            request.context.idempotency_key = request.idempotency_key()
         if route.request is None:
             return route.endpoint(service, request)
         return route.endpoint(service, request, _decode(route, request, limits))

@@ -89,7 +89,7 @@ def _entry(route: Route, schemas: dict[str, Any]) -> Entry:
             refused.setdefault(status, []).append(cls.code)
     answer = route.items or route.answer
     return Entry(
-        id=openapi.operation_id(route),
+        id=route.operation,
         route=route,
         request=_bodies(schemas, openapi.structs(route.request)),
         answer=_bodies(schemas, openapi.structs(answer)),

@@ -18,13 +18,14 @@ P = Permission
 # --- the kinds of rows ------------------------------------------------------------------------------------------------
 
 
-def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple[Route, Route]:
+def _document(name: str, path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple[Route, Route]:
     """A document that verifiers fetch, and the CORS preflight that browsers send before it."""
     return (
         Route(
             method="GET",
             path=path,
             endpoint=endpoint,
+            name=f"get_{name}",
             summary=summary,
             side=Side.PUBLIC,
             hot=True,
@@ -37,6 +38,7 @@ def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple
             method="OPTIONS",
             path=path,
             endpoint=data.preflight,
+            name=f"preflight_{name}",
             summary="CORS preflight",
             side=Side.PUBLIC,
             statuses=(204,),
@@ -45,12 +47,18 @@ def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple
 
 
 def _signing(
-    name: str, endpoint: Endpoint, request: type[wire.Request] | UnionType, answer: type[wire.Answer], *permission: P
+    name: str,
+    endpoint: Endpoint,
+    request: type[wire.Request] | UnionType,
+    answer: type[wire.Answer],
+    *permission: P,
+    operation: str = "",
 ) -> Route:
     return Route(
         method="POST",
         path=f"{_KEY}/{name}",
         endpoint=endpoint,
+        name=operation,
         summary=(endpoint.__doc__ or "").rstrip("."),
         hot=True,
         request=request,
@@ -95,7 +103,10 @@ def _change(
     answer: type[wire.Answer] | None = None,
     *statuses: int,
     problems: tuple[type[errors.Error], ...] = (),
+    **rest: Any,
 ) -> Route:
+    # A route that answers 201 creates something, and a caller may have to send it again.
+    rest.setdefault("creates", 201 in statuses)
     return Route(
         method=method,
         path=path,
@@ -106,14 +117,16 @@ def _change(
         statuses=statuses or ((200,) if answer else (204,)),
         permission=permission if isinstance(permission, tuple) else (permission,),
         problems=(errors.Conflict, errors.StoreUnavailable, *problems),
+        **rest,
     )
 
 
-def _health(path: str, endpoint: Endpoint, *statuses: int, side: Side = Side.BOTH) -> Route:
+def _health(name: str, path: str, endpoint: Endpoint, *statuses: int, side: Side = Side.BOTH) -> Route:
     return Route(
         method="GET",
         path=path,
         endpoint=endpoint,
+        name=name,
         summary=(endpoint.__doc__ or "").rstrip("."),
         side=side,
         answer=wire.Readiness,
@@ -153,12 +166,18 @@ _MODULE = (errors.Unavailable, errors.BackendError, errors.BackendTimeout)
 
 ROUTES: tuple[Route, ...] = (
     *_document(
-        "/{key_set}/.well-known/jwks.json", data.jwks, "The JWKS of a key set", "application/json", data.JWK_SET
+        "jwks", "/{key_set}/.well-known/jwks.json", data.jwks, "The JWKS of a key set", "application/json", data.JWK_SET
     ),
     *_document(
-        "/.well-known/jwks.json", data.jwks, "The JWKS of the default key set", "application/json", data.JWK_SET
+        "default_jwks",
+        "/.well-known/jwks.json",
+        data.jwks,
+        "The JWKS of the default key set",
+        "application/json",
+        data.JWK_SET,
     ),
     *_document(
+        "pq_jwks",
         "/{key_set}/.well-known/jwks-pq.json",
         data.jwks_pq,
         "The JWKS of a key set's ML-DSA keys",
@@ -166,16 +185,33 @@ ROUTES: tuple[Route, ...] = (
         data.JWK_SET,
     ),
     *_document(
+        "default_pq_jwks",
         "/.well-known/jwks-pq.json",
         data.jwks_pq,
         "The JWKS of the default key set's ML-DSA keys",
         "application/json",
         data.JWK_SET,
     ),
-    *_document("/{key_set}/.well-known/openid-configuration", data.discovery, "Issuer metadata (OpenID Connect)"),
-    *_document("/.well-known/openid-configuration", data.discovery, "Issuer metadata where the service is the issuer"),
-    *_document("/.well-known/oauth-authorization-server/{key_set}", data.discovery, "Issuer metadata (RFC 8414)"),
     *_document(
+        "openid_configuration",
+        "/{key_set}/.well-known/openid-configuration",
+        data.discovery,
+        "Issuer metadata (OpenID Connect)",
+    ),
+    *_document(
+        "default_openid_configuration",
+        "/.well-known/openid-configuration",
+        data.discovery,
+        "Issuer metadata where the service is the issuer",
+    ),
+    *_document(
+        "oauth_metadata",
+        "/.well-known/oauth-authorization-server/{key_set}",
+        data.discovery,
+        "Issuer metadata (RFC 8414)",
+    ),
+    *_document(
+        "default_oauth_metadata",
         "/.well-known/oauth-authorization-server",
         data.discovery,
         "Issuer metadata (RFC 8414) where the service is the issuer",
@@ -190,14 +226,22 @@ ROUTES: tuple[Route, ...] = (
         wire.Signature,
         P.JWT_SIGN,
         P.RAW_SIGN,
+        operation="sign_input",
     ),
     _get(
-        f"{_KEY}/active", data.active, P.KEY_READ, wire.Active, hot=True, problems=(errors.Conflict, errors.Unavailable)
+        f"{_KEY}/active",
+        data.active,
+        P.KEY_READ,
+        wire.Active,
+        name="get_active_version",
+        hot=True,
+        problems=(errors.Conflict, errors.Unavailable),
     ),
     Route(
         method="POST",
         path=f"{_SET}/verify",
         endpoint=data.verify,
+        name="verify_token",
         summary="Verify a token against the keys that the key set publishes",
         hot=True,
         request=wire.VerifyRequest,
@@ -206,12 +250,12 @@ ROUTES: tuple[Route, ...] = (
         problems=(errors.TokenRejected, errors.Conflict, errors.Unavailable),
     ),
     # key sets
-    _get(_SETS, admin.list_key_sets, P.KEY_SET_READ, items=wire.KeySet),
+    _get(_SETS, admin.list_key_sets, P.KEY_SET_READ, items=wire.KeySetSummary, filters=admin.KEY_SET_FILTERS),
     _change("POST", _SETS, admin.create_key_set, P.KEY_SET_CREATE, wire.KeySetCreate, wire.KeySet, 201, 202),
     _get(_SET, admin.get_key_set, P.KEY_SET_READ, wire.KeySet, etag=True),
     _change("PATCH", _SET, admin.patch_key_set, P.KEY_SET_UPDATE, wire.KeySetPatch, wire.KeySet, problems=_IF_MATCH),
     # keys
-    _get(f"{_SET}/keys", admin.list_keys, P.KEY_READ, items=wire.Key),
+    _get(f"{_SET}/keys", admin.list_keys, P.KEY_READ, items=wire.Key, filters=admin.KEY_FILTERS),
     _change(
         "POST",
         f"{_SET}/keys",
@@ -224,13 +268,13 @@ ROUTES: tuple[Route, ...] = (
         problems=_MODULE,
     ),
     _get(_KEY, admin.get_key, P.KEY_READ, wire.Key, etag=True),
-    _get(f"{_KEY}/timeline", admin.key_timeline, P.KEY_READ, wire.Timeline),
+    _get(f"{_KEY}/timeline", admin.key_timeline, P.KEY_READ, wire.Timeline, name="get_key_timeline"),
     _change("PATCH", _KEY, admin.patch_key, P.KEY_UPDATE, wire.KeyPatch, wire.Key, problems=_IF_MATCH),
     _change("POST", f"{_KEY}/rotate", admin.rotate_key, P.KEY_ROTATE, wire.RotateRequest, wire.Key),
     _change("POST", f"{_KEY}/disable", admin.disable_key, P.KEY_DISABLE, Empty, wire.Key),
     _change("POST", f"{_KEY}/enable", admin.enable_key, P.KEY_ENABLE, Empty, wire.Key),
     # versions
-    _get(f"{_KEY}/versions", admin.list_versions, P.KEY_READ, items=wire.Version),
+    _get(f"{_KEY}/versions", admin.list_versions, P.KEY_READ, items=wire.Version, filters=admin.VERSION_FILTERS),
     _change(
         "POST",
         f"{_KEY}/versions",
@@ -243,9 +287,22 @@ ROUTES: tuple[Route, ...] = (
         problems=_MODULE,
     ),
     _get(_VERSION, admin.get_version, P.KEY_READ, wire.Version),
-    _get(f"{_VERSION}/public-key", admin.public_key, P.KEY_READ, media=(admin.JWK, admin.PEM, admin.DER)),
-    _get(f"{_VERSION}/safety", admin.safety, P.KEY_READ, wire.Safety),
-    _get(f"{_VERSION}/attributes", admin.attributes, P.KEY_READ, wire.Attributes, problems=_MODULE),
+    _get(
+        f"{_VERSION}/public-key",
+        admin.public_key,
+        P.KEY_READ,
+        name="get_public_key",
+        media=(admin.JWK, admin.PEM, admin.DER),
+    ),
+    _get(f"{_VERSION}/safety", admin.safety, P.KEY_READ, wire.Safety, name="get_version_safety"),
+    _get(
+        f"{_VERSION}/attributes",
+        admin.attributes,
+        P.KEY_READ,
+        wire.Attributes,
+        name="get_version_attributes",
+        problems=_MODULE,
+    ),
     _change(
         "POST", f"{_VERSION}/activate", admin.activate_version, P.VERSION_ACTIVATE, wire.ActivateRequest, wire.Version
     ),
@@ -280,7 +337,7 @@ ROUTES: tuple[Route, ...] = (
     _change("POST", "/v1/clients", admin.create_client, P.CLIENT_MANAGE, wire.ClientCreate, wire.Client, 201),
     _get(_CLIENT, admin.get_client, P.CLIENT_READ, wire.Client),
     _change("DELETE", _CLIENT, admin.delete_client, P.CLIENT_MANAGE),
-    _get(f"{_CLIENT}/tokens", admin.list_tokens, P.CLIENT_READ, items=wire.Token),
+    _get(f"{_CLIENT}/tokens", admin.list_tokens, P.CLIENT_READ, items=wire.Token, filters=admin.TOKEN_FILTERS),
     _change("POST", f"{_CLIENT}/tokens", admin.create_token, P.CLIENT_MANAGE, wire.TokenCreate, wire.TokenCreated, 201),
     _change("DELETE", f"{_CLIENT}/tokens/{{token}}", admin.revoke_token, P.CLIENT_MANAGE),
     _change(
@@ -292,23 +349,31 @@ ROUTES: tuple[Route, ...] = (
         wire.TokenRotated,
         201,
     ),
-    _get("/v1/grants", admin.list_grants, P.CLIENT_READ, items=wire.Grant),
+    _get(
+        "/v1/grants",
+        admin.list_grants,
+        P.CLIENT_READ,
+        items=wire.Grant,
+        filters=admin.GRANT_FILTERS,
+        problems=(errors.StoreUnavailable, errors.NotFound),
+    ),
     _change("POST", "/v1/grants", admin.create_grant, P.GRANT_MANAGE, wire.GrantCreate, wire.Grant, 201),
     _get("/v1/grants/{grant}", admin.get_grant, P.CLIENT_READ, wire.Grant),
     _change("DELETE", "/v1/grants/{grant}", admin.delete_grant, P.GRANT_MANAGE),
     # operation
-    _get("/v1/nodes", operation.list_nodes, P.NODE_READ, items=wire.Node),
+    _get("/v1/nodes", operation.list_nodes, P.NODE_READ, items=wire.Node, filters=operation.NODE_FILTERS),
     _change("DELETE", "/v1/nodes/{worker}", operation.forget_worker, P.NODE_MANAGE),
     _get("/v1/custodian", operation.get_custodian, P.NODE_READ, wire.Custodian),
     _get("/v1/backends", operation.list_backends, P.BACKEND_READ, items=wire.Backend, paged=False, problems=_MODULE),
     _get("/v1/backends/{backend}", operation.get_backend, P.BACKEND_READ, wire.Backend, problems=_MODULE),
-    _health("/healthz", operation.healthz, 200),
-    _health("/readyz", operation.readyz, 200, 503),
-    _health("/readyz/sign", operation.readyz_sign, 200, 503, side=Side.PRIVATE),
+    _health("get_health", "/healthz", operation.healthz, 200),
+    _health("get_readiness", "/readyz", operation.readyz, 200, 503),
+    _health("get_signing_readiness", "/readyz/sign", operation.readyz_sign, 200, 503, side=Side.PRIVATE),
     Route(
         method="GET",
         path="/openapi.json",
         endpoint=_openapi_document,
+        name="get_openapi",
         summary="This API in OpenAPI 3.1",
         media=("application/json",),
     ),
@@ -316,6 +381,7 @@ ROUTES: tuple[Route, ...] = (
         method="GET",
         path="/docs",
         endpoint=_docs_page,
+        name="get_docs",
         summary="This API on one page for people",
         media=("text/html",),
     ),
