@@ -6,7 +6,7 @@
     ├── InvalidRequest            the request cannot succeed as it is
     │   ├── MalformedBody · InvalidField · BodyTooLarge · UnsupportedMediaType · LengthMismatch
     │   ├── ClaimsRefused · SigningInputRefused · InvalidPayload · InvalidDigest
-    │   └── InvalidJwk · InvalidBatch · UnsupportedAlgorithmRequested · PolicyRefused · IdempotencyKeyReused
+    │   └── InvalidJwk · InvalidBatch · UnsupportedAlgorithmRequested · PolicyRefused
     ├── TokenRejected             `verify`: the token is not valid
     │   └── TokenMalformed · TokenSignatureInvalid · TokenExpired · TokenNotYetValid · TokenIssuerMismatch ·
     │       TokenAudienceMismatch · TokenTypeMismatch · TokenKeyUnknown · TokenKeyRevoked
@@ -21,7 +21,7 @@
     │   ├── NameTaken · IssuerTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
     │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties · TokenNotShownAgain
-    ├── RevisionMismatch · RevisionRequired
+    ├── RevisionMismatch · RevisionRequired · IdempotencyKeyReused
     ├── Unavailable               retry later: RegistryStale · StoreUnavailable
     ├── BackendError              the only errors that leave a backend
     │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
@@ -149,12 +149,6 @@ class UnsupportedAlgorithmRequested(InvalidRequest):
 class PolicyRefused(InvalidRequest):
     code = "policy_refused"
     title = "The policy breaks a rule"
-
-
-class IdempotencyKeyReused(InvalidRequest):
-    code = "idempotency_key_reused"
-    title = "The Idempotency-Key belongs to another call of this client"
-    next_step = "Send a fresh Idempotency-Key with each new call, and the old one only with the very same call."
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
@@ -461,6 +455,12 @@ class RevisionRequired(Error):
     code = "revision_required"
     title = "A change needs If-Match"
     next_step = "Read the object and send its ETag in If-Match."
+
+
+class IdempotencyKeyReused(Error):
+    code = "idempotency_key_reused"
+    title = "The Idempotency-Key belongs to another call of this client"
+    next_step = "Send a fresh Idempotency-Key with each new call, and the old one only with the very same call."
 
 
 # --- retry later -----------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_the_calendar_of_a_key(run: Run, orders: str) -> None:
     assert set_["hold_until"] == "2031-02-03T00:00:00Z"
     shown = run("key", "show", orders, "k2").stdout
     assert "mon-thu 09:00-16:00" in shown
-    assert "2031-02-03 00:00:00Z" in shown
+    assert "2031-02-03T00:00:00Z" in shown
     assert "weekdays" in run("key", "update", orders, "k2", "--rotate-window", "weekdays 09:00-10:00", code=1).stderr
     run("key", "update", orders, "k2", "--hold-until", "2031-02-03", "--no-hold", code=2)
     cleared = update("--rotate-window", "", "--no-hold", "--rotate-jitter", "1h")

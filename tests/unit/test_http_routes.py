@@ -4,13 +4,17 @@ import base64
 import hashlib
 import inspect
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
-from kms_jwks import errors
+from kms_jwks import errors, wire
 from kms_jwks.http import docs, openapi
+from kms_jwks.http.examples import EXAMPLES
 from kms_jwks.http.exchange import Route, Side
 from kms_jwks.http.problems import status_of
 from kms_jwks.http.routes import ROUTES, served
@@ -64,6 +68,31 @@ GET /readyz/sign
 GET /openapi.json
 GET /docs
 """
+
+
+VERBS = {
+    *("activate", "cancel", "create", "delete", "destroy", "disable", "enable", "forget", "get", "list"),
+    *("patch", "preflight", "retire", "revoke", "rotate", "sign", "verify"),
+}
+
+
+def nameless(schema: Any, path: str = "") -> Iterator[str]:
+    """Where an object with members of its own, or a map, stands without a name of its own."""
+    if isinstance(schema, dict):
+        if path and schema.get("type") == "object":
+            yield path
+        for name, inner in schema.get("properties", {}).items():
+            yield from nameless(inner, path + name)
+        for each in ("anyOf", "oneOf", "allOf"):
+            for inner in schema.get(each, ()):
+                yield from nameless(inner, path)
+        yield from nameless(schema.get("items"), path + "item")
+
+
+def validator(document: dict[str, Any], schema: dict[str, Any]) -> Draft202012Validator:
+    """JSON Schema's own judge, with the document's components at hand and formats checked."""
+    whole = {**schema, "components": document["components"]}
+    return Draft202012Validator(whole, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
 
 def ids(route: Route) -> str:
@@ -131,6 +160,45 @@ class TestOpenApi:
         assert set(found) == {ids(route) for route in ROUTES}
         assert len({op["operationId"] for op in found.values()}) == len(found)
 
+    def test_operation_ids_speak(self) -> None:
+        """A verb and what it acts on: generated clients call their functions by these names."""
+        for route in ROUTES:
+            verb, _, thing = route.operation.partition("_")
+            assert verb in VERBS, route.operation
+            assert re.fullmatch(r"[a-z]+(_[a-z]+)*", thing), route.operation
+        assert {"create_key", "rotate_key", "sign_jwt", "list_grants"} <= {route.operation for route in ROUTES}
+
+    def test_no_generator_gives_two_schemas_one_name(self) -> None:
+        """Generators name an object without a name after the schema or operation that holds it, and drop a second one
+        of the same name; some write names in camel case, or differ in letter case alone."""
+        schemas = self.document["components"]["schemas"]
+        names = [name.lower() for name in schemas]
+        for holder, schema in schemas.items():
+            names += [f"{holder}{path}".replace("_", "").lower() for path in nameless(schema)]
+        for route in ROUTES:
+            operation = self.document["paths"][route.path][route.method.lower()]
+            bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+            for media in (media for body in bodies for media in body.get("content", {}).values()):
+                assert not list(nameless(media["schema"])), f"{route.operation}: an object with members needs a name"
+        assert sorted(names) == sorted(set(names))
+
+    def test_every_filter_and_idempotency_key_is_described(self) -> None:
+        for route in ROUTES:
+            operation = self.document["paths"][route.path][route.method.lower()]
+            shown = {p["name"] for p in operation.get("parameters", ()) if p["in"] != "path"}
+            paging = {"limit", "cursor"} if route.paged else set()
+            headers = {"Idempotency-Key"} if route.creates else {"If-Match"} if route.method == "PATCH" else set()
+            assert shown == {by.name for by in route.filters} | paging | headers
+            assert ("422" in operation["responses"]) == (route.creates or route.operation == "verify_token")
+
+    def test_every_operation_says_what_it_needs_to_be_called(self) -> None:
+        scheme = self.document["components"]["securitySchemes"]["bearer"]
+        assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+        for route in ROUTES:
+            security = self.document["paths"][route.path][route.method.lower()]["security"]
+            assert ({"bearer": []} in security) == bool(route.permission)
+            assert ({} in security or not security) == (not route.permission or bool(route.hot and route.media))
+
     def test_every_reference_resolves_and_every_instant_says_so(self) -> None:
         text = msgspec.json.encode(self.document).decode()
         names = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
@@ -145,6 +213,35 @@ class TestOpenApi:
             assert "application/problem+json" in operation["responses"][status]["content"], status
         assert "`backend_unavailable`" in operation["responses"]["503"]["description"]
         assert operation["security"] == [{"bearer": []}]
+
+
+class TestExamples:
+    """Every body has an example, which is valid by its schema and for the code that reads it."""
+
+    document = openapi.document(ROUTES, URL)
+
+    @pytest.mark.parametrize("route", ROUTES, ids=ids)
+    def test_of_a_route(self, route: Route) -> None:
+        operation = self.document["paths"][route.path][route.method.lower()]
+        bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+        for media_type, media in ((m, c) for body in bodies for m, c in body.get("content", {}).items()):
+            if not media_type.endswith("json"):
+                continue
+            values = [media["example"]] if "example" in media else [e["value"] for e in media["examples"].values()]
+            assert values
+            for value in values:
+                assert not list(validator(self.document, media["schema"]).iter_errors(value)), media_type
+
+    @pytest.mark.parametrize("struct", [s for s in EXAMPLES if not isinstance(s, str)], ids=lambda s: s.__name__)
+    def test_of_a_struct(self, struct: type) -> None:
+        found = msgspec.convert(EXAMPLES[struct], struct)
+        if issubclass(struct, wire.Answer):
+            assert msgspec.to_builtins(found) == EXAMPLES[struct], "an answer's example has every member and no other"
+
+    def test_schemas_refuse_what_the_examples_do_not_show(self) -> None:
+        schema = {"$ref": "#/components/schemas/KeyCreate"}
+        wrong = EXAMPLES[wire.KeyCreate] | {"name": "Not A Name"}
+        assert list(validator(self.document, schema).iter_errors(wrong))
 
 
 class TestDocs:
