@@ -390,6 +390,7 @@ def _schemas(routes: tuple[Route, ...]) -> dict[str, Any]:
     _, components = msgspec.json.schema_components(found, ref_template=REF)
     for name, schema in components.items():
         _mark_instants(getattr(wire, name, None), schema)
+        _open_maps(schema)
     if "Grant" in components:
         components["Grant"]["properties"]["scope"] = _ref("GrantedScope")
     by_hand = {**_BY_HAND, **_made(routes)}
@@ -407,3 +408,15 @@ def _mark_instants(struct: type | None, schema: dict[str, Any]) -> None:
             for each in (inner, *inner.get("anyOf", ())):
                 if each.get("type") == "string":
                     each["format"] = "date-time"
+
+
+def _open_maps(schema: Any) -> None:
+    """Say of an object without members of its own that it may have any: some generators take the silence for a no."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and not {"properties", "additionalProperties"} & schema.keys():
+            schema["additionalProperties"] = True
+        for inner in schema.values():
+            _open_maps(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            _open_maps(inner)
