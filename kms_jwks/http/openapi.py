@@ -115,9 +115,9 @@ def _operation(route: Route) -> dict[str, Any]:
         operation["security"] = [{"bearer": []}, {}] if route.media and route.hot else [{"bearer": []}]
     else:
         operation["security"] = []
-    parameters = list(_parameters(route))
-    if parameters:
-        operation["parameters"] = parameters
+    found = list(parameters(route))
+    if found:
+        operation["parameters"] = found
     if route.request is not None:
         operation["requestBody"] = _body(route)
     return operation
@@ -146,7 +146,8 @@ TAGS = {
 _TAGS = {"/v1/key-sets": "keys", "/v1/revocations": "keys", "/v1/clients": "callers", "/v1/grants": "callers"}
 
 
-def _parameters(route: Route) -> Iterator[dict[str, Any]]:
+def parameters(route: Route) -> Iterator[dict[str, Any]]:
+    """What the route takes in its path, its query and its headers."""
     for name in route.params:
         schema, description = _PARAMETERS[name]
         yield {"name": name, "in": "path", "required": True, "schema": schema, "description": description}

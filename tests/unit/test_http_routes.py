@@ -259,12 +259,59 @@ class TestDocs:
                 assert f"<code>{code}</code>" in self.text
 
     def test_needs_nothing_from_elsewhere(self) -> None:
-        assert "<script" not in self.text
-        assert not re.search(r'(?:src|href)="(?!#|openapi\.json)', self.text)
+        assert not re.search(r'(?:src|href|action)="(?!#|openapi\.json)', self.text)
+        assert not re.search(r"<(?:form|base|iframe|object|embed|img|link)\b", self.text)
+        assert not re.search(r" on[a-z]+=| style=", self.text)
 
-    def test_the_policy_lets_its_one_style_sheet_in(self) -> None:
-        (style,) = re.findall(r"<style>(.*?)</style>", self.text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        assert f"style-src 'sha256-{digest}'" in self.policy
+    def test_the_policy_lets_its_one_style_sheet_and_its_one_script_in(self) -> None:
+        for tag, directive in (("style", "style-src"), ("script", "script-src")):
+            (source,) = re.findall(rf"<{tag}>(.*?)</{tag}>", self.text, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+            assert f"{directive} 'sha256-{digest}';" in self.policy
         assert self.policy.startswith("default-src 'none'")
-        assert "style=" not in self.text
+        assert "connect-src 'self'" in self.policy
+        assert "unsafe" not in self.policy
+
+    def test_the_token_leaves_its_field_for_the_call_alone(self) -> None:
+        (script,) = re.findall(r"<script>(.*?)</script>", self.text, re.DOTALL)
+        outside = r"Storage|indexedDB|cookie|caches|history|location|innerHTML|outerHTML|insertAdjacent|document\.write"
+        assert not re.search(rf"{outside}|eval|Function\(|postMessage|window\.open|sendBeacon|WebSocket", script)
+        uses = re.findall(r".*tokenField.*", script)
+        assert len(uses) == 3
+        assert "headers.Authorization = `Bearer ${tokenField.value.trim()}`" in uses[1]
+        assert "tokenField.value = ''" in uses[2]
+        for option in (
+            "cache: 'no-store'",
+            "credentials: 'omit'",
+            "redirect: 'error'",
+            "referrerPolicy: 'no-referrer'",
+        ):
+            assert option in script
+        (field,) = re.findall(r'<input id="token"[^>]*>', self.text)
+        assert 'type="password"' in field
+        assert 'autocomplete="off"' in field
+
+    def test_every_field_has_a_label_and_no_name(self) -> None:
+        fields = re.findall(r"<(?:input|select|textarea)\b[^>]*>", self.text)
+        labels = re.findall(r'<label for="([^"]+)">([^<]+)</label>', self.text)
+        assert {name for name, _ in labels} == {re.findall(r'id="([^"]+)"', field)[0] for field in fields}
+        assert len(labels) == len(fields) == len({name for name, _ in labels})
+        assert not any(" name=" in field for field in fields), "what has a name is put into a form's URL"
+
+    def test_every_route_can_be_tried_and_changes_are_asked_for(self) -> None:
+        shown = [route for route in ROUTES if route.method != "OPTIONS"]
+        forms = re.findall(r'data-method="(\w+)" data-route="([^"]+)"( data-changes)?', self.text)
+        assert {(m, p): bool(c) for m, p, c in forms} == {
+            (r.method, r.path): r.method != "GET" and not r.hot for r in shown
+        }
+        for route in shown:
+            for found in openapi.parameters(route):
+                field = f"{route.operation}-{found['in']}-{found['name']}".lower()
+                assert f'id="{field}"' in self.text
+
+    def test_narrow_windows_have_the_navigation_and_room(self) -> None:
+        (style,) = re.findall(r"<style>(.*?)</style>", self.text, re.DOTALL)
+        narrow = style[style.index("@media (max-width: 52rem)") :]
+        assert "nav { display: none" not in narrow
+        assert "table.wide td { display: block" in narrow
+        assert 'content="width=device-width, initial-scale=1"' in self.text
