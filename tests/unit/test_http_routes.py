@@ -234,7 +234,7 @@ class TestExamples:
 
     @pytest.mark.parametrize("struct", [s for s in EXAMPLES if not isinstance(s, str)], ids=lambda s: s.__name__)
     def test_of_a_struct(self, struct: type) -> None:
-        found = msgspec.convert(EXAMPLES[struct], struct)
+        found: object = msgspec.convert(EXAMPLES[struct], struct)
         if issubclass(struct, wire.Answer):
             assert msgspec.to_builtins(found) == EXAMPLES[struct], "an answer's example has every member and no other"
 
