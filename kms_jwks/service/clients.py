@@ -78,7 +78,7 @@ class Clients:
             after, now = Id(cursor) if cursor else None, tx.now()
             rows = tx.tokens(owner.id, after=after, limit=None if state else limit + 1)
         if state is not None:
-            rows = [t for t in rows if _token_state(t, now) == state]
+            rows = [t for t in rows if token_state(t, now) == state]
         return views.page(rows, limit, lambda t: views.token(owner, t, now))
 
     def create_token(self, context: RequestContext, client: str, request: wire.TokenCreate) -> wire.TokenCreated:
@@ -302,7 +302,8 @@ def _find_key_set(tx: ReadTx, name: str) -> KeySet:
     return found
 
 
-def _token_state(token: ApiToken, now: Instant) -> str:
+def token_state(token: ApiToken, now: Instant) -> str:
+    """`valid`, `expired` or `revoked`; a revoked token stays revoked when its time is over."""
     if token.revoked_at is not None:
         return "revoked"
     return "valid" if token.expires_at > now else "expired"
