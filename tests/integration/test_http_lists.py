@@ -9,6 +9,7 @@ import pytest
 
 from kms_jwks import errors, wire
 from kms_jwks.client import Client
+from kms_jwks.client.transport import Transport
 from kms_jwks.http.examples import EXAMPLES
 from kms_jwks.http.exchange import Filter, Route
 from kms_jwks.http.routes import ROUTES
@@ -169,6 +170,29 @@ def test_other_calls_take_no_notice_of_it(server: Server) -> None:
     headers = {"Idempotency-Key": '"same"'}
     tokens = [server.must("POST", path, {"claims": {}}, token=server.signer, headers=headers) for _ in range(2)]
     assert tokens[0]["jti"] != tokens[1]["jti"]
+
+
+def test_the_client_sends_a_creation_again_when_its_answer_was_lost(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, lost = Transport._read, [True]
+
+    def lose(self: Transport, response: Any, timeout: float) -> bytes:
+        body = read(self, response, timeout)
+        if lost.pop():
+            raise OSError("the connection ended")
+        return body
+
+    monkeypatch.setattr(Transport, "_read", lose)
+    name = fresh("client")
+    with Client(server.url, server.admin) as api:
+        lost[:] = [False, True]
+        assert api.create_client(name).name == name
+        lost[:] = [False, True]
+        with pytest.raises(errors.TokenNotShownAgain) as refusal:
+            api.create_token(name)
+        lost[:] = [False]
+        assert [token.id for token in api.tokens(name)] == [refusal.value.fields["token_id"]]
 
 
 # --- the examples of the description ----------------------------------------------------------------------------------
