@@ -234,6 +234,15 @@ class KeySummary(Answer):
     active_kid: str | None
 
 
+class ExternalKeySummary(Answer):
+    """What a list of key sets shows of an external key that is published."""
+
+    kid: str
+    alg: str
+    remove_at: datetime
+    created_by: str | None
+
+
 class KeySetSummary(Answer):
     """A key set as lists show it: its keys without their versions, policies and public keys."""
 
@@ -251,6 +260,8 @@ class KeySetSummary(Answer):
     updated_at: datetime
     revision: int
     keys: list[KeySummary]
+    external_keys: list[ExternalKeySummary]
+    """The owner of each can sign for the set's issuer."""
 
 
 class ExternalKeyCreate(Request):

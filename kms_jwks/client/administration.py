@@ -243,12 +243,13 @@ class Administration:
     ) -> wire.TokenRotated:
         """Make an API token in place of another one, which ends `overlap` seconds later, by default 24 h.
 
-        `expires_in` as for `create_token`. Raises Conflict for a token that has ended.
+        `expires_in` as for `create_token`. Raises Conflict for a token that has ended, TokenNotShownAgain where the
+        answer that shows the new one was lost.
         """
         fields = {"overlap": overlap, "expires_in": expires_in}
         request = wire.TokenRotate(**{name: value for name, value in fields.items() if value is not None})
         path = f"{_client(client)}/tokens/{segment(token_id, 'token')}/rotate"
-        return decode(self._change("POST", path, request), wire.TokenRotated)
+        return decode(self._create(path, request, patience=PATIENCE), wire.TokenRotated)
 
     def revoke_token(self, client: str, token_id: str) -> None:
         """Revoke an API token; no worker accepts it once this returns."""
@@ -308,11 +309,11 @@ class Administration:
         headers = {} if revision is None else {"If-Match": f'"{revision}"'}
         return self._transport.call(method, path, repeat=Repeat.CHANGE, body=body, headers=headers, patience=PATIENCE)
 
-    def _create(self, path: str, request: wire.Request) -> Reply:
+    def _create(self, path: str, request: wire.Request, *, patience: float = CREATION_PATIENCE) -> Reply:
         """A creation, which is sent again after a lost answer: its Idempotency-Key makes that safe."""
         headers = {"Idempotency-Key": f'"{uuid.uuid4()}"'}
         return self._transport.call(
-            "POST", path, repeat=Repeat.CREATE, body=request, headers=headers, patience=CREATION_PATIENCE
+            "POST", path, repeat=Repeat.CREATE, body=request, headers=headers, patience=patience
         )
 
     def _pages(self, path: str, into: type[_Page[T]], **filters: str | None) -> Iterator[T]:

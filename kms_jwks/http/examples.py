@@ -120,6 +120,15 @@ _KEY_SET = {
     "updated_at": _MADE,
     "revision": 2,
 }
+_EXTERNAL = {
+    "kid": "2025-old",
+    "alg": "ES256",
+    "public_jwk": {**_OLD_POINT, "use": "sig", "alg": "ES256", "kid": "2025-old"},
+    "created_at": _MADE,
+    "remove_at": "2035-01-01T00:00:00Z",
+    "removed_at": None,
+    "created_by": "admin",
+}
 _EXPOSURE = {
     "withdrawn_at": "2026-11-20T14:30:00.400000Z",
     "cache_lifetime": 300,
@@ -179,23 +188,18 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
     wire.VerifyRequest: {"token": _TOKEN, "audience": "shop"},
     wire.ClientCreate: {"name": "shop-issuer"},
     wire.TokenCreate: {"expires_in": 2_592_000},
+    wire.TokenRotate: {"overlap": 604_800, "expires_in": 2_592_000},
     wire.GrantCreate: {"client": "shop-issuer", "role": "signer", "scope": {"key_set": "shop", "key": "main"}},
     # key sets, keys, versions
-    wire.KeySet: {**_KEY_SET, "keys": [_KEY]},
+    wire.KeySet: {**_KEY_SET, "keys": [_KEY], "external_keys": [_EXTERNAL], "external_keys_removed": 0},
     wire.KeySetSummary: {
         **_KEY_SET,
         "keys": [{"name": "main", "alg": "ES256", "enabled": True, "active_kid": _KID}],
+        "external_keys": [{member: _EXTERNAL[member] for member in ("kid", "alg", "remove_at", "created_by")}],
     },
     wire.Key: _KEY,
     wire.Version: _ACTIVE,
-    wire.ExternalKey: {
-        "kid": "2025-old",
-        "alg": "ES256",
-        "public_jwk": {**_OLD_POINT, "use": "sig", "alg": "ES256", "kid": "2025-old"},
-        "created_at": _MADE,
-        "remove_at": "2035-01-01T00:00:00Z",
-        "removed_at": None,
-    },
+    wire.ExternalKey: _EXTERNAL,
     wire.Timeline: {
         "key_set": "shop",
         "key": "main",
@@ -234,6 +238,8 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
         "checks": _CHECKS,
         "next": "it is rotated out",
         "next_at": _ROTATES,
+        "external_keys": [],
+        "external_keys_removed": 0,
     },
     wire.Attributes: {
         "kid": _KID,
@@ -301,6 +307,13 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
         "id": _TOKEN_ID,
         "expires_at": _EXPIRES,
     },
+    wire.TokenRotated: {
+        "token": "kj_EXAMPLE-this-is-no-token",
+        "id": _ID,
+        "expires_at": _EXPIRES,
+        "replaces": _TOKEN_ID,
+        "replaced_expires_at": "2026-11-27T14:30:00Z",
+    },
     wire.Token: {
         "id": _TOKEN_ID,
         "client": "shop-issuer",
@@ -308,6 +321,8 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
         "expires_at": _EXPIRES,
         "revoked_at": None,
         "last_used_at": _NOW,
+        "replaced_by": None,
+        "warnings": [],
     },
     wire.Grant: {
         "id": _ID,
@@ -315,6 +330,9 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
         "role": "signer",
         "scope": {"key_set": "shop", "key": "main"},
         "created_at": _MADE,
+        "created_by": "admin",
+        "combined_with": [],
+        "accepted_combined_duties": False,
     },
     # operation
     wire.Node: {

@@ -65,6 +65,12 @@ def key_set_summaries(tx: ReadTx, public_url: str) -> Callable[[KeySet], wire.Ke
     keys: dict[Id, list[Key]] = {}
     for found in (every := tx.keys(None)):
         keys.setdefault(found.key_set_id, []).append(found)
+    external: dict[Id, list[wire.ExternalKeySummary]] = {}
+    for e in tx.external_keys():
+        shown = wire.ExternalKeySummary(
+            kid=e.kid, alg=e.alg, remove_at=to_datetime(e.remove_at), created_by=e.created_by
+        )
+        external.setdefault(e.key_set_id, []).append(shown)
     active = {v.key_id: v.kid for v in tx.versions(states={VersionState.ACTIVE})}
     post_quantum = {key_set_id for key_set_id, alg in tx.ever_published() if is_post_quantum(alg)}
     post_quantum |= {k.key_set_id for k in every if is_post_quantum(k.alg)}
@@ -89,6 +95,7 @@ def key_set_summaries(tx: ReadTx, public_url: str) -> Callable[[KeySet], wire.Ke
                 wire.KeySummary(name=k.name, alg=k.alg, enabled=k.disabled_at is None, active_kid=active.get(k.id))
                 for k in keys.get(value.id, [])
             ],
+            external_keys=external.get(value.id, []),
         )
 
     return summary

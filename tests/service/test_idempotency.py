@@ -148,6 +148,17 @@ def test_a_token_is_shown_once_and_its_plain_text_is_kept_nowhere(shared: World,
     assert clients.create_token(keyed(shared.admin, f"{name}-2"), "signer", wire.TokenCreate()).id != made.id
 
 
+def test_a_rotation_that_is_sent_again_rotates_nothing_further(shared: World, name: str) -> None:
+    clients = shared.service.clients
+    create_client(shared.service, shared.admin, name)
+    old = clients.create_token(shared.admin, name, wire.TokenCreate())
+    made = clients.rotate_token(keyed(shared.admin, name), name, old.id, wire.TokenRotate())
+    with pytest.raises(errors.TokenNotShownAgain) as refusal:
+        clients.rotate_token(keyed(shared.admin, name), name, old.id, wire.TokenRotate())
+    assert refusal.value.fields == {"token_id": made.id}
+    assert [token.id for token in clients.tokens(shared.admin, name, 50, None).items] == [old.id, made.id]
+
+
 @pytest.mark.parametrize(
     ("context", "body"),
     [({"route": "/v1/others"}, {}), ({}, {"name": "another-name"})],
