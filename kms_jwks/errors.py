@@ -20,8 +20,8 @@
     ├── Conflict                  a valid request that the present state does not allow
     │   ├── NameTaken · IssuerTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
-    │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties
-    ├── RevisionMismatch · RevisionRequired
+    │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties · TokenNotShownAgain
+    ├── RevisionMismatch · RevisionRequired · IdempotencyKeyReused
     ├── Unavailable               retry later: RegistryStale · StoreUnavailable
     ├── BackendError              the only errors that leave a backend
     │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
@@ -372,6 +372,14 @@ class CombinedDuties(Conflict):
     )
 
 
+class TokenNotShownAgain(Conflict):
+    """`fields["token_id"]` names the token that the first call made."""
+
+    code = "token_not_shown_again"
+    title = "This call has made its API token already, and a token is shown once"
+    next_step = "If the first answer is lost, revoke that token and create another with a fresh Idempotency-Key."
+
+
 class KeyDisabled(Conflict):
     code = "key_disabled"
     title = "The key is disabled"
@@ -447,6 +455,12 @@ class RevisionRequired(Error):
     code = "revision_required"
     title = "A change needs If-Match"
     next_step = "Read the object and send its ETag in If-Match."
+
+
+class IdempotencyKeyReused(Error):
+    code = "idempotency_key_reused"
+    title = "The Idempotency-Key belongs to another call of this client"
+    next_step = "Send a fresh Idempotency-Key with each new call, and the old one only with the very same call."
 
 
 # --- retry later -----------------------------------------------------------------------------------------------------

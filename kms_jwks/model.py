@@ -441,6 +441,26 @@ class Intent:
     error: str | None = None
 
 
+IDEMPOTENCY_LIFETIME: Final = DAY
+"""Seconds for which a creation's Idempotency-Key is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyRecord:
+    """A creation that named an Idempotency-Key: the same call of the same client finds here what the first one made."""
+
+    id: Id
+    client_id: Id
+    key: str
+    """As the client sent it."""
+    call: str
+    """SHA-256 of the route, its names and the body, lower-case hex."""
+    created_id: Id
+    """The object that the call made."""
+    created_at: Instant
+    expires_at: Instant
+
+
 @dataclass(frozen=True, slots=True)
 class CustodianLease:
     """Which custodian acts. `term` grows with each take-over; a step commits only under the term it began with."""

@@ -20,6 +20,11 @@ def format_instant(instant: Instant) -> str:
     return (_EPOCH + timedelta(microseconds=min(instant, _LAST))).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def format_earliest(instant: Instant) -> str:
+    """The same, rounded up: for a time from which on something is allowed."""
+    return format_instant(Instant(-(-instant // SECOND) * SECOND))
+
+
 def to_datetime(instant: Instant) -> datetime:
     """Microseconds since the epoch as an aware datetime in UTC, exact."""
     return _EPOCH + timedelta(microseconds=instant)

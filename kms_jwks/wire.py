@@ -227,6 +227,45 @@ class KeySet(Answer):
     """How many others it published before; `…/external-keys` lists them."""
 
 
+class KeySummary(Answer):
+    """What a list of key sets shows of a key."""
+
+    name: str
+    alg: str
+    enabled: bool
+    active_kid: str | None
+
+
+class ExternalKeySummary(Answer):
+    """What a list of key sets shows of an external key that is published."""
+
+    kid: str
+    alg: str
+    remove_at: datetime
+    created_by: str | None
+
+
+class KeySetSummary(Answer):
+    """A key set as lists show it: its keys without their versions, policies and public keys."""
+
+    name: str
+    issuer: str
+    access: str
+    purpose: str
+    cache_lifetime: int
+    stale_if_error: int
+    existing_issuer: bool
+    jwks_uri: str
+    jwks_pq_uri: str | None
+    first_published_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+    revision: int
+    keys: list[KeySummary]
+    external_keys: list[ExternalKeySummary]
+    """The owner of each can sign for the set's issuer."""
+
+
 class ExternalKeyCreate(Request):
     """Exactly one of `jwk` and `pem`."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from kms_jwks.cli.output import clean
+from kms_jwks.cli.output import clean, when
 
 if TYPE_CHECKING:
     from kms_jwks import wire
@@ -115,7 +115,7 @@ class _Scale:
 
     def axis(self, now: datetime, *, plain: bool) -> list[str]:
         """The dates at both ends of the line, and under them a mark at `now`."""
-        left, right = _stamp(self.start, self.seconds), _stamp(self.end, self.seconds)
+        left, right = (_stamp(at, self.seconds, self.room) for at in (self.start, self.end))
         dates = left + " " * max(1, self.room - len(left) - len(right)) + right
         place = self.cell(now)
         here = "v" if plain else "▼"
@@ -128,9 +128,10 @@ def _label(version: wire.TimelineVersion) -> str:
     return clean(f"{version.number} {version.state}")
 
 
-def _stamp(at: datetime, seconds: float) -> str:
-    form = "%Y-%m-%d" if seconds > 20 * 86_400 else "%m-%d %H:%M" if seconds > 3600 else "%H:%M:%S"
-    return at.astimezone(UTC).strftime(form) + ("" if seconds > 20 * 86_400 else "Z")
+def _stamp(at: datetime, seconds: float, room: int) -> str:
+    """An end of the axis as RFC 3339: a date where the axis is long or narrow, else with the time."""
+    short = seconds > 20 * 86_400 or room < 2 * len("2026-11-01T12:00:00Z") + 1
+    return at.astimezone(UTC).date().isoformat() if short else when(at)
 
 
 def _legend(parts: Sequence[str], columns: int) -> Iterable[str]:

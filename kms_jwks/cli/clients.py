@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _VALID = (
     f"How long it is valid, up to {duration(MAX_API_TOKEN_LIFETIME)}. [default: {duration(DEFAULT_API_TOKEN_LIFETIME)}]"
 )
+_ROLE = click.Choice([role.value for role in Role])
 
 
 @click.group()
@@ -139,7 +140,8 @@ def _show_token(api: Api, made: wire.TokenCreated) -> None:
 
 @api_command(token, "list")
 @click.argument("client")
-def list_tokens(api: Api, client: str) -> None:
+@click.option("--state", type=click.Choice(["valid", "expired", "revoked"]), help="Only tokens in this state.")
+def list_tokens(api: Api, client: str, state: str | None) -> None:
     """List the tokens of a client; the secrets are not shown."""
     warnings: list[str] = []
 
@@ -148,7 +150,7 @@ def list_tokens(api: Api, client: str) -> None:
         ended = f"{when(t.expires_at)} (rotated)" if t.replaced_by else when(t.expires_at)
         return t.id, when(t.created_at), ended, when(t.revoked_at), when(t.last_used_at)
 
-    api.show_list(api.client.tokens(client), ("ID", "CREATED", "EXPIRES", "REVOKED", "LAST USED"), row)
+    api.show_list(api.client.tokens(client, state=state), ("ID", "CREATED", "EXPIRES", "REVOKED", "LAST USED"), row)
     for warning in warnings:
         note(warning)
 
@@ -194,14 +196,13 @@ def grant() -> None:
 
 
 @api_command(grant, "list")
-@click.option("--client", "of", metavar="NAME", help="Only this client's.")
-def list_grants(api: Api, of: str | None) -> None:
+@click.option("--client", metavar="NAME", help="Only this client's.")
+@click.option("--role", type=_ROLE, help="Only those of this role.")
+@click.option("--key-set", metavar="NAME", help="Only those that name this key set.")
+def list_grants(api: Api, client: str | None, role: str | None, key_set: str | None) -> None:
     """List the grants."""
-    if of is not None and api.json:
-        raise click.UsageError("--client cannot be combined with --json: filter the items by `client`.")
-    grants = api.client.grants()
     api.show_list(
-        grants if of is None else (g for g in grants if g.client == of),
+        api.client.grants(client=client, role=role, key_set=key_set),
         ("CLIENT", "ROLE", "SCOPE", "ID", "NOTES"),
         lambda g: (g.client, g.role, _scope(g), g.id, _duties(g)),
     )
@@ -209,7 +210,7 @@ def list_grants(api: Api, of: str | None) -> None:
 
 @api_command(grant, "create")
 @click.argument("client")
-@click.argument("role", type=click.Choice([role.value for role in Role]))
+@click.argument("role", type=_ROLE)
 @click.option("--key-set", metavar="NAME", help="Within this key set.")
 @click.option("--key", metavar="NAME", help="Within this key of it.")
 @click.option("--everything", is_flag=True, help="Within the whole installation.")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from kms_jwks.cli.api import Api
 
+_PURPOSE = click.Choice([purpose.value for purpose in Purpose])
 _ACCESS = click.Choice([access.value for access in Access])
 _KEPT = f"How long verifiers keep the JWKS: {duration(CACHE_LIFETIME[0])} to {duration(CACHE_LIFETIME[1])}."
 _STALE = "How long caches serve the JWKS on while the service is away."
@@ -38,10 +39,12 @@ def key_set() -> None:
 
 
 @api_command(key_set, "list")
-def list_key_sets(api: Api) -> None:
-    """List the key sets you may see."""
+@click.option("--purpose", type=_PURPOSE, help="Only key sets whose keys sign this.")
+@click.option("--access", type=_ACCESS, help="Only key sets with this access.")
+def list_key_sets(api: Api, purpose: str | None, access: str | None) -> None:
+    """List the key sets you may see, and the names of their keys."""
     api.show_list(
-        api.client.key_sets(),
+        api.client.key_sets(purpose=purpose, access=access),
         ("NAME", "PURPOSE", "ACCESS", "KEYS", "EXTERNAL", "ISSUER"),
         lambda s: (
             s.name,
@@ -67,7 +70,7 @@ def show_key_set(api: Api, key_set: str) -> None:
 @click.option("--access", type=_ACCESS, help="Who may fetch the JWKS. [default: public]")
 @click.option(
     "--purpose",
-    type=click.Choice([purpose.value for purpose in Purpose]),
+    type=_PURPOSE,
     help="What its keys sign, for ever: JWTs, or any payload. [default: jwt]",
 )
 @click.option("--cache-lifetime", type=DURATION, help=f"{_KEPT} [default: {duration(DEFAULT_CACHE_LIFETIME)}]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
@@ -21,7 +22,7 @@ from kms_jwks.cli.options import (
     key_arguments,
     key_set_argument,
 )
-from kms_jwks.cli.output import details, duration, note, table, when, yes
+from kms_jwks.cli.output import TERMS, details, duration, legend, note, table, when, yes
 from kms_jwks.cli.versions import VERSION_COLUMNS, version_row
 from kms_jwks.model import Policy, SigningProfile, Typ
 
@@ -92,10 +93,12 @@ def _group_policy(fields: dict[str, Any]) -> dict[str, Any]:
 
 @api_command(key, "list")
 @key_set_argument
-def list_keys(api: Api, key_set: str) -> None:
+@click.option("--state", type=click.Choice(["enabled", "disabled"]), help="Only keys that may sign, or may not.")
+@click.option("--backend", metavar="NAME", help="Only keys whose versions are made in this module.")
+def list_keys(api: Api, key_set: str, state: str | None, backend: str | None) -> None:
     """List the keys of a key set."""
     api.show_list(
-        api.client.keys(key_set),
+        api.client.keys(key_set, state=state, backend=backend),
         ("NAME", "ALG", "BACKEND", "ENABLED", "VERSIONS", "ACTIVE KID", "WARNINGS"),
         lambda k: (
             k.name,
@@ -139,6 +142,8 @@ def _print_timeline(found: wire.Timeline) -> None:
         ("DUE", "STEP", "VERSION", "REASON"),
         ((when(s.due), s.kind, s.number or "new", _reason(s)) for s in found.steps),
     )
+    texts = [*(c.invariant for v in found.versions for c in v.checks), *map(_reason, found.steps)]
+    legend(*(term for term in TERMS if re.search(rf"\b{term}\b", " ".join(texts))))
     if not found.enabled:
         note("The key is disabled: its versions are only withdrawn and destroyed.")
 

@@ -8,7 +8,7 @@ import click
 
 from kms_jwks.cli.api import api_command
 from kms_jwks.cli.options import confirmed
-from kms_jwks.cli.output import details, note, print_line, when, yes
+from kms_jwks.cli.output import details, legend, note, print_line, table, when, yes
 
 if TYPE_CHECKING:
     from kms_jwks import wire
@@ -21,26 +21,40 @@ def node() -> None:
 
 
 @api_command(node, "list")
-def list_nodes(api: Api) -> None:
+@click.option("--node", metavar="NAME", help="Only the workers of this node.")
+@click.option("--state", type=click.Choice(["live", "silent"]), help="Only workers that report, or that do not.")
+def list_nodes(api: Api, node: str | None, state: str | None) -> None:
     """List the registered workers: how far behind each is, how long it may sign, the state of its modules."""
-    api.show_list(
-        api.client.nodes(),
-        ("NODE", "PID", "LIVE", "EPOCH", "LAG", "LEASE LEFT", "BACKENDS", "HEARTBEAT", "WORKER"),
-        lambda n: (
-            n.node,
-            n.pid,
-            yes(n.live),
-            "-" if n.epoch is None else n.epoch,
-            "-" if n.lag is None else n.lag,
-            f"{n.lease_left} of {n.lease} s",
-            ", ".join(f"{name}: {state}" for name, state in sorted(n.backends.items())) or "-",
-            when(n.heartbeat_at),
-            n.worker,
+    workers = api.client.nodes(node=node, state=state)
+    if api.json:
+        api.show_list(workers, (), lambda _: ())
+        return
+    found = list(workers)
+    table(
+        ("NODE", "PID", "LIVE", "EPOCH", "LAG", "LEASE LEFT", "HEARTBEAT"),
+        (
+            (
+                n.node,
+                n.pid,
+                yes(n.live),
+                "-" if n.epoch is None else n.epoch,
+                "-" if n.lag is None else n.lag,
+                f"{n.lease_left} of {n.lease} s",
+                when(n.heartbeat_at),
+            )
+            for n in found
         ),
     )
-    if not api.json:
+    if found:
         click.echo()
-        print_line(_sentence(api.client.custodian()))
+        table(("WORKER", "NODE", "PID", "BACKENDS"), ((n.worker, n.node, n.pid, _backends(n)) for n in found))
+    click.echo()
+    print_line(_sentence(api.client.custodian()))
+    legend("LIVE", "EPOCH", "LAG", "LEASE LEFT", "HEARTBEAT", "term")
+
+
+def _backends(found: wire.Node) -> str:
+    return ", ".join(f"{name}: {state}" for name, state in sorted(found.backends.items())) or "-"
 
 
 @api_command(node, "custodian")

@@ -10,21 +10,44 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import IntEnum
 from typing import Any, TextIO, cast
 
 import click
 
 from kms_jwks import errors
+from kms_jwks.times import format_instant, to_instant
 
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _UNLIMITED = 4000
 """Columns of an output that is not a terminal: nothing is cut or folded there."""
+_GAP = 2
+"""Columns between two columns of a table."""
+_LEAST_PIECE = 8
+"""Columns that a folded word takes at least."""
+_WIDEST_PROSE = 100
+TERMS = {
+    "I1": "A version signs only once verifiers could fetch it for the publish lead.",
+    "I2": "A version leaves the JWKS only when no token that it signed can be alive.",
+    "I3": "No token lives longer than the key's max_token_ttl.",
+    "I4": "Beside the version that signs, a standby is published, which takes over in an emergency.",
+    "I5": "A JWKS holds at most 10 keys, so the keys of a key set rotate one at a time.",
+    "LEFT": "With RIGHT the two sides of the statement, which holds when LEFT is not before RIGHT.",
+    "LIVE": "Whether the worker has reported lately. Activations wait for silent workers until they are forgotten.",
+    "EPOCH": "The number of the registry's state that the worker acts on.",
+    "LAG": "How many changes of the registry the worker has not taken over yet.",
+    "LEASE LEFT": "How long the worker may sign on without reading the registry again.",
+    "HEARTBEAT": "When the worker reported last.",
+    "term": "A number that grows each time another custodian takes over.",
+}
+"""What the words in tables mean that only this service uses."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """C0 except tab and newline, DEL, C1, and what changes the direction or the line of text."""
@@ -104,8 +127,8 @@ def _escaped(text: str) -> str:
 
 
 def when(instant: datetime | None) -> str:
-    """An instant in UTC to the second; `-` for one that has not come."""
-    return "-" if instant is None else instant.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    """An instant as RFC 3339 in UTC, to the second; `-` for one that has not come."""
+    return "-" if instant is None else format_instant(to_instant(instant))
 
 
 def duration(seconds: int) -> str:
@@ -123,19 +146,53 @@ def yes(value: bool) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; long values are folded on a terminal and whole everywhere else."""
+    """Print a table; long values are folded on a terminal, between words where possible, and whole everywhere else."""
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        grid.add_column(column, overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(clean(cell)) for cell in row))
-    if grid.row_count:
-        _print_grid(grid)
-    else:
+    cells = [[clean(cell) for cell in row] for row in rows]
+    if not cells:
         click.echo("(none)")
+        return
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, _GAP, 0, 0))
+    by_column = [[head, *(row[place] for row in cells)] for place, head in enumerate(columns)]
+    for head, width in zip(columns, _column_widths(by_column, _columns()), strict=True):
+        grid.add_column(head, width=width, overflow="fold")
+    for row in cells:
+        grid.add_row(*map(Text, row))
+    _print_grid(grid)
+
+
+def _column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """The width of each column of a table that is `room` wide: a word is cut only where the words alone are wider."""
+    from rich.cells import cell_len
+
+    room -= _GAP * (len(columns) - 1)
+    whole = [max(map(cell_len, cells)) for cells in columns]
+    widths = [max(cell_len(word) for cell in cells for word in cell.split() or [""]) for cells in columns]
+    # Ids and kids are cut before times are, and nothing is cut to pieces that cannot be read.
+    for place in sorted(range(len(widths)), key=lambda place: -widths[place]):
+        over = max(0, sum(widths) - room)
+        widths[place] = max(min(widths[place], _LEAST_PIECE), widths[place] - over)
+    while sum(widths) < room and (short := [place for place, width in enumerate(widths) if width < whole[place]]):
+        # What is left goes to the columns whose text is folded most.
+        widths[max(short, key=lambda place: whole[place] / max(1, widths[place]))] += 1
+    return widths
+
+
+def legend(*terms: str) -> None:
+    """Print what terms of a table mean, a paragraph each; those that are not in `TERMS` are passed over."""
+    known = [term for term in TERMS if term in terms]
+    if not known:
+        return
+    label = max(map(len, known))
+    room = min(_columns(), _WIDEST_PROSE) - label - 2
+    click.echo()
+    for term in known:
+        first, *more = textwrap.wrap(TERMS[term], max(20, room))
+        click.echo(f"{term:<{label}}  {first}")
+        for line in more:
+            click.echo(" " * (label + 2) + line)
 
 
 def details(*pairs: tuple[str, object]) -> None:
@@ -161,13 +218,17 @@ def note(text: str) -> None:
     click.echo(clean(text), err=True)
 
 
+def _columns() -> int:
+    """The columns of the output: COLUMNS, else the terminal's; where nothing is cut or folded, more than any line."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return _UNLIMITED
+    return shutil.get_terminal_size().columns
+
+
 def _print_grid(grid: object) -> None:
     from rich.console import Console
 
-    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    console = Console(
-        file=sys.stdout, width=_UNLIMITED if wide else None, markup=False, highlight=False, emoji=False, soft_wrap=False
-    )
+    console = Console(file=sys.stdout, width=_columns(), markup=False, highlight=False, emoji=False, soft_wrap=False)
     with console.capture() as captured:
         console.print(grid)
     # Cells are padded to the width of their column; the padding at the end of a line is cut off.

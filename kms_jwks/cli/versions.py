@@ -26,8 +26,9 @@ from kms_jwks.cli.options import (
     version_arguments,
     yes_option,
 )
-from kms_jwks.cli.output import details, duration, note, print_json, table, when, yes
+from kms_jwks.cli.output import details, duration, legend, note, print_json, table, when, yes
 from kms_jwks.cli.revocation import show_revoked
+from kms_jwks.model import VersionState
 from kms_jwks.timeline import MIN_DESTROY_AFTER
 
 if TYPE_CHECKING:
@@ -41,9 +42,16 @@ def version() -> None:
 
 @api_command(version, "list")
 @key_arguments
-def list_versions(api: Api, key_set: str, key: str) -> None:
+@click.option(
+    "--state",
+    "states",
+    type=click.Choice([state.value for state in VersionState]),
+    multiple=True,
+    help="Only versions in this state. Repeatable.",
+)
+def list_versions(api: Api, key_set: str, key: str, states: tuple[str, ...]) -> None:
     """List the versions of a key, destroyed ones included."""
-    api.show_list(api.client.versions(key_set, key), VERSION_COLUMNS, version_row)
+    api.show_list(api.client.versions(key_set, key, states=states), VERSION_COLUMNS, version_row)
 
 
 @api_command(version, "show")
@@ -143,6 +151,7 @@ def _print_safety(found: wire.Safety) -> None:
     if bars := check_bars(found, width()):
         click.echo("\n" + "\n".join(bars))
     print_external_keys(found)
+    legend("LEFT", *(c.invariant for c in found.checks))
 
 
 @api_command(version, "attributes")

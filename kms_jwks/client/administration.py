@@ -1,11 +1,13 @@
 """The client's calls for administrators and operators: key sets, keys, versions, callers, operation.
 
-Lists are iterators that fetch page after page. The service answers some changes only when every worker works under
-them; these calls wait up to a minute longer than the usual timeout.
+Lists are iterators that fetch page after page; their keyword arguments leave items out. The service answers some
+changes only when every worker works under them; these calls wait up to a minute longer than the usual timeout.
+Creations carry an Idempotency-Key and are repeated after a lost answer.
 """
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
@@ -16,11 +18,13 @@ from kms_jwks.client.problems import marked
 from kms_jwks.client.transport import Repeat, Reply, Transport, decode, segment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from datetime import datetime
 
 PATIENCE: Final = 65.0
 """Seconds: the longest signing lease, and what the service adds to it."""
+CREATION_PATIENCE: Final = 15.0
+"""Seconds: how long the service waits for the custodian, and what it adds to that."""
 PAGE: Final = 200
 """Items of one page."""
 
@@ -39,9 +43,9 @@ class Administration:
 
     # --- key sets
 
-    def key_sets(self) -> Iterator[wire.KeySet]:
-        """The key sets that the caller's grants cover."""
-        return self._pages("/v1/key-sets", _Page[wire.KeySet])
+    def key_sets(self, *, purpose: str | None = None, access: str | None = None) -> Iterator[wire.KeySetSummary]:
+        """The key sets that the caller's grants cover, each with its keys in short; `key_set` has one of them whole."""
+        return self._pages("/v1/key-sets", _Page[wire.KeySetSummary], purpose=purpose, access=access)
 
     def key_set(self, name: str) -> wire.KeySet:
         """One key set with its keys."""
@@ -49,7 +53,7 @@ class Administration:
 
     def create_key_set(self, request: wire.KeySetCreate) -> wire.KeySet:
         """Create a key set, with its first keys in the same call. A version still `creating` is made later."""
-        return decode(self._change("POST", "/v1/key-sets", request), wire.KeySet)
+        return decode(self._create("/v1/key-sets", request), wire.KeySet)
 
     def update_key_set(self, name: str, changes: wire.KeySetPatch, *, revision: int) -> wire.KeySet:
         """Change a key set that is still at `revision`. Raises RevisionMismatch, Immutable, PolicyRefused."""
@@ -57,9 +61,9 @@ class Administration:
 
     # --- keys
 
-    def keys(self, key_set: str) -> Iterator[wire.Key]:
-        """The keys of a key set."""
-        return self._pages(f"{_set(key_set)}/keys", _Page[wire.Key])
+    def keys(self, key_set: str, *, state: str | None = None, backend: str | None = None) -> Iterator[wire.Key]:
+        """The keys of a key set; `state` is `enabled` or `disabled`."""
+        return self._pages(f"{_set(key_set)}/keys", _Page[wire.Key], state=state, backend=backend)
 
     def key(self, key_set: str, key: str) -> wire.Key:
         """One key with its versions."""
@@ -71,7 +75,7 @@ class Administration:
 
     def create_key(self, key_set: str, request: wire.KeyCreate) -> wire.Key:
         """Create a key. A version still `creating` in the answer is made later."""
-        return decode(self._change("POST", f"{_set(key_set)}/keys", request), wire.Key)
+        return decode(self._create(f"{_set(key_set)}/keys", request), wire.Key)
 
     def update_key(self, key_set: str, key: str, changes: wire.KeyPatch, *, revision: int) -> wire.Key:
         """Change the policy or profile of a key that is still at `revision`. Raises RevisionMismatch, PolicyRefused."""
@@ -102,9 +106,10 @@ class Administration:
 
     # --- versions
 
-    def versions(self, key_set: str, key: str) -> Iterator[wire.Version]:
-        """The versions of a key, destroyed ones included."""
-        return self._pages(f"{_key(key_set, key)}/versions", _Page[wire.Version])
+    def versions(self, key_set: str, key: str, *, states: Iterable[str] = ()) -> Iterator[wire.Version]:
+        """The versions of a key, destroyed ones included, or those in some states."""
+        state = ",".join(states) or None
+        return self._pages(f"{_key(key_set, key)}/versions", _Page[wire.Version], state=state)
 
     def version(self, key_set: str, key: str, version: str | int) -> wire.Version:
         """One version."""
@@ -114,7 +119,7 @@ class Administration:
         """Ask for a standby version, or adopt a pair as one. Raises TransitionRefused when one is to be made and is
         there already; AdoptionRefused (`fields["weaknesses"]`), KeyTaken, KidTaken."""
         request = wire.VersionCreate(adopt=UNSET if adopt is None else adopt)
-        return decode(self._change("POST", f"{_key(key_set, key)}/versions", request), wire.Version)
+        return decode(self._create(f"{_key(key_set, key)}/versions", request), wire.Version)
 
     def activate(self, key_set: str, key: str, version: str | int, *, break_glass: str | None = None) -> wire.Version:
         """Make a published version the one that signs. Raises NotYetUsable, TransitionRefused.
@@ -197,7 +202,7 @@ class Administration:
 
     def add_external_key(self, key_set: str, request: wire.ExternalKeyCreate) -> wire.ExternalKey:
         """Publish a foreign public key until `remove_at`. Raises InvalidJwk, KidTaken, LimitReached."""
-        return decode(self._change("POST", f"{_set(key_set)}/external-keys", request), wire.ExternalKey)
+        return decode(self._create(f"{_set(key_set)}/external-keys", request), wire.ExternalKey)
 
     def remove_external_key(self, key_set: str, kid: str) -> None:
         """Stop publishing an external key before its date; its kid stays taken."""
@@ -215,40 +220,46 @@ class Administration:
 
     def create_client(self, name: str) -> wire.Client:
         """Create a client. It has no permission until it gets a grant."""
-        return decode(self._change("POST", "/v1/clients", wire.ClientCreate(name=name)), wire.Client)
+        return decode(self._create("/v1/clients", wire.ClientCreate(name=name)), wire.Client)
 
     def delete_client(self, name: str) -> None:
         """Delete a client with its tokens and grants; its name stays taken."""
         self._change("DELETE", _client(name))
 
-    def tokens(self, client: str) -> Iterator[wire.Token]:
-        """A client's API tokens without the secrets."""
-        return self._pages(f"{_client(client)}/tokens", _Page[wire.Token])
+    def tokens(self, client: str, *, state: str | None = None) -> Iterator[wire.Token]:
+        """A client's API tokens without the secrets; `state` is `valid`, `expired` or `revoked`."""
+        return self._pages(f"{_client(client)}/tokens", _Page[wire.Token], state=state)
 
     def create_token(self, client: str, *, expires_in: int | None = None) -> wire.TokenCreated:
-        """Make an API token; `expires_in` in seconds, by default 90 days. It is not shown again."""
+        """Make an API token; `expires_in` in seconds, by default 90 days. It is not shown again.
+
+        Raises TokenNotShownAgain where the token was made and the answer that shows it was lost.
+        """
         request = wire.TokenCreate() if expires_in is None else wire.TokenCreate(expires_in=expires_in)
-        return decode(self._change("POST", f"{_client(client)}/tokens", request), wire.TokenCreated)
+        return decode(self._create(f"{_client(client)}/tokens", request), wire.TokenCreated)
 
     def rotate_token(
         self, client: str, token_id: str, *, overlap: int | None = None, expires_in: int | None = None
     ) -> wire.TokenRotated:
         """Make an API token in place of another one, which ends `overlap` seconds later, by default 24 h.
 
-        `expires_in` as for `create_token`. Raises Conflict for a token that has ended.
+        `expires_in` as for `create_token`. Raises Conflict for a token that has ended, TokenNotShownAgain where the
+        answer that shows the new one was lost.
         """
         fields = {"overlap": overlap, "expires_in": expires_in}
         request = wire.TokenRotate(**{name: value for name, value in fields.items() if value is not None})
         path = f"{_client(client)}/tokens/{segment(token_id, 'token')}/rotate"
-        return decode(self._change("POST", path, request), wire.TokenRotated)
+        return decode(self._create(path, request, patience=PATIENCE), wire.TokenRotated)
 
     def revoke_token(self, client: str, token_id: str) -> None:
         """Revoke an API token; no worker accepts it once this returns."""
         self._change("DELETE", f"{_client(client)}/tokens/{segment(token_id, 'token')}")
 
-    def grants(self) -> Iterator[wire.Grant]:
-        """Every grant."""
-        return self._pages("/v1/grants", _Page[wire.Grant])
+    def grants(
+        self, *, client: str | None = None, role: str | None = None, key_set: str | None = None
+    ) -> Iterator[wire.Grant]:
+        """Every grant, or those of a client, a role or a key set. Raises ClientNotFound, KeySetNotFound."""
+        return self._pages("/v1/grants", _Page[wire.Grant], client=client, role=role, key_set=key_set)
 
     def grant(self, grant_id: str) -> wire.Grant:
         """One grant."""
@@ -256,7 +267,7 @@ class Administration:
 
     def create_grant(self, request: wire.GrantCreate) -> wire.Grant:
         """Give a client a role within a scope; an empty scope is everything."""
-        return decode(self._change("POST", "/v1/grants", request), wire.Grant)
+        return decode(self._create("/v1/grants", request), wire.Grant)
 
     def delete_grant(self, grant_id: str) -> None:
         """Delete a grant; every worker has applied that once this returns."""
@@ -264,9 +275,9 @@ class Administration:
 
     # --- operation
 
-    def nodes(self) -> Iterator[wire.Node]:
-        """Every registered worker and the epoch it has confirmed."""
-        return self._pages("/v1/nodes", _Page[wire.Node])
+    def nodes(self, *, node: str | None = None, state: str | None = None) -> Iterator[wire.Node]:
+        """Every worker and the epoch it has confirmed, or those of a node, or the `live` or `silent` ones."""
+        return self._pages("/v1/nodes", _Page[wire.Node], node=node, state=state)
 
     def custodian(self) -> wire.Custodian:
         """The custodian that makes, rotates and destroys keys now, and since when."""
@@ -298,11 +309,18 @@ class Administration:
         headers = {} if revision is None else {"If-Match": f'"{revision}"'}
         return self._transport.call(method, path, repeat=Repeat.CHANGE, body=body, headers=headers, patience=PATIENCE)
 
-    def _pages(self, path: str, into: type[_Page[T]]) -> Iterator[T]:
+    def _create(self, path: str, request: wire.Request, *, patience: float = CREATION_PATIENCE) -> Reply:
+        """A creation, which is sent again after a lost answer: its Idempotency-Key makes that safe."""
+        headers = {"Idempotency-Key": f'"{uuid.uuid4()}"'}
+        return self._transport.call(
+            "POST", path, repeat=Repeat.CREATE, body=request, headers=headers, patience=patience
+        )
+
+    def _pages(self, path: str, into: type[_Page[T]], **filters: str | None) -> Iterator[T]:
         seen: set[str] = set()
         cursor: str | None = None
         while True:
-            query = {"limit": PAGE, "cursor": cursor}
+            query = {**filters, "limit": PAGE, "cursor": cursor}
             reply = self._transport.call("GET", path, repeat=Repeat.READ, query=query)
             page = decode(reply, into)
             yield from page.items

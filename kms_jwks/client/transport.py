@@ -1,8 +1,8 @@
 """HTTP for the client: one call, its attempts, and its answer. It knows no routes.
 
-A call is repeated only where that cannot have an effect twice: a read after any failure; a signature when no connection
-was made or the service itself answered that it signed nothing; a change only when no connection was made. Redirects are
-not followed: they would send the token to another place.
+A call is repeated only where that cannot have an effect twice: a read after any failure, and a creation too, by its
+Idempotency-Key; a signature when no connection was made or the service itself answered that it signed nothing; another
+change only when no connection was made. Redirects are not followed: they would send the token to another place.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Repeat(Enum):
     """After a failure to connect, and when the service itself answered 429 or 503: nothing was signed."""
     CHANGE = auto()
     """Only after a failure to connect."""
+    CREATE = auto()
+    """A creation with an Idempotency-Key: after any failure. The service creates nothing twice."""
 
 
 class _Stage(Enum):
@@ -68,6 +70,7 @@ _MAY_REPEAT: Final[Mapping[Repeat, frozenset[_Stage]]] = {
     Repeat.READ: frozenset(_Stage),
     Repeat.SIGN: frozenset({_Stage.UNSENT, _Stage.REFUSED}),
     Repeat.CHANGE: frozenset({_Stage.UNSENT}),
+    Repeat.CREATE: frozenset(_Stage),
 }
 
 

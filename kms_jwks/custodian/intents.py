@@ -21,6 +21,7 @@ from kms_jwks.custodian import transitions
 from kms_jwks.custodian.leader_lease import Fenced, LeaderLease
 from kms_jwks.model import DAY, Instant, Intent, IntentKind, IntentState, KeyVersion, VersionState
 from kms_jwks.store import ReadTx, Store, WriteTx
+from kms_jwks.times import format_instant
 
 log = structlog.get_logger(__name__)
 
@@ -189,7 +190,11 @@ class IntentRunner:
             # the module's last word must be the registry's.
             self._tell_date(intent)
             raise
-        log.info("destruction_date_told", version=intent.version_id, destroy_at=told)
+        log.info(
+            "destruction_date_told",
+            version=intent.version_id,
+            destroy_at=None if told is None else format_instant(told),
+        )
 
     def _tell_date(self, intent: Intent) -> Instant | None:
         """Tell the module the destruction date that the registry holds now, and return it."""

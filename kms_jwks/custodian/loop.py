@@ -37,6 +37,8 @@ EXPIRY_INTERVAL = float(DAY)
 """Seconds between two reports of what ends soon."""
 MAX_EXPIRY_LINES = 100
 """Log lines of one such report."""
+SWEEP_INTERVAL = 600.0
+"""Seconds between two removals of what has expired."""
 
 _MODULE_STEPS = {StepKind.TELL: IntentKind.TELL, StepKind.DESTROY: IntentKind.DESTROY}
 """Steps that need a module: each becomes an intent, which `IntentRunner` executes."""
@@ -63,7 +65,7 @@ class Custodian:
         self._database_lost_at: int | None = None
         self._logged_code = ""
         self._planned_epoch: Epoch | None = None
-        self._next_plan = self._next_dead_workers = self._next_expiry = monotonic()
+        self._next_plan = self._next_dead_workers = self._next_expiry = self._next_sweep = monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Tick until `stop`; a tick that fails is logged and the next one tries again."""
@@ -113,6 +115,9 @@ class Custodian:
         self._record_visibility()
         self._take_due_steps()
         self._report_expiry()
+        if self._monotonic() >= self._next_sweep:
+            self._next_sweep = self._monotonic() + SWEEP_INTERVAL
+            self._sweep()
 
     def _report_expiry(self) -> None:
         """Log once a day which API tokens and external keys end soon."""
@@ -131,6 +136,14 @@ class Custodian:
             )
         if more := len(found[MAX_EXPIRY_LINES:]):
             log.warning("more_end_soon", count=more, next_step="kms-jwks doctor")
+
+    def _sweep(self) -> None:
+        """Remove the Idempotency-Keys whose day is over."""
+        with self._store.read() as tx:
+            if not tx.has_expired_idempotency_records():
+                return
+        with self._leader_lease.fenced_write() as tx:
+            tx.remove_expired_idempotency_records()
 
     # --- visibility
 

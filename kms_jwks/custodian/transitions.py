@@ -29,7 +29,7 @@ from kms_jwks.model import (
     new_id,
 )
 from kms_jwks.store import ReadTx, WriteTx
-from kms_jwks.times import optional, to_datetime
+from kms_jwks.times import format_earliest, optional, to_datetime
 from kms_jwks.worker.snapshot import is_post_quantum
 
 _S = VersionState
@@ -182,9 +182,7 @@ def _not_yet_usable(version: KeyVersion, key: Key, usable: Instant | None, now: 
     }
     if usable is None:
         return errors.NotYetUsable(f"Version {version.number} is not served by every live worker yet.", fields=fields)
-    return errors.NotYetUsable(
-        f"Version {version.number} may sign from {to_datetime(usable).isoformat()} on.", fields=fields
-    )
+    return errors.NotYetUsable(f"Version {version.number} may sign from {format_earliest(usable)} on.", fields=fields)
 
 
 def ensure_standby(tx: WriteTx, key: Key) -> KeyVersion | None:

@@ -6,18 +6,39 @@ import re
 from typing import TYPE_CHECKING
 
 from kms_jwks import jose, wire
-from kms_jwks.http.exchange import NO_STORE, Empty, Request, Response, added, created, encode, gone, ok, revised
+from kms_jwks.access import Role
+from kms_jwks.http.exchange import NO_STORE, Empty, Filter, Request, Response, added, created, encode, gone, ok, revised
+from kms_jwks.model import Access, Purpose, VersionState
 
 if TYPE_CHECKING:
     from kms_jwks.service import Service
+
+# --- what lists can be narrowed by ------------------------------------------------------------------------------------
+
+_PURPOSE = Filter("purpose", "What the set's keys may sign.", tuple(Purpose))
+_ACCESS = Filter("access", "Who may fetch the set's JWKS.", tuple(Access))
+_KEY_STATE = Filter("state", "Whether the key may sign.", ("enabled", "disabled"))
+_BACKEND = Filter("backend", "The module that the key's next version is made in.")
+_VERSION_STATE = Filter("state", "The states of the versions.", tuple(VersionState), several=True)
+_TOKEN_STATE = Filter("state", "Whether the API token works, and if not why.", ("valid", "expired", "revoked"))
+_CLIENT = Filter("client", "The client that holds the grant.")
+_ROLE = Filter("role", "The role that the grant gives.", tuple(Role))
+_IN_KEY_SET = Filter("key_set", "The key set that the grant names, for the whole set or for one of its keys.")
+
+KEY_SET_FILTERS = (_PURPOSE, _ACCESS)
+KEY_FILTERS = (_KEY_STATE, _BACKEND)
+VERSION_FILTERS = (_VERSION_STATE,)
+TOKEN_FILTERS = (_TOKEN_STATE,)
+GRANT_FILTERS = (_CLIENT, _ROLE, _IN_KEY_SET)
 
 
 # --- key sets ---------------------------------------------------------------------------------------------------------
 
 
 def list_key_sets(service: Service, request: Request) -> Response:
-    """The key sets that the caller's grants cover."""
-    return ok(service.key_sets.list(request.context, *request.page()))
+    """The key sets that the caller's grants cover, each with its keys in short."""
+    purpose, access = request.one(_PURPOSE), request.one(_ACCESS)
+    return ok(service.key_sets.list(request.context, *request.page(), purpose=purpose, access=access))
 
 
 def create_key_set(service: Service, request: Request, body: wire.KeySetCreate) -> Response:
@@ -42,7 +63,9 @@ def patch_key_set(service: Service, request: Request, body: wire.KeySetPatch) ->
 
 def list_keys(service: Service, request: Request) -> Response:
     """The keys of a key set."""
-    return ok(service.keys.list(request.context, request.params["key_set"], *request.page()))
+    state, backend = request.one(_KEY_STATE), request.one(_BACKEND)
+    key_set = request.params["key_set"]
+    return ok(service.keys.list(request.context, key_set, *request.page(), state=state, backend=backend))
 
 
 def key_timeline(service: Service, request: Request) -> Response:
@@ -85,7 +108,8 @@ def enable_key(service: Service, request: Request, body: Empty) -> Response:
 
 def list_versions(service: Service, request: Request) -> Response:
     """The versions of a key, destroyed ones included."""
-    return ok(service.versions.list(request.context, *_key(request), *request.page()))
+    states = request.chosen(_VERSION_STATE)
+    return ok(service.versions.list(request.context, *_key(request), *request.page(), states=states))
 
 
 def create_version(service: Service, request: Request, body: wire.VersionCreate) -> Response:
@@ -198,7 +222,8 @@ def delete_client(service: Service, request: Request) -> Response:
 
 def list_tokens(service: Service, request: Request) -> Response:
     """A client's API tokens; never their secrets."""
-    return ok(service.clients.tokens(request.context, request.params["client"], *request.page()))
+    state = request.one(_TOKEN_STATE)
+    return ok(service.clients.tokens(request.context, request.params["client"], *request.page(), state=state))
 
 
 def create_token(service: Service, request: Request, body: wire.TokenCreate) -> Response:
@@ -220,7 +245,8 @@ def rotate_token(service: Service, request: Request, body: wire.TokenRotate) -> 
 
 def list_grants(service: Service, request: Request) -> Response:
     """The grants."""
-    return ok(service.clients.grants(request.context, *request.page()))
+    client, role, key_set = (request.one(by) for by in GRANT_FILTERS)
+    return ok(service.clients.grants(request.context, *request.page(), client=client, role=role, key_set=key_set))
 
 
 def create_grant(service: Service, request: Request, body: wire.GrantCreate) -> Response:

@@ -104,7 +104,7 @@ def parse_query(route: Route, query: str) -> dict[str, str]:
         found = parse_qs(query, keep_blank_values=True, max_num_fields=_MAX_PARAMETERS)
     except ValueError:
         raise errors.InvalidField("The query has too many parameters.") from None
-    taken = (*(("limit", "cursor") if route.paged else ()), *route.query)
+    taken = (*(("limit", "cursor") if route.paged else ()), *(by.name for by in route.filters))
     for name, values in found.items():
         if name not in taken:
             known = ", ".join(taken) or "none"
@@ -198,6 +198,8 @@ def _decode(route: Route, request: Request, limits: Limits) -> Any:
 def answer(service: Service, route: Route, request: Request, limits: Limits) -> Response:
     """The route's answer to a request that is complete, or the problem it ended in. Never raises an Exception."""
     try:
+        if route.creates:
+            request.context.idempotency_key = request.idempotency_key()
         if route.request is None:
             return route.endpoint(service, request)
         return route.endpoint(service, request, _decode(route, request, limits))

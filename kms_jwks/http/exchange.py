@@ -17,6 +17,7 @@ import msgspec
 
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission
+from kms_jwks.model import NAME_RULE, is_name
 from kms_jwks.service.guard import RequestContext
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ DEFAULT_PAGE = 50
 MAX_PAGE = 200
 CURSOR = "[A-Za-z0-9_-]{1,128}"
 """The form of a cursor; only the use case reads its content."""
+MAX_IDEMPOTENCY_KEY = 255
+"""Characters of an Idempotency-Key at most."""
 
 NO_STORE: Final = ("Cache-Control", "no-store")
 """Sent with every answer except the documents that verifiers fetch."""
@@ -37,12 +40,24 @@ encode = msgspec.json.Encoder().encode
 """Structs, dicts and lists as JSON; aware instants as RFC 3339 in UTC with `Z`."""
 
 _CURSOR = re.compile(CURSOR)
+_IDEMPOTENCY_KEY = re.compile(r'"([ !#-\[\]-~]+)"|([A-Za-z0-9._~:/+=-]+)')
 _ETAG_REVISION = re.compile(r'"([0-9]{1,18})"')
 _ETAG = re.compile(r'(?:W/)?("[^"]*")')
 
 
 class Empty(wire.Request):
     """A body without fields: no body, or `{}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A query parameter that narrows the answer down. Its values are `choices`, or names where there are none."""
+
+    name: str
+    description: str
+    choices: tuple[str, ...] = ()
+    several: bool = False
+    """Takes several values with commas between them: items that have one of them stay."""
 
 
 @dataclass(slots=True)
@@ -69,6 +84,41 @@ class Request:
         if cursor is not None and not _CURSOR.fullmatch(cursor):
             raise errors.InvalidField("cursor: take it from the page before", fields={"field": "cursor"})
         return DEFAULT_PAGE if limit is None else int(limit), cursor
+
+    def chosen(self, by: Filter) -> tuple[str, ...] | None:
+        """The values of a filter, None where the query does not name it. Raises InvalidField for any other value."""
+        given = self.query(by.name)
+        if given is None:
+            return None
+        values = tuple(given.split(",")) if by.several else (given,)
+        if not all(value in by.choices if by.choices else is_name(value) for value in values):
+            rule = f"one of {', '.join(by.choices)}" if by.choices else f"a name: {NAME_RULE}"
+            more = "; several with commas between them" if by.several else ""
+            raise errors.InvalidField(f"{by.name}: {rule}{more}", fields={"field": by.name})
+        return values
+
+    def one(self, by: Filter) -> str | None:
+        """The same for a filter that takes one value."""
+        values = self.chosen(by)
+        return None if values is None else values[0]
+
+    def idempotency_key(self) -> str | None:
+        """The Idempotency-Key (draft-ietf-httpapi-idempotency-key-header), None without the header.
+
+        It is a string in double quotes (RFC 9651 §3.3.3); a bare word is taken too. Raises InvalidField.
+        """
+        header = self.header("idempotency-key")
+        if header is None:
+            return None
+        match = _IDEMPOTENCY_KEY.fullmatch(header.strip())
+        found = (match[1] or match[2]) if match is not None else ""
+        if not 1 <= len(found) <= MAX_IDEMPOTENCY_KEY:
+            raise errors.InvalidField(
+                f"Idempotency-Key: 1 to {MAX_IDEMPOTENCY_KEY} ASCII characters in double quotes, such as a fresh UUID, "
+                "without quotes or backslashes inside",
+                fields={"field": "Idempotency-Key"},
+            )
+        return found
 
     def revision(self) -> int | None:
         """The revision that If-Match names, None without the header (RFC 9110 §13.1.1; comparison is strong).
@@ -135,6 +185,8 @@ class Route:
     """With `{name}` for each parameter."""
     endpoint: Endpoint
     summary: str
+    name: str = ""
+    """The operation's id where the endpoint's own name does not serve: several rows share it, or it has no verb."""
     side: Side = Side.PRIVATE
     hot: bool = False
     """Data plane: answered from the snapshot, which stays pinned until the answer has left."""
@@ -148,8 +200,10 @@ class Route:
     """The struct of a Page's items."""
     paged: bool = False
     """Takes `?limit&cursor`."""
-    query: tuple[str, ...] = ()
-    """Further query parameters that the route takes; all others are refused."""
+    filters: tuple[Filter, ...] = ()
+    """Further query parameters, such as those that leave items of a list out. All others are refused."""
+    creates: bool = False
+    """Takes an Idempotency-Key: the same call sent again creates nothing further."""
     media: tuple[str, ...] = ()
     """Media types of a success that has no struct."""
     statuses: tuple[int, ...] = (200,)
@@ -158,6 +212,11 @@ class Route:
     """The caller needs one of these; empty: the route needs no credentials."""
     problems: tuple[type[errors.Error], ...] = ()
     """Errors beyond those that every route of its kind can answer with."""
+
+    @property
+    def operation(self) -> str:
+        """The operation's id in OpenAPI, such as `create_key`: what generated clients call their functions."""
+        return self.name or self.endpoint.__name__
 
     @property
     def params(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ import msgspec
 import kms_jwks
 from kms_jwks import errors, wire
 from kms_jwks.http import problems
-from kms_jwks.http.exchange import CURSOR, JSON, MAX_PAGE, PROBLEM_JSON, Route, encode
+from kms_jwks.http.examples import EXAMPLES
+from kms_jwks.http.exchange import CURSOR, JSON, MAX_IDEMPOTENCY_KEY, MAX_PAGE, PROBLEM_JSON, Route, encode
 from kms_jwks.model import NAME_PATTERN
 
 if TYPE_CHECKING:
@@ -67,14 +68,23 @@ def document(routes: tuple[Route, ...], public_url: str) -> dict[str, Any]:
             "title": "kms-jwks",
             "version": kms_jwks.__version__,
             "summary": "Signs with keys that never leave their module, and publishes the JWKS that verifies.",
+            "description": "Callers send an API token as `Authorization: Bearer kj_…`. Errors are problem documents "
+            "(RFC 9457). Times are RFC 3339 in UTC with `Z`, durations whole seconds, binary values base64url without "
+            "padding.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": public_url}],
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
             "schemas": _schemas(routes),
             "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer", "description": "An API token (`kj_…`)."}
+                "bearer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "bearerFormat": "kj_…",
+                    "description": "An API token of a client (`kms-jwks client token create`).",
+                }
             },
         },
     }
@@ -98,6 +108,8 @@ def refusals(route: Route) -> list[type[errors.Error]]:
             errors.BodyTooLarge,
             errors.UnsupportedMediaType,
         ]
+    if route.creates:
+        found.append(errors.IdempotencyKeyReused)
     found += [cls for cls in route.problems if cls not in found]
     return found
 
@@ -107,7 +119,7 @@ def refusals(route: Route) -> list[type[errors.Error]]:
 
 def _operation(route: Route) -> dict[str, Any]:
     operation: dict[str, Any] = {
-        "operationId": operation_id(route),
+        "operationId": route.operation,
         "summary": route.summary,
         "tags": [tag(route)],
         "responses": dict(sorted(_responses(route))),
@@ -116,19 +128,14 @@ def _operation(route: Route) -> dict[str, Any]:
         operation["description"] = "Permission: " + " or ".join(f"`{p.value}`" for p in route.permission) + "."
         # A public key set needs no credentials; a restricted one needs jwks:read.
         operation["security"] = [{"bearer": []}, {}] if route.media and route.hot else [{"bearer": []}]
-    parameters = list(_parameters(route))
-    if parameters:
-        operation["parameters"] = parameters
+    else:
+        operation["security"] = []
+    found = list(parameters(route))
+    if found:
+        operation["parameters"] = found
     if route.request is not None:
         operation["requestBody"] = _body(route)
     return operation
-
-
-def operation_id(route: Route) -> str:
-    """A distinct name for every row, which code generators need."""
-    parts = [p.strip("{}").replace(".", "") for p in route.path.split("/") if p not in ("", "v1")]
-    words = "_".join(("by_" + p) if "{" + p + "}" in route.path else p.replace("-", "_") for p in parts)
-    return f"{route.method.lower()}_{words}"
 
 
 def tag(route: Route) -> str:
@@ -143,10 +150,19 @@ def tag(route: Route) -> str:
     return "operation"
 
 
+TAGS = {
+    "signing and verifying": "JWTs, other JWS, signatures, and the verification of tokens.",
+    "documents": "What verifiers fetch: the JWKS of each key set, and issuer metadata.",
+    "keys": "Key sets, keys, key versions and external keys, and their lives.",
+    "callers": "Clients, their API tokens, and their grants.",
+    "operation": "Workers, the custodian, modules, health, and this description.",
+}
+"""The groups of the operations in their order, and what is in each."""
 _TAGS = {"/v1/key-sets": "keys", "/v1/revocations": "keys", "/v1/clients": "callers", "/v1/grants": "callers"}
 
 
-def _parameters(route: Route) -> Iterator[dict[str, Any]]:
+def parameters(route: Route) -> Iterator[dict[str, Any]]:
+    """What the route takes in its path, its query and its headers."""
     for name in route.params:
         schema, description = _PARAMETERS[name]
         yield {"name": name, "in": "path", "required": True, "schema": schema, "description": description}
@@ -155,9 +171,20 @@ def _parameters(route: Route) -> Iterator[dict[str, Any]]:
         yield {"name": "limit", "in": "query", "schema": limit, "description": "Items of a page, 50 by default."}
         cursor = {"type": "string", "pattern": f"^{CURSOR}$"}
         yield {"name": "cursor", "in": "query", "schema": cursor, "description": "`next` of the page before."}
-    for name in route.query:
-        schema, description = _PARAMETERS[name]
-        yield {"name": name, "in": "query", "schema": schema, "description": description}
+    for by in route.filters:
+        allowed: dict[str, Any] = {"type": "string", "enum": list(by.choices)} if by.choices else _NAME
+        shown: dict[str, Any] = {"name": by.name, "in": "query", "schema": allowed, "description": by.description}
+        if by.several:
+            shown |= {"schema": {"type": "array", "minItems": 1, "items": allowed}, "style": "form", "explode": False}
+        yield shown
+    if route.creates:
+        yield {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "schema": {"type": "string", "pattern": f'^"[ !#-\\[\\]-~]{{1,{MAX_IDEMPOTENCY_KEY}}}"$'},
+            "description": "A fresh value in double quotes, such as a UUID. For 24 hours the same call with the same "
+            "value creates nothing further.",
+        }
     if route.method == "PATCH":
         yield {
             "name": "If-Match",
@@ -170,13 +197,17 @@ def _parameters(route: Route) -> Iterator[dict[str, Any]]:
 
 def _body(route: Route) -> dict[str, Any]:
     bodies = structs(route.request)
-    schemas = [{"$ref": REF.format(name=struct.__name__)} for struct in bodies]
+    schemas = [_ref(struct.__name__) for struct in bodies]
     if route.batch:
-        items = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-        schemas = [*schemas, _batch(items, minimum=1)]
+        schemas.append(_ref(_batch_name(route)))
     required = any(field.required for struct in bodies for field in msgspec.structs.fields(struct))
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-    return {"required": required, "content": {JSON: {"schema": schema}}}
+    content: dict[str, Any] = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}
+    found = {struct.__name__: EXAMPLES[struct] for struct in bodies if struct in EXAMPLES}
+    if len(found) == 1:
+        content["example"] = next(iter(found.values()))
+    elif found:
+        content["examples"] = {name: {"value": value} for name, value in found.items()}
+    return {"required": required, "content": {JSON: content}}
 
 
 def structs(found: type | UnionType | None) -> tuple[type, ...]:
@@ -184,15 +215,6 @@ def structs(found: type | UnionType | None) -> tuple[type, ...]:
     if found is None:
         return ()
     return get_args(found) if isinstance(found, UnionType) else (found,)
-
-
-def _batch(items: dict[str, Any], minimum: int = 0) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "required": ["batch"],
-        "additionalProperties": False,
-        "properties": {"batch": {"type": "array", "minItems": minimum, "maxItems": wire.MAX_BATCH, "items": items}},
-    }
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -213,11 +235,21 @@ def _responses(route: Route) -> Iterator[tuple[str, dict[str, Any]]]:
         codes = sorted({cls.code for cls in classes})
         answer: dict[str, Any] = {
             "description": f"{HTTPStatus(status).phrase}: " + ", ".join(f"`{code}`" for code in codes),
-            "content": {PROBLEM_JSON: {"schema": {"$ref": REF.format(name="Problem")}}},
+            "content": {
+                PROBLEM_JSON: {"schema": _ref("Problem"), "example": _problem_example(min(classes, key=_code), status)}
+            },
         }
         if status == 503:
             answer["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
         yield str(status), answer
+
+
+def _code(cls: type[errors.Error]) -> str:
+    return cls.code
+
+
+def _problem_example(cls: type[errors.Error], status: int) -> dict[str, Any]:
+    return problems.document(cls(), "8f14e45fceea167a5a36dedd", status)
 
 
 def _family(cls: type[errors.Error]) -> list[type[errors.Error]]:
@@ -229,24 +261,19 @@ def _success(route: Route, status: int) -> dict[str, Any]:
     if status in (204, 304):
         return answer
     if route.media:
-        answer["content"] = {media: {"schema": _media_schema(media)} for media in route.media}
+        answer["content"] = {media: _media(route, media) for media in route.media}
     elif route.answer is not None:
-        schema: dict[str, Any] = {"$ref": REF.format(name=structs(route.answer)[0].__name__)}
+        struct = structs(route.answer)[0]
+        content: dict[str, Any] = {"schema": _ref(struct.__name__)}
         if route.items is not None:
-            item = {"$ref": REF.format(name=route.items.__name__)}
-            schema = {
-                "type": "object",
-                "required": ["items"],
-                "properties": {"items": {"type": "array", "items": item}, "next": {"type": "string"}},
-            }
-        elif route.batch:
-            refused = {
-                "type": "object",
-                "required": ["error"],
-                "properties": {"error": {"$ref": REF.format(name="Problem")}},
-            }
-            schema = {"anyOf": [schema, _batch({"anyOf": [schema, refused]})]}
-        answer["content"] = {JSON: {"schema": schema}}
+            content = {"schema": _ref(page_name(route.items))}
+            if route.items in EXAMPLES:
+                content["example"] = {"items": [EXAMPLES[route.items]]}
+        elif struct in EXAMPLES:
+            content["example"] = EXAMPLES[struct]
+        if route.batch:
+            content["schema"] = {"anyOf": [content["schema"], _ref(f"{_batch_name(route)}Answer")]}
+        answer["content"] = {JSON: content}
     headers = {}
     if 304 in route.statuses:
         headers["ETag"] = {"description": "A strong validator.", "schema": {"type": "string"}}
@@ -257,10 +284,114 @@ def _success(route: Route, status: int) -> dict[str, Any]:
     return answer
 
 
-def _media_schema(media: str) -> dict[str, Any]:
+def _media(route: Route, media: str) -> dict[str, Any]:
+    name = _DOCUMENTS.get(route.endpoint.__name__)
+    if name is not None and media.endswith("json"):
+        return {"schema": _ref(name), "example": EXAMPLES[name]}
     if media.endswith("json"):
-        return {"type": "object"}
-    return {"type": "string"} if media.startswith("text/") or media.endswith("pem-file") else {}
+        return {"schema": {"type": "object"}}
+    return {"schema": {"type": "string"} if media.startswith("text/") or media.endswith("pem-file") else {}}
+
+
+# --- schemas that no struct has ---------------------------------------------------------------------------------------
+# Code generators name a nameless object after the place where it stands, and leave out what then has a name that is
+# taken. So every object with fixed members has a name of its own here.
+
+_JWK = {
+    "type": "object",
+    "required": ["kty", "use", "alg", "kid"],
+    "properties": {name: {"type": "string"} for name in ("kty", "use", "alg", "kid")},
+    "additionalProperties": True,
+    "description": "A public key (RFC 7517 §4); further members are those of its kty.",
+}
+_URI = {"type": "string", "format": "uri"}
+_STRINGS = {"type": "array", "items": {"type": "string"}}
+_BY_HAND: dict[str, dict[str, Any]] = {
+    "Jwk": _JWK,
+    "Jwks": {
+        "type": "object",
+        "required": ["keys"],
+        "properties": {"keys": {"type": "array", "items": {"$ref": REF.format(name="Jwk")}}},
+        "description": "A JWK Set (RFC 7517 §5).",
+    },
+    "IssuerMetadata": {
+        "type": "object",
+        "required": ["issuer", "jwks_uri"],
+        "properties": {
+            "issuer": _URI,
+            "jwks_uri": _URI,
+            "response_types_supported": _STRINGS,
+            "subject_types_supported": _STRINGS,
+            "id_token_signing_alg_values_supported": _STRINGS,
+        },
+        "description": "What OpenID Connect Discovery and RFC 8414 ask of an issuer that only signs.",
+    },
+    "GrantedScope": {
+        "type": "object",
+        "properties": {"key_set": _NAME, "key": _NAME},
+        "description": "A key set, or one of its keys; without members everything.",
+    },
+    "Refused": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"$ref": REF.format(name="Problem")}},
+        "description": "The place of a batch's item that was refused.",
+    },
+}
+_DOCUMENTS = {
+    "jwks": "Jwks",
+    "jwks_pq": "Jwks",
+    "discovery": "IssuerMetadata",
+    "public_key": "Jwk",
+    "_openapi_document": "OpenApi",
+}
+"""The schema of the JSON that an endpoint without a struct answers."""
+_BY_HAND["OpenApi"] = {"type": "object", "required": ["openapi"], "properties": {"openapi": {"type": "string"}}}
+
+
+def page_name(items: type) -> str:
+    """The schema of a page of such items."""
+    return f"{items.__name__}Page"
+
+
+def _batch_name(route: Route) -> str:
+    return "".join(word.capitalize() for word in route.operation.split("_")) + "Batch"
+
+
+def _page(items: type) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["items"],
+        "properties": {"items": {"type": "array", "items": _ref(items.__name__)}, "next": {"type": "string"}},
+        "description": "`next` is the cursor of the following page, absent on the last.",
+    }
+
+
+def _batch(items: list[type | str], minimum: int) -> dict[str, Any]:
+    found = [_ref(item if isinstance(item, str) else item.__name__) for item in items]
+    listed = found[0] if len(found) == 1 else {"anyOf": found}
+    return {
+        "type": "object",
+        "required": ["batch"],
+        "additionalProperties": False,
+        "properties": {"batch": {"type": "array", "minItems": minimum, "maxItems": wire.MAX_BATCH, "items": listed}},
+    }
+
+
+def _made(routes: tuple[Route, ...]) -> dict[str, dict[str, Any]]:
+    """Pages and batches."""
+    found: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        if route.items is not None:
+            found[page_name(route.items)] = _page(route.items)
+        if route.batch:
+            found[_batch_name(route)] = _batch([*structs(route.request)], 1)
+            found[f"{_batch_name(route)}Answer"] = _batch([*structs(route.answer), "Refused"], 0)
+    return found
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": REF.format(name=name)}
 
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
@@ -275,7 +406,12 @@ def _schemas(routes: tuple[Route, ...]) -> dict[str, Any]:
     _, components = msgspec.json.schema_components(found, ref_template=REF)
     for name, schema in components.items():
         _mark_instants(getattr(wire, name, None), schema)
-    return dict(sorted(components.items()))
+        _open_maps(schema)
+    if "Grant" in components:
+        components["Grant"]["properties"]["scope"] = _ref("GrantedScope")
+    by_hand = {**_BY_HAND, **_made(routes)}
+    assert by_hand.keys().isdisjoint(components)
+    return dict(sorted({**components, **by_hand}.items()))
 
 
 def _mark_instants(struct: type | None, schema: dict[str, Any]) -> None:
@@ -288,3 +424,15 @@ def _mark_instants(struct: type | None, schema: dict[str, Any]) -> None:
             for each in (inner, *inner.get("anyOf", ())):
                 if each.get("type") == "string":
                     each["format"] = "date-time"
+
+
+def _open_maps(schema: Any) -> None:
+    """Say of an object without members of its own that it may have any: some generators take the silence for a no."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and not {"properties", "additionalProperties"} & schema.keys():
+            schema["additionalProperties"] = True
+        for inner in schema.values():
+            _open_maps(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            _open_maps(inner)

@@ -5,15 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kms_jwks import wire
-from kms_jwks.http.exchange import Request, Response, gone, ok
+from kms_jwks.http.exchange import Filter, Request, Response, gone, ok
 
 if TYPE_CHECKING:
     from kms_jwks.service import Service
 
+_NODE = Filter("node", "The node that the worker runs on.")
+_STATE = Filter("state", "Whether the worker reports.", ("live", "silent"))
+NODE_FILTERS = (_NODE, _STATE)
+"""What the list of workers can be narrowed by."""
+SIGNING_READINESS_FILTERS = (
+    Filter("key_set", "The key set of the one key that is asked for."),
+    Filter("key", "That key."),
+)
+"""`/readyz/sign` asks for one key with both."""
+
 
 def list_nodes(service: Service, request: Request) -> Response:
     """The workers of all nodes, each with the epoch it has confirmed."""
-    return ok(service.operation.nodes(request.context, *request.page()))
+    node, state = request.one(_NODE), request.one(_STATE)
+    return ok(service.operation.nodes(request.context, *request.page(), node=node, state=state))
 
 
 def forget_worker(service: Service, request: Request) -> Response:

@@ -27,6 +27,7 @@ STATUS: Mapping[type[errors.Error], int] = MappingProxyType(
         LengthRequired: 411,
         errors.BodyTooLarge: 413,
         errors.UnsupportedMediaType: 415,
+        errors.IdempotencyKeyReused: 422,
         errors.TokenRejected: 422,
         errors.Unauthenticated: 401,
         errors.Forbidden: 403,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission
 from kms_jwks.http import admin, data, operation
-from kms_jwks.http.exchange import JSON, NO_STORE, Empty, Endpoint, Request, Response, Route, Side
+from kms_jwks.http.exchange import JSON, NO_STORE, Empty, Endpoint, Filter, Request, Response, Route, Side
 
 if TYPE_CHECKING:
     from kms_jwks.service import Service
@@ -18,13 +18,14 @@ P = Permission
 # --- the kinds of rows ------------------------------------------------------------------------------------------------
 
 
-def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple[Route, Route]:
+def _document(name: str, path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple[Route, Route]:
     """A document that verifiers fetch, and the CORS preflight that browsers send before it."""
     return (
         Route(
             method="GET",
             path=path,
             endpoint=endpoint,
+            name=f"get_{name}",
             summary=summary,
             side=Side.PUBLIC,
             hot=True,
@@ -42,6 +43,7 @@ def _document(path: str, endpoint: Endpoint, summary: str, *media: str) -> tuple
             method="OPTIONS",
             path=path,
             endpoint=data.preflight,
+            name=f"preflight_{name}",
             summary="CORS preflight",
             side=Side.PUBLIC,
             statuses=(204,),
@@ -59,11 +61,13 @@ def _signing(
     answer: type[wire.Answer],
     *permission: P,
     invalid: tuple[type[errors.InvalidRequest], ...],
+    operation: str = "",
 ) -> Route:
     return Route(
         method="POST",
         path=f"{_KEY}/{name}",
         endpoint=endpoint,
+        name=operation,
         summary=(endpoint.__doc__ or "").rstrip("."),
         hot=True,
         request=request,
@@ -108,7 +112,10 @@ def _change(
     answer: type[wire.Answer] | None = None,
     *statuses: int,
     problems: tuple[type[errors.Error], ...] = (),
+    **rest: Any,
 ) -> Route:
+    # A route that answers 201 creates something, and a caller may have to send it again.
+    rest.setdefault("creates", 201 in statuses)
     return Route(
         method=method,
         path=path,
@@ -119,19 +126,26 @@ def _change(
         statuses=statuses or ((200,) if answer else (204,)),
         permission=permission if isinstance(permission, tuple) else (permission,),
         problems=(errors.Conflict, errors.StoreUnavailable, *problems),
+        **rest,
     )
 
 
 def _health(
-    path: str, endpoint: Endpoint, *statuses: int, side: Side = Side.BOTH, query: tuple[str, ...] = ()
+    name: str,
+    path: str,
+    endpoint: Endpoint,
+    *statuses: int,
+    side: Side = Side.BOTH,
+    filters: tuple[Filter, ...] = (),
 ) -> Route:
     return Route(
         method="GET",
         path=path,
         endpoint=endpoint,
+        name=name,
         summary=(endpoint.__doc__ or "").rstrip("."),
         side=side,
-        query=query,
+        filters=filters,
         answer=wire.Readiness,
         statuses=statuses,
     )
@@ -170,12 +184,18 @@ _NEW_KEY = (errors.BackendUnknown, *_MODULE)
 
 ROUTES: tuple[Route, ...] = (
     *_document(
-        "/{key_set}/.well-known/jwks.json", data.jwks, "The JWKS of a key set", "application/json", data.JWK_SET
+        "jwks", "/{key_set}/.well-known/jwks.json", data.jwks, "The JWKS of a key set", "application/json", data.JWK_SET
     ),
     *_document(
-        "/.well-known/jwks.json", data.jwks, "The JWKS of the default key set", "application/json", data.JWK_SET
+        "default_jwks",
+        "/.well-known/jwks.json",
+        data.jwks,
+        "The JWKS of the default key set",
+        "application/json",
+        data.JWK_SET,
     ),
     *_document(
+        "pq_jwks",
         "/{key_set}/.well-known/jwks-pq.json",
         data.jwks_pq,
         "The JWKS of a key set's ML-DSA keys",
@@ -183,21 +203,39 @@ ROUTES: tuple[Route, ...] = (
         data.JWK_SET,
     ),
     *_document(
+        "default_pq_jwks",
         "/.well-known/jwks-pq.json",
         data.jwks_pq,
         "The JWKS of the default key set's ML-DSA keys",
         "application/json",
         data.JWK_SET,
     ),
-    *_document("/{key_set}/.well-known/openid-configuration", data.discovery, "Issuer metadata (OpenID Connect)"),
-    *_document("/.well-known/openid-configuration", data.discovery, "Issuer metadata where the service is the issuer"),
-    *_document("/.well-known/oauth-authorization-server/{key_set}", data.discovery, "Issuer metadata (RFC 8414)"),
     *_document(
+        "openid_configuration",
+        "/{key_set}/.well-known/openid-configuration",
+        data.discovery,
+        "Issuer metadata (OpenID Connect)",
+    ),
+    *_document(
+        "default_openid_configuration",
+        "/.well-known/openid-configuration",
+        data.discovery,
+        "Issuer metadata where the service is the issuer",
+    ),
+    *_document(
+        "oauth_metadata",
+        "/.well-known/oauth-authorization-server/{key_set}",
+        data.discovery,
+        "Issuer metadata (RFC 8414)",
+    ),
+    *_document(
+        "default_oauth_metadata",
         "/.well-known/oauth-authorization-server",
         data.discovery,
         "Issuer metadata (RFC 8414) where the service is the issuer",
     ),
     *_document(
+        "oauth_metadata_below_issuer",
         "/{key_set}/.well-known/oauth-authorization-server",
         data.discovery,
         "Issuer metadata (RFC 8414), below the issuer",
@@ -213,12 +251,14 @@ ROUTES: tuple[Route, ...] = (
         P.JWT_SIGN,
         P.RAW_SIGN,
         invalid=(errors.SigningInputRefused, errors.InvalidPayload, errors.InvalidDigest),
+        operation="sign_input",
     ),
     _get(
         f"{_KEY}/active",
         data.active,
         P.KEY_READ,
         wire.Active,
+        name="get_active_version",
         hot=True,
         problems=(errors.KeyDisabled, errors.NoActiveVersion, errors.Unavailable),
     ),
@@ -226,6 +266,7 @@ ROUTES: tuple[Route, ...] = (
         method="POST",
         path=f"{_SET}/verify",
         endpoint=data.verify,
+        name="verify_token",
         summary="Verify a token against the keys that the key set publishes",
         hot=True,
         request=wire.VerifyRequest,
@@ -234,7 +275,7 @@ ROUTES: tuple[Route, ...] = (
         problems=(errors.TokenRejected, errors.PurposeMismatch, errors.Unavailable),
     ),
     # key sets
-    _get(_SETS, admin.list_key_sets, P.KEY_SET_READ, items=wire.KeySet),
+    _get(_SETS, admin.list_key_sets, P.KEY_SET_READ, items=wire.KeySetSummary, filters=admin.KEY_SET_FILTERS),
     _change(
         "POST",
         _SETS,
@@ -249,7 +290,7 @@ ROUTES: tuple[Route, ...] = (
     _get(_SET, admin.get_key_set, P.KEY_SET_READ, wire.KeySet, etag=True),
     _change("PATCH", _SET, admin.patch_key_set, P.KEY_SET_UPDATE, wire.KeySetPatch, wire.KeySet, problems=_IF_MATCH),
     # keys
-    _get(f"{_SET}/keys", admin.list_keys, P.KEY_READ, items=wire.Key),
+    _get(f"{_SET}/keys", admin.list_keys, P.KEY_READ, items=wire.Key, filters=admin.KEY_FILTERS),
     _change(
         "POST",
         f"{_SET}/keys",
@@ -262,13 +303,13 @@ ROUTES: tuple[Route, ...] = (
         problems=_NEW_KEY,
     ),
     _get(_KEY, admin.get_key, P.KEY_READ, wire.Key, etag=True),
-    _get(f"{_KEY}/timeline", admin.key_timeline, P.KEY_READ, wire.Timeline),
+    _get(f"{_KEY}/timeline", admin.key_timeline, P.KEY_READ, wire.Timeline, name="get_key_timeline"),
     _change("PATCH", _KEY, admin.patch_key, P.KEY_UPDATE, wire.KeyPatch, wire.Key, problems=_IF_MATCH),
     _change("POST", f"{_KEY}/rotate", admin.rotate_key, P.KEY_ROTATE, wire.RotateRequest, wire.Key),
     _change("POST", f"{_KEY}/disable", admin.disable_key, P.KEY_DISABLE, Empty, wire.Key),
     _change("POST", f"{_KEY}/enable", admin.enable_key, P.KEY_ENABLE, Empty, wire.Key),
     # versions
-    _get(f"{_KEY}/versions", admin.list_versions, P.KEY_READ, items=wire.Version),
+    _get(f"{_KEY}/versions", admin.list_versions, P.KEY_READ, items=wire.Version, filters=admin.VERSION_FILTERS),
     _change(
         "POST",
         f"{_KEY}/versions",
@@ -281,9 +322,22 @@ ROUTES: tuple[Route, ...] = (
         problems=_MODULE,
     ),
     _get(_VERSION, admin.get_version, P.KEY_READ, wire.Version),
-    _get(f"{_VERSION}/public-key", admin.public_key, P.KEY_READ, media=(admin.JWK, admin.PEM, admin.DER)),
-    _get(f"{_VERSION}/safety", admin.safety, P.KEY_READ, wire.Safety),
-    _get(f"{_VERSION}/attributes", admin.attributes, P.KEY_READ, wire.Attributes, problems=_MODULE),
+    _get(
+        f"{_VERSION}/public-key",
+        admin.public_key,
+        P.KEY_READ,
+        name="get_public_key",
+        media=(admin.JWK, admin.PEM, admin.DER),
+    ),
+    _get(f"{_VERSION}/safety", admin.safety, P.KEY_READ, wire.Safety, name="get_version_safety"),
+    _get(
+        f"{_VERSION}/attributes",
+        admin.attributes,
+        P.KEY_READ,
+        wire.Attributes,
+        name="get_version_attributes",
+        problems=_MODULE,
+    ),
     _change(
         "POST", f"{_VERSION}/activate", admin.activate_version, P.VERSION_ACTIVATE, wire.ActivateRequest, wire.Version
     ),
@@ -318,7 +372,7 @@ ROUTES: tuple[Route, ...] = (
     _change("POST", "/v1/clients", admin.create_client, P.CLIENT_MANAGE, wire.ClientCreate, wire.Client, 201),
     _get(_CLIENT, admin.get_client, P.CLIENT_READ, wire.Client),
     _change("DELETE", _CLIENT, admin.delete_client, P.CLIENT_MANAGE),
-    _get(f"{_CLIENT}/tokens", admin.list_tokens, P.CLIENT_READ, items=wire.Token),
+    _get(f"{_CLIENT}/tokens", admin.list_tokens, P.CLIENT_READ, items=wire.Token, filters=admin.TOKEN_FILTERS),
     _change("POST", f"{_CLIENT}/tokens", admin.create_token, P.CLIENT_MANAGE, wire.TokenCreate, wire.TokenCreated, 201),
     _change("DELETE", f"{_CLIENT}/tokens/{{token}}", admin.revoke_token, P.CLIENT_MANAGE),
     _change(
@@ -330,7 +384,14 @@ ROUTES: tuple[Route, ...] = (
         wire.TokenRotated,
         201,
     ),
-    _get("/v1/grants", admin.list_grants, P.CLIENT_READ, items=wire.Grant),
+    _get(
+        "/v1/grants",
+        admin.list_grants,
+        P.CLIENT_READ,
+        items=wire.Grant,
+        filters=admin.GRANT_FILTERS,
+        problems=(errors.StoreUnavailable, errors.NotFound),
+    ),
     _change(
         "POST",
         "/v1/grants",
@@ -344,18 +405,27 @@ ROUTES: tuple[Route, ...] = (
     _get("/v1/grants/{grant}", admin.get_grant, P.CLIENT_READ, wire.Grant),
     _change("DELETE", "/v1/grants/{grant}", admin.delete_grant, P.GRANT_MANAGE),
     # operation
-    _get("/v1/nodes", operation.list_nodes, P.NODE_READ, items=wire.Node),
+    _get("/v1/nodes", operation.list_nodes, P.NODE_READ, items=wire.Node, filters=operation.NODE_FILTERS),
     _change("DELETE", "/v1/nodes/{worker}", operation.forget_worker, P.NODE_MANAGE),
     _get("/v1/custodian", operation.get_custodian, P.NODE_READ, wire.Custodian),
     _get("/v1/backends", operation.list_backends, P.BACKEND_READ, items=wire.Backend, paged=False, problems=_MODULE),
     _get("/v1/backends/{backend}", operation.get_backend, P.BACKEND_READ, wire.Backend, problems=_MODULE),
-    _health("/healthz", operation.healthz, 200),
-    _health("/readyz", operation.readyz, 200, 503),
-    _health("/readyz/sign", operation.readyz_sign, 200, 503, side=Side.PRIVATE, query=("key_set", "key")),
+    _health("get_health", "/healthz", operation.healthz, 200),
+    _health("get_readiness", "/readyz", operation.readyz, 200, 503),
+    _health(
+        "get_signing_readiness",
+        "/readyz/sign",
+        operation.readyz_sign,
+        200,
+        503,
+        side=Side.PRIVATE,
+        filters=operation.SIGNING_READINESS_FILTERS,
+    ),
     Route(
         method="GET",
         path="/openapi.json",
         endpoint=_openapi_document,
+        name="get_openapi",
         summary="This API in OpenAPI 3.1",
         media=("application/json",),
     ),
@@ -363,6 +433,7 @@ ROUTES: tuple[Route, ...] = (
         method="GET",
         path="/docs",
         endpoint=_docs_page,
+        name="get_docs",
         summary="This API on one page for people",
         media=("text/html",),
     ),

@@ -9,10 +9,11 @@ from msgspec import UNSET
 
 from kms_jwks import authn, errors, wire
 from kms_jwks.access import Caller, Permission, Role, combined_duties
-from kms_jwks.model import ApiToken, Client, Grant, Id, Instant, new_id
+from kms_jwks.model import ApiToken, Client, Grant, Id, Instant, KeySet, new_id
 from kms_jwks.service import views
 from kms_jwks.service.control import Control, check_name
 from kms_jwks.service.guard import RequestContext
+from kms_jwks.service.idempotency import find_created, record_created
 from kms_jwks.store import ReadTx, WriteTx
 from kms_jwks.times import later, to_datetime
 
@@ -44,7 +45,11 @@ class Clients:
         """A new client, without token or grant."""
         with self._control.change() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
-            return views.client(add_client(tx, request.name))
+            value = find_created(tx, context, request, tx.client_by_id)
+            if value is None:
+                value = add_client(tx, request.name)
+                record_created(tx, context, request, value.id)
+            return views.client(value)
 
     def delete(self, context: RequestContext, name: str) -> None:
         """Remove a client with its tokens and grants; its name stays taken. No worker admits it once this returns."""
@@ -63,20 +68,29 @@ class Clients:
 
     # --- tokens
 
-    def tokens(self, context: RequestContext, client: str, limit: int, cursor: str | None) -> wire.Page:
-        """A client's tokens, without their secrets."""
+    def tokens(
+        self, context: RequestContext, client: str, limit: int, cursor: str | None, *, state: str | None = None
+    ) -> wire.Page:
+        """A client's tokens, without their secrets: all, or those that are `valid`, `expired` or `revoked`."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_READ)
             owner = find_client(tx, client)
-            rows = tx.tokens(owner.id, after=Id(cursor) if cursor else None, limit=limit + 1)
-            now = tx.now()
+            after, now = Id(cursor) if cursor else None, tx.now()
+            rows = tx.tokens(owner.id, after=after, limit=None if state else limit + 1)
+        if state is not None:
+            rows = [t for t in rows if token_state(t, now) == state]
         return views.page(rows, limit, lambda t: views.token(owner, t, now))
 
     def create_token(self, context: RequestContext, client: str, request: wire.TokenCreate) -> wire.TokenCreated:
-        """A new API token. The registry keeps its SHA-256; the token itself is in this answer and nowhere else."""
+        """A new API token. The registry keeps its SHA-256; the token itself is in this answer and nowhere else.
+
+        Raises TokenNotShownAgain for a call that is sent again with its Idempotency-Key.
+        """
         with self._control.change() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
+            _require_first(find_created(tx, context, request, tx.token, client))
             made, row = add_token(tx, find_client(tx, client), request.expires_in)
+            record_created(tx, context, request, row.id, client)
         return wire.TokenCreated(token=made.token, id=row.id, expires_at=to_datetime(row.expires_at))
 
     def rotate_token(
@@ -91,9 +105,11 @@ class Clients:
         with self._control.change_everywhere() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_MANAGE)
             owner = find_client(tx, client)
+            _require_first(find_created(tx, context, request, tx.token, client, token_id))
             old = _find_token(tx, owner, token_id)
             _require_valid(owner, old, tx.now())
             made, row = add_token(tx, owner, request.expires_in)
+            record_created(tx, context, request, row.id, client, token_id)
             end = min(old.expires_at, later(tx.now(), request.overlap))
             tx.save(replace(old, expires_at=end, replaced_by=row.id))
         return wire.TokenRotated(
@@ -114,11 +130,29 @@ class Clients:
 
     # --- grants
 
-    def grants(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
-        """Every grant."""
+    def grants(
+        self,
+        context: RequestContext,
+        limit: int,
+        cursor: str | None,
+        *,
+        client: str | None = None,
+        role: str | None = None,
+        key_set: str | None = None,
+    ) -> wire.Page:
+        """Every grant, or those of a client, of a role, or that name a key set. Raises ClientNotFound, KeySetNotFound.
+
+        A grant for everything names no key set.
+        """
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.CLIENT_READ)
-            rows = tx.grants(after=Id(cursor) if cursor else None, limit=limit + 1)
+            rows = tx.grants(
+                None if client is None else find_client(tx, client).id,
+                role=role,
+                key_set_id=None if key_set is None else _find_key_set(tx, key_set).id,
+                after=Id(cursor) if cursor else None,
+                limit=limit + 1,
+            )
             return views.page(rows, limit, lambda g: views.grant(tx, g))
 
     def grant(self, context: RequestContext, grant_id: str) -> wire.Grant:
@@ -135,13 +169,14 @@ class Clients:
         """
         with self._control.change() as tx:
             caller = self._control.guard.enter(tx, context, Permission.GRANT_MANAGE)
+            earlier = find_created(tx, context, request, tx.grant)
+            if earlier is not None:
+                return views.grant(tx, earlier)
             owner = find_client(tx, request.client)
             scope = request.scope
             key_set_id = key_id = None
             if scope.key_set is not UNSET:
-                key_set = tx.key_set(scope.key_set)
-                if key_set is None:
-                    raise errors.KeySetNotFound(f"There is no key set {scope.key_set!r}.")
+                key_set = _find_key_set(tx, scope.key_set)
                 key_set_id = key_set.id
                 if scope.key is not UNSET:
                     key = tx.key(key_set.id, scope.key)
@@ -161,6 +196,7 @@ class Clients:
                 created_by=caller.client,
                 accept_combined_duties=request.accept_combined_duties,
             )
+            record_created(tx, context, request, made.id)
             answer = views.grant(tx, made)
         if answer.combined_with and answer.id not in held:
             log.warning("combined_duties", grant=answer.id, client=answer.client, role=answer.role, by=caller.client)
@@ -243,12 +279,34 @@ def _require_valid(owner: Client, token: ApiToken, now: Instant) -> None:
         )
 
 
+def _require_first(made: ApiToken | None) -> None:
+    """Raise TokenNotShownAgain for the token that an earlier call made: its plain text is kept nowhere."""
+    if made is not None:
+        raise errors.TokenNotShownAgain(
+            f"The first call with this Idempotency-Key made token {made.id}.", fields={"token_id": made.id}
+        )
+
+
 def _require_other_client(caller: Caller, owner: Id) -> None:
     if caller.client_id == owner:
         raise errors.Forbidden(
             "A client cannot change its own grants.",
             next_step="Ask another administrator to change them.",
         )
+
+
+def _find_key_set(tx: ReadTx, name: str) -> KeySet:
+    found = tx.key_set(name)
+    if found is None:
+        raise errors.KeySetNotFound(f"There is no key set {name!r}.")
+    return found
+
+
+def token_state(token: ApiToken, now: Instant) -> str:
+    """`valid`, `expired` or `revoked`; a revoked token stays revoked when its time is over."""
+    if token.revoked_at is not None:
+        return "revoked"
+    return "valid" if token.expires_at > now else "expired"
 
 
 def _find_grant(tx: ReadTx, grant_id: str) -> Grant:

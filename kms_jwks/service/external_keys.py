@@ -15,6 +15,7 @@ from kms_jwks.model import ExternalKey, Id, KeySet, VersionState, new_id
 from kms_jwks.service import views
 from kms_jwks.service.control import Control, find_algorithm, read_instant
 from kms_jwks.service.guard import RequestContext
+from kms_jwks.service.idempotency import find_created, record_created
 from kms_jwks.store import ReadTx
 
 log = structlog.get_logger(__name__)
@@ -44,6 +45,10 @@ class ExternalKeys:
         """Publish a foreign public key until `remove_at`. Raises InvalidJwk, KeyTaken, KidTaken, LimitReached."""
         with self._control.change() as tx:
             found = self._control.guard.enter_set(tx, context, Permission.EXTERNAL_KEY_MANAGE, key_set)
+            every = {e.id: e for e in tx.external_keys(found.key_set.id, include_removed=True)}
+            earlier = find_created(tx, context, request, every.get, key_set)
+            if earlier is not None:
+                return views.external_key(earlier)
             alg = find_algorithm(request.alg)
             remove_at = read_instant(request.remove_at, "remove_at")
             if remove_at <= found.now:
@@ -63,6 +68,7 @@ class ExternalKeys:
                 created_by=found.caller.client,
             )
             tx.add(value)
+            record_created(tx, context, request, value.id, key_set)
             document_limits.require_small_document(tx, found.key_set)
             if found.key_set.first_published_at is None:
                 published = replace(found.key_set, first_published_at=found.now, updated_at=found.now)

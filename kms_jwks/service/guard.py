@@ -31,6 +31,8 @@ class RequestContext:
     request_id: str = ""
     peer: str | None = None
     route: str | None = None
+    idempotency_key: str | None = None
+    """The Idempotency-Key of a creation, without its quotes."""
     credential: Credential | None = field(default=None, repr=False)
     """Set by the guard: what the Authorization header holds, parsed once."""
     caller: Caller | None = None

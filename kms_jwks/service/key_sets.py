@@ -20,6 +20,7 @@ from kms_jwks.service.definitions import (
     check_policy,
 )
 from kms_jwks.service.guard import RequestContext
+from kms_jwks.service.idempotency import find_created, record_created
 from kms_jwks.service.views import Created
 from kms_jwks.store import ReadTx
 
@@ -30,19 +31,28 @@ class KeySets:
     def __init__(self, control: Control) -> None:
         self._control = control
 
-    def list(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
-        """The key sets that the caller's grants cover."""
+    def list(
+        self,
+        context: RequestContext,
+        limit: int,
+        cursor: str | None,
+        *,
+        purpose: str | None = None,
+        access: str | None = None,
+    ) -> wire.Page:
+        """The key sets that the caller's grants cover, each with its keys in short; `get` has them whole."""
         with self._control.store.read() as tx:
             caller = self._control.guard.enter_any(tx, context, Permission.KEY_SET_READ)
             shown: list[KeySet] = []
             after = Id(cursor) if cursor else None
             while len(shown) <= limit:
                 chunk = tx.key_sets(after=after, limit=limit + 1)
-                shown += [s for s in chunk if allow(caller.grants, Permission.KEY_SET_READ, Scope(s.id))]
+                wanted = [s for s in chunk if purpose in (None, s.purpose) and access in (None, s.access)]
+                shown += [s for s in wanted if allow(caller.grants, Permission.KEY_SET_READ, Scope(s.id))]
                 if len(chunk) <= limit:
                     break
                 after = chunk[-1].id
-            return views.page(shown, limit, lambda s: views.key_set(tx, s, self._control.public_url))
+            return views.page(shown, limit, views.key_set_summaries(tx, self._control.public_url))
 
     def get(self, context: RequestContext, name: str) -> wire.KeySet:
         """One key set with its keys."""
@@ -55,10 +65,16 @@ class KeySets:
         control = self._control
         with control.store.read() as reading:
             self._authorise_creation(reading, context, request)
-        candidates = [ask_backend(control, wanted) for wanted in request.keys]
+            earlier = find_created(reading, context, request, reading.key_set_by_id)
+        candidates = [ask_backend(control, wanted) for wanted in request.keys] if earlier is None else []
         with control.store.write() as tx:
             self._authorise_creation(tx, context, request)
-            key_set, versions = add_key_set(tx, control, request, candidates)
+            earlier = earlier or find_created(tx, context, request, tx.key_set_by_id)
+            if earlier is not None:
+                key_set, versions = earlier, _first_versions(tx, earlier, request)
+            else:
+                key_set, versions = add_key_set(tx, control, request, candidates)
+                record_created(tx, context, request, key_set.id)
             answer = views.key_set(tx, key_set, control.public_url)
         complete = True
         if versions:
@@ -100,3 +116,10 @@ class KeySets:
                     transitions.widen(tx, changed, key, lease=lease)
                 tx.save(changed)
             return views.key_set(tx, changed, control.public_url)
+
+
+def _first_versions(tx: ReadTx, key_set: KeySet, request: wire.KeySetCreate) -> list[Id]:
+    """The first versions of the keys that an earlier call made with the key set."""
+    names = {wanted.name for wanted in request.keys}
+    keys = {key.id for key in tx.keys(key_set.id) if key.name in names}
+    return [v.id for v in tx.versions(key_set_id=key_set.id) if v.key_id in keys and v.number == 1]

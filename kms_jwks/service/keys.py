@@ -14,6 +14,7 @@ from kms_jwks.service import adoption, key_timeline, views
 from kms_jwks.service.control import Control, check_revision, require_enabled
 from kms_jwks.service.definitions import add_key, ask_backend, check_policy, check_profile, merge, merge_policy
 from kms_jwks.service.guard import RequestContext
+from kms_jwks.service.idempotency import find_created, record_created
 from kms_jwks.service.views import Created
 from kms_jwks.store import WriteTx
 
@@ -24,8 +25,17 @@ class Keys:
     def __init__(self, control: Control) -> None:
         self._control = control
 
-    def list(self, context: RequestContext, key_set: str, limit: int, cursor: str | None) -> wire.Page:
-        """The set's keys that the caller's grants cover."""
+    def list(
+        self,
+        context: RequestContext,
+        key_set: str,
+        limit: int,
+        cursor: str | None,
+        *,
+        state: str | None = None,
+        backend: str | None = None,
+    ) -> wire.Page:
+        """The set's keys that the caller's grants cover: those that are `enabled` or `disabled`, or of one backend."""
         with self._control.store.read() as tx:
             caller = self._control.guard.enter_any(tx, context, Permission.KEY_READ)
             found = tx.key_set(key_set)
@@ -35,6 +45,10 @@ class Keys:
                 # Answer the same whether the set exists or not, unless the caller may know that it exists.
                 self._control.guard.enter_set(tx, context, Permission.KEY_READ, key_set)
                 raise errors.KeySetNotFound(f"There is no key set {key_set!r}.")
+            if state is not None:
+                shown = [k for k in shown if (k.disabled_at is None) == (state == "enabled")]
+            if backend is not None:
+                shown = [k for k in shown if k.backend == backend]
             if cursor:
                 shown = [k for k in shown if k.id > cursor]
             return views.page(shown, limit, lambda k: views.key(tx, found, k))
@@ -58,13 +72,19 @@ class Keys:
         permission = Permission.KEY_CREATE if request.adopt is UNSET else Permission.KEY_ADOPT
         with control.store.read() as reading:
             control.guard.enter_set(reading, context, permission, key_set)
-        candidate = ask_backend(control, request)
+            earlier = find_created(reading, context, request, reading.key_by_id, key_set)
+        candidate = ask_backend(control, request) if earlier is None else None
         with control.store.write() as tx:
             found = control.guard.enter_set(tx, context, permission, key_set)
-            key, version = add_key(tx, control, found.key_set, request, candidate)
-            if candidate is not None:
-                adoption.publish(tx, found.key_set, [candidate])
-        complete = control.wait_for_custodian([version.id])
+            earlier = earlier or find_created(tx, context, request, tx.key_by_id, key_set)
+            if earlier is not None:
+                key, first = earlier, tx.version_by_number(earlier.id, 1)
+            else:
+                key, first = add_key(tx, control, found.key_set, request, candidate)
+                if candidate is not None:
+                    adoption.publish(tx, found.key_set, [candidate])
+                record_created(tx, context, request, key.id, key_set)
+        complete = control.wait_for_custodian([first.id] if first else [])
         with control.store.read() as tx:
             answer = views.key(tx, found.key_set, tx.key_by_id(key.id) or key)
         return Created(answer, complete, f"/v1/key-sets/{key_set}/keys/{key.name}")

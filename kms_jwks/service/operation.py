@@ -30,12 +30,24 @@ class Operation:
         self._restart_limit = restart_limit
         self._probed: dict[str, tuple[float, wire.Backend]] = {}
 
-    def nodes(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
-        """Every registered worker with the epoch that it has confirmed."""
+    def nodes(
+        self,
+        context: RequestContext,
+        limit: int,
+        cursor: str | None,
+        *,
+        node: str | None = None,
+        state: str | None = None,
+    ) -> wire.Page:
+        """Every registered worker with the epoch that it has confirmed, or those of a node, `live` or `silent` ones."""
         with self._control.store.read() as tx:
             self._control.guard.enter(tx, context, Permission.NODE_READ)
             workers = tx.workers()
             epoch, now = tx.epoch(), tx.now()
+        if node is not None:
+            workers = [w for w in workers if w.node == node]
+        if state is not None:
+            workers = [w for w in workers if self._control.confirmation.silent(w, now) == (state == "silent")]
         if cursor:
             workers = [w for w in workers if w.id > cursor]
         return views.page(workers, limit, lambda w: self._view_node(w, epoch, now))

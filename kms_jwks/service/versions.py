@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from msgspec import UNSET
 
 from kms_jwks import errors, timeline, wire
@@ -13,6 +15,7 @@ from kms_jwks.model import Id, KeyVersion, VersionState
 from kms_jwks.service import adoption, views
 from kms_jwks.service.control import Control, find_version, read_instant, require_enabled
 from kms_jwks.service.guard import Entered, RequestContext
+from kms_jwks.service.idempotency import find_created, record_created
 from kms_jwks.service.views import Created
 from kms_jwks.times import optional, to_datetime
 
@@ -23,12 +26,22 @@ class Versions:
     def __init__(self, control: Control) -> None:
         self._control = control
 
-    def list(self, context: RequestContext, key_set: str, key: str, limit: int, cursor: str | None) -> wire.Page:
-        """The key's versions, destroyed ones included."""
+    def list(
+        self,
+        context: RequestContext,
+        key_set: str,
+        key: str,
+        limit: int,
+        cursor: str | None,
+        *,
+        states: Collection[str] | None = None,
+    ) -> wire.Page:
+        """The key's versions in some states, or all of them, destroyed ones included."""
         with self._control.store.read() as tx:
             found = self._control.guard.enter_key(tx, context, Permission.KEY_READ, key_set, key)
             after = Id(cursor) if cursor else None
-            versions = tx.versions(key_id=found.key.id, after=after, limit=limit + 1)
+            wanted = None if states is None else {VersionState(state) for state in states}
+            versions = tx.versions(key_id=found.key.id, states=wanted, after=after, limit=limit + 1)
             return views.page(versions, limit, lambda v: views.version(tx, found.key, v))
 
     def get(self, context: RequestContext, key_set: str, key: str, version: str) -> wire.Version:
@@ -46,27 +59,39 @@ class Versions:
         """
         control = self._control
         if request.adopt is not UNSET:
-            return self._adopt(context, key_set, key, request.adopt)
+            return self._adopt(context, key_set, key, request, request.adopt)
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, context, Permission.KEY_ROTATE, key_set, key)
-            require_enabled(found.key)
-            made = transitions.ensure_standby(tx, found.key)
+            made = find_created(tx, context, request, tx.version, key_set, key)
             if made is None:
-                raise errors.TransitionRefused(f"Key {key!r} has a standby version already.")
+                require_enabled(found.key)
+                made = transitions.ensure_standby(tx, found.key)
+                if made is None:
+                    raise errors.TransitionRefused(f"Key {key!r} has a standby version already.")
+                record_created(tx, context, request, made.id, key_set, key)
         return self._await_creation(found, made)
 
-    def _adopt(self, context: RequestContext, key_set: str, key: str, wanted: wire.Adopt) -> Created[wire.Version]:
+    def _adopt(
+        self, context: RequestContext, key_set: str, key: str, request: wire.VersionCreate, wanted: wire.Adopt
+    ) -> Created[wire.Version]:
         """Add a further version beside the standby. The standby stays next in line; this one is activated by name."""
         control = self._control
         with control.store.read() as reading:
             found = control.guard.enter_key(reading, context, Permission.KEY_ADOPT, key_set, key)
-            require_enabled(found.key)
+            earlier = find_created(reading, context, request, reading.version, key_set, key)
+            if earlier is None:
+                require_enabled(found.key)
+        if earlier is not None:
+            return self._await_creation(found, earlier)
         candidate = adoption.examine(control.backends, found.key.backend, ALGORITHMS[found.key.alg], wanted)
         with control.store.write() as tx:
             found = control.guard.enter_key(tx, context, Permission.KEY_ADOPT, key_set, key)
-            require_enabled(found.key)
-            made = adoption.add_adopted(tx, found.key, candidate)
-            adoption.publish(tx, found.key_set, [candidate])
+            made = find_created(tx, context, request, tx.version, key_set, key)
+            if made is None:
+                require_enabled(found.key)
+                made = adoption.add_adopted(tx, found.key, candidate)
+                adoption.publish(tx, found.key_set, [candidate])
+                record_created(tx, context, request, made.id, key_set, key)
         return self._await_creation(found, made)
 
     def _await_creation(self, found: Entered, made: KeyVersion) -> Created[wire.Version]:

@@ -88,6 +88,47 @@ def _metadata_warnings(value: KeySet, public_url: str) -> list[str]:
     return [f"{where}: serve it there with this jwks_uri, or give verifiers the jwks_uri."]
 
 
+def key_set_summaries(tx: ReadTx, public_url: str) -> Callable[[KeySet], wire.KeySetSummary]:
+    """A function that makes the list's item of a key set. What all items are made from is read once."""
+    keys: dict[Id, list[Key]] = {}
+    for found in (every := tx.keys(None)):
+        keys.setdefault(found.key_set_id, []).append(found)
+    external: dict[Id, list[wire.ExternalKeySummary]] = {}
+    for e in tx.external_keys():
+        shown = wire.ExternalKeySummary(
+            kid=e.kid, alg=e.alg, remove_at=to_datetime(e.remove_at), created_by=e.created_by
+        )
+        external.setdefault(e.key_set_id, []).append(shown)
+    active = {v.key_id: v.kid for v in tx.versions(states={VersionState.ACTIVE})}
+    post_quantum = {key_set_id for key_set_id, alg in tx.ever_published() if is_post_quantum(alg)}
+    post_quantum |= {k.key_set_id for k in every if is_post_quantum(k.alg)}
+
+    def summary(value: KeySet) -> wire.KeySetSummary:
+        documents = f"{public_url}/{value.name}/.well-known"
+        return wire.KeySetSummary(
+            name=value.name,
+            issuer=value.issuer,
+            access=value.access.value,
+            purpose=value.purpose.value,
+            cache_lifetime=value.cache_lifetime,
+            stale_if_error=value.stale_if_error,
+            existing_issuer=value.existing_issuer,
+            jwks_uri=f"{documents}/jwks.json",
+            jwks_pq_uri=f"{documents}/jwks-pq.json" if value.id in post_quantum else None,
+            first_published_at=optional(value.first_published_at),
+            created_at=to_datetime(value.created_at),
+            updated_at=to_datetime(value.updated_at),
+            revision=value.revision,
+            keys=[
+                wire.KeySummary(name=k.name, alg=k.alg, enabled=k.disabled_at is None, active_kid=active.get(k.id))
+                for k in keys.get(value.id, [])
+            ],
+            external_keys=external.get(value.id, []),
+        )
+
+    return summary
+
+
 def _has_post_quantum(tx: ReadTx, value: KeySet) -> bool:
     algs = [k.alg for k in tx.keys(value.id)] + [alg for _, alg in tx.ever_published(value.id)]
     return any(is_post_quantum(alg) for alg in algs)

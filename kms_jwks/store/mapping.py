@@ -22,6 +22,7 @@ from kms_jwks.model import (
     ExternalKey,
     Grant,
     Id,
+    IdempotencyRecord,
     Instant,
     Intent,
     IntentKind,
@@ -38,7 +39,7 @@ from kms_jwks.model import (
 )
 from kms_jwks.store import tables
 
-Entity = KeySet | Key | KeyVersion | ExternalKey | Client | ApiToken | Grant | Worker | Intent
+Entity = KeySet | Key | KeyVersion | ExternalKey | Client | ApiToken | Grant | Worker | Intent | IdempotencyRecord
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ MAPPERS: Mapping[type[Any], Mapper] = MappingProxyType(
             Mapper(Worker, tables.workers, nested={"confirmed": Epoch}, documents={"backends": dict}),
             Mapper(Intent, tables.intents, enums={"kind": IntentKind, "state": IntentState}),
             Mapper(CustodianLease, tables.custodian),
+            Mapper(IdempotencyRecord, tables.idempotency_records),
         )
     }
 )

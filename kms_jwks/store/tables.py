@@ -296,6 +296,20 @@ intents = Table(
     Index("ix_intents_version_id", "version_id"),
 )
 
+idempotency_records = Table(
+    "idempotency_records",
+    metadata,
+    _id(),
+    _refers("client_id", "clients"),
+    _text("key"),
+    _text("call"),
+    _id("created_id", primary=False),
+    _instant("created_at"),
+    _instant("expires_at"),
+    UniqueConstraint("client_id", "key"),
+    Index("ix_idempotency_records_expires_at", "expires_at"),
+)
+
 custodian = Table(
     "custodian",
     metadata,

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, func, insert, select, union, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, union, update
 
 from kms_jwks import errors
 from kms_jwks.model import (
@@ -17,6 +17,7 @@ from kms_jwks.model import (
     ExternalKey,
     Grant,
     Id,
+    IdempotencyRecord,
     Installation,
     Instant,
     Intent,
@@ -211,13 +212,16 @@ class ReadTx:
         self,
         client_id: Id | None = None,
         *,
+        role: str | None = None,
+        key_set_id: Id | None = None,
         include_deleted: bool = False,
         after: Id | None = None,
         limit: int | None = None,
     ) -> list[Grant]:
-        """Grants, of one client or of all."""
+        """Grants, of one client or of all, of one role, and those that name one key set."""
         c = t.grants.c
-        where = [*_equal(c.client_id, client_id), *([] if include_deleted else [c.deleted_at.is_(None)])]
+        where = [*_equal(c.client_id, client_id), *_equal(c.role, role), *_equal(c.key_set_id, key_set_id)]
+        where += [] if include_deleted else [c.deleted_at.is_(None)]
         return self._list(Grant, *where, after=after, limit=limit)
 
     # --- processes
@@ -247,6 +251,16 @@ class ReadTx:
         if states is not None:
             where.append(t.intents.c.state.in_([s.value for s in states]))
         return self._list(Intent, *where, after=after, limit=limit)
+
+    def idempotency_record(self, client_id: Id, key: str) -> IdempotencyRecord | None:
+        """What a client's creation with this Idempotency-Key made, if it is not expired."""
+        c = t.idempotency_records.c
+        return self._first(IdempotencyRecord, c.client_id == client_id, c.key == key, c.expires_at > self.now())
+
+    def has_expired_idempotency_records(self) -> bool:
+        """Whether there is one to remove."""
+        query = select(t.idempotency_records.c.id).where(t.idempotency_records.c.expires_at <= self.now())
+        return self._connection.execute(query.limit(1)).first() is not None
 
     def custodian_lease(self) -> CustodianLease | None:
         """The custodian's lease; None before the first one."""
@@ -331,6 +345,11 @@ class WriteTx(ReadTx):
             raise errors.InternalError("A custodian's term cannot decrease.")
         self._connection.execute(update(t.custodian).values(row))
 
+    def remove_expired_idempotency_records(self) -> None:
+        """Delete the idempotency records whose time is over."""
+        table = t.idempotency_records
+        self._connection.execute(delete(table).where(table.c.expires_at <= self.now()))
+
     def new_incarnation(self) -> None:
         """Change the epoch's incarnation (a restored backup): earlier confirmations of workers no longer count."""
         self._connection.execute(update(t.epoch).values(incarnation=str(uuid.uuid4())))
@@ -356,5 +375,5 @@ class WriteTx(ReadTx):
         self._connection.execute(insert(t.kids).values(kid=entity.kid, owner_kind=kind, owner_id=entity.id))
 
 
-def _equal(column: Any, value: Id | None) -> list[Where]:
+def _equal(column: Any, value: str | None) -> list[Where]:
     return [] if value is None else [column == value]

@@ -23,6 +23,7 @@ from kms_jwks.model import (
     Epoch,
     Grant,
     Id,
+    IdempotencyRecord,
     Instant,
     Intent,
     IntentKind,
@@ -79,6 +80,28 @@ class StoreContract:
         with store.write() as tx:
             fill(tx)
         return store
+
+    # --- idempotency records
+
+    def test_idempotency_records_are_found_until_they_expire_and_are_removed_then(self, filled: Store) -> None:
+        def record(key: str, expires_at: Instant) -> IdempotencyRecord:
+            return IdempotencyRecord(Id(f"r-{key}"), Id("client-1"), key, "cd" * 32, Id("set-1"), NOW, expires_at)
+
+        kept = record("kept", at(60))
+        with filled.write() as tx:
+            tx.add(kept)
+            tx.add(record("over", Instant(1)))
+        assert tx.committed_epoch is None, "no snapshot holds them"
+        with filled.write() as tx:
+            assert tx.has_expired_idempotency_records()
+            assert tx.idempotency_record(Id("client-1"), "over") is None
+            assert tx.idempotency_record(Id("other"), "kept") is None
+            tx.remove_expired_idempotency_records()
+        with filled.read() as reading:
+            assert not reading.has_expired_idempotency_records()
+            assert reading.idempotency_record(Id("client-1"), "kept") == kept
+        with pytest.raises(errors.Conflict), filled.write() as tx:
+            tx.add(replace(kept, id=Id("r-2")))
 
     # --- values
 

@@ -158,7 +158,8 @@ class Server:
 
     def revision_of_everything(self) -> bytes:
         """Every listing there is, for "nothing changed"."""
-        sets = self.must("GET", "/v1/key-sets?limit=200")
+        names = [found["name"] for found in self.must("GET", "/v1/key-sets?limit=200")["items"]]
+        sets = [self.must("GET", f"/v1/key-sets/{name}") for name in names]
         rest = [self.must("GET", path) for path in ("/v1/clients?limit=200", "/v1/grants?limit=200")]
         return json.dumps([sets, rest], sort_keys=True).encode()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -420,10 +421,11 @@ CALLS: dict[str, tuple[Callable[[Client], object], bytes]] = {
     "read": (lambda c: c.jwks("s"), answer(200, {"keys": []})),
     "verify": (lambda c: c.verify("s", "a.b.c", "any"), answer(200, {"header": {}, "claims": {}, "kid": "k"})),
     "sign": (lambda c: c.sign_jwt("s", "k", {}), answer(200, SIGNED)),
-    "change": (
+    "create": (
         lambda c: c.create_client("a"),
         answer(201, {"name": "a", "id": "1", "created_at": SIGNED["expires_at"]}),
     ),
+    "change": (lambda c: c.revoke_token("a", "1"), answer(200, {})),
 }
 
 
@@ -431,7 +433,7 @@ CALLS: dict[str, tuple[Callable[[Client], object], bytes]] = {
 @pytest.mark.parametrize("failure", FAILURES)
 def test_what_is_sent_again(failure: str, call: str, pauses: list[float]) -> None:
     behaviour, read, sign, change = FAILURES[failure]
-    again = {"read": read, "verify": read, "sign": sign, "change": change}[call]
+    again = {"read": read, "verify": read, "create": read, "sign": sign, "change": change}[call]
     make, success = CALLS[call]
     with serving(behaviour, success) as server, client_of(server, timeout=0.3) as client:
         if again:
@@ -440,6 +442,15 @@ def test_what_is_sent_again(failure: str, call: str, pauses: list[float]) -> Non
             with pytest.raises(errors.Error):
                 make(client)
     assert len(server.seen) == (2 if again else 1)
+
+
+def test_a_creation_keeps_its_idempotency_key_when_it_is_sent_again(pauses: list[float]) -> None:
+    with serving(hang_up, *[CALLS["create"][1]] * 2) as server, client_of(server) as client:
+        client.create_client("a")
+        client.create_client("a")
+    first, again, other = (request.headers["idempotency-key"] for request in server.seen)
+    assert first == again != other
+    assert re.fullmatch(r'"[0-9a-f-]{36}"', first)
 
 
 def test_a_lost_signature_says_that_nobody_knows(pauses: list[float]) -> None:

@@ -4,86 +4,84 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import pytest
 
 from kms_jwks.access import ROLES, Permission, Role
 from kms_jwks.http.exchange import Route
-from kms_jwks.http.openapi import operation_id
 from kms_jwks.http.routes import ROUTES
 from tests.integration.conftest import Server, fresh
 
 P = Permission
-OPEN = {"get_healthz", "get_readyz", "get_readyz_sign", "get_openapijson", "get_docs"}
+OPEN = {"get_health", "get_readiness", "get_signing_readiness", "get_openapi", "get_docs"}
 
 JWK = {"kty": "EC", "crv": "P-256", "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
        "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}  # fmt: skip
 
 # What each row asks for, and a body that is refused after the caller was let in, so that nothing is changed by asking.
-SET, KEY = "key_sets_by_key_set", "key_sets_by_key_set_keys_by_key"
-VERSION = f"{KEY}_versions_by_version"
 EXPECTED: dict[str, tuple[Permission, Any]] = {
-    f"post_{KEY}_jwt": (P.JWT_SIGN, {"claims": {}}),
-    f"post_{KEY}_jws": (P.JWS_SIGN, {"payload": "YQ"}),
-    f"post_{KEY}_signature": (P.JWT_SIGN, {"signing_input": "a.b", "kid": "x"}),
-    f"get_{KEY}_active": (P.KEY_READ, None),
-    f"post_{SET}_verify": (P.TOKEN_VERIFY, {"token": "x", "audience": "any"}),
-    "get_key_sets": (P.KEY_SET_READ, None),
-    "post_key_sets": (P.KEY_SET_CREATE, {"name": "v1"}),
-    f"get_{SET}": (P.KEY_SET_READ, None),
-    f"patch_{SET}": (P.KEY_SET_UPDATE, {"cache_lifetime": 301}),
-    f"get_{SET}_keys": (P.KEY_READ, None),
-    f"post_{SET}_keys": (P.KEY_CREATE, {"name": "v1", "alg": "ES256"}),
-    f"get_{KEY}": (P.KEY_READ, None),
-    f"get_{KEY}_timeline": (P.KEY_READ, None),
-    f"patch_{KEY}": (P.KEY_UPDATE, {}),
-    f"post_{KEY}_rotate": (P.KEY_ROTATE, None),
-    f"post_{KEY}_disable": (P.KEY_DISABLE, None),
-    f"post_{KEY}_enable": (P.KEY_ENABLE, None),
-    f"get_{KEY}_versions": (P.KEY_READ, None),
-    f"post_{KEY}_versions": (P.KEY_ROTATE, None),
-    f"get_{VERSION}": (P.KEY_READ, None),
-    f"get_{VERSION}_public_key": (P.KEY_READ, None),
-    f"get_{VERSION}_safety": (P.KEY_READ, None),
-    f"get_{VERSION}_attributes": (P.KEY_READ, None),
-    f"post_{VERSION}_activate": (P.VERSION_ACTIVATE, None),
-    f"post_{VERSION}_retire": (P.KEY_ROTATE, None),
-    f"post_{VERSION}_revoke": (P.VERSION_REVOKE, None),
-    "post_revocations": (P.VERSION_REVOKE, {"backend": "nothing", "reason": "x"}),
-    f"post_{VERSION}_destroy": (P.VERSION_DESTROY, None),
-    f"post_{VERSION}_cancel_destroy": (P.VERSION_DESTROY, None),
-    f"get_{SET}_external_keys": (P.KEY_READ, None),
-    f"post_{SET}_external_keys": (
+    "sign_jwt": (P.JWT_SIGN, {"claims": {}}),
+    "sign_jws": (P.JWS_SIGN, {"payload": "YQ"}),
+    "sign_input": (P.JWT_SIGN, {"signing_input": "a.b", "kid": "x"}),
+    "get_active_version": (P.KEY_READ, None),
+    "verify_token": (P.TOKEN_VERIFY, {"token": "x", "audience": "any"}),
+    "list_key_sets": (P.KEY_SET_READ, None),
+    "create_key_set": (P.KEY_SET_CREATE, {"name": "v1"}),
+    "get_key_set": (P.KEY_SET_READ, None),
+    "patch_key_set": (P.KEY_SET_UPDATE, {"cache_lifetime": 301}),
+    "list_keys": (P.KEY_READ, None),
+    "create_key": (P.KEY_CREATE, {"name": "v1", "alg": "ES256"}),
+    "get_key": (P.KEY_READ, None),
+    "get_key_timeline": (P.KEY_READ, None),
+    "patch_key": (P.KEY_UPDATE, {}),
+    "rotate_key": (P.KEY_ROTATE, None),
+    "disable_key": (P.KEY_DISABLE, None),
+    "enable_key": (P.KEY_ENABLE, None),
+    "list_versions": (P.KEY_READ, None),
+    "create_version": (P.KEY_ROTATE, None),
+    "get_version": (P.KEY_READ, None),
+    "get_public_key": (P.KEY_READ, None),
+    "get_version_safety": (P.KEY_READ, None),
+    "get_version_attributes": (P.KEY_READ, None),
+    "activate_version": (P.VERSION_ACTIVATE, None),
+    "retire_version": (P.KEY_ROTATE, None),
+    "revoke_version": (P.VERSION_REVOKE, None),
+    "create_revocation": (P.VERSION_REVOKE, {"backend": "nothing", "reason": "x"}),
+    "destroy_version": (P.VERSION_DESTROY, None),
+    "cancel_destroy": (P.VERSION_DESTROY, None),
+    "list_external_keys": (P.KEY_READ, None),
+    "create_external_key": (
         P.EXTERNAL_KEY_MANAGE,
         {"kid": "x", "alg": "ES256", "remove_at": "2001-01-01T00:00:00Z", "jwk": JWK},
     ),
-    f"get_{SET}_external_keys_by_kid": (P.KEY_READ, None),
-    f"delete_{SET}_external_keys_by_kid": (P.EXTERNAL_KEY_REMOVE, None),
-    "get_clients": (P.CLIENT_READ, None),
-    "post_clients": (P.CLIENT_MANAGE, {"name": "v1"}),
-    "get_clients_by_client": (P.CLIENT_READ, None),
-    "delete_clients_by_client": (P.CLIENT_MANAGE, None),
-    "get_clients_by_client_tokens": (P.CLIENT_READ, None),
-    "post_clients_by_client_tokens": (P.CLIENT_MANAGE, {}),
-    "delete_clients_by_client_tokens_by_token": (P.CLIENT_MANAGE, None),
-    "post_clients_by_client_tokens_by_token_rotate": (P.CLIENT_MANAGE, {}),
-    "get_grants": (P.CLIENT_READ, None),
-    "post_grants": (P.GRANT_MANAGE, {"client": "nothing", "role": "admin", "scope": {}}),
-    "get_grants_by_grant": (P.CLIENT_READ, None),
-    "delete_grants_by_grant": (P.GRANT_MANAGE, None),
-    "get_nodes": (P.NODE_READ, None),
+    "get_external_key": (P.KEY_READ, None),
+    "delete_external_key": (P.EXTERNAL_KEY_REMOVE, None),
+    "list_clients": (P.CLIENT_READ, None),
+    "create_client": (P.CLIENT_MANAGE, {"name": "v1"}),
+    "get_client": (P.CLIENT_READ, None),
+    "delete_client": (P.CLIENT_MANAGE, None),
+    "list_tokens": (P.CLIENT_READ, None),
+    "create_token": (P.CLIENT_MANAGE, {}),
+    "revoke_token": (P.CLIENT_MANAGE, None),
+    "rotate_token": (P.CLIENT_MANAGE, {}),
+    "list_grants": (P.CLIENT_READ, None),
+    "create_grant": (P.GRANT_MANAGE, {"client": "nothing", "role": "admin", "scope": {}}),
+    "get_grant": (P.CLIENT_READ, None),
+    "delete_grant": (P.GRANT_MANAGE, None),
+    "list_nodes": (P.NODE_READ, None),
     "get_custodian": (P.NODE_READ, None),
-    "delete_nodes_by_worker": (P.NODE_MANAGE, None),
-    "get_backends": (P.BACKEND_READ, None),
-    "get_backends_by_backend": (P.BACKEND_READ, None),
+    "forget_worker": (P.NODE_MANAGE, None),
+    "list_backends": (P.BACKEND_READ, None),
+    "get_backend": (P.BACKEND_READ, None),
 }
 
-PRIVATE = [r for r in ROUTES if "/.well-known/" not in r.path and operation_id(r) not in OPEN]
+PRIVATE = [r for r in ROUTES if "/.well-known/" not in r.path and r.operation not in OPEN]
 
 
 def test_every_private_row_has_an_expectation_and_no_other() -> None:
-    assert {operation_id(route) for route in PRIVATE} == set(EXPECTED)
+    assert {route.operation for route in PRIVATE} == set(EXPECTED)
 
 
 @dataclass
@@ -97,7 +95,7 @@ class Callers:
     def ask(self, route: Route, token: str | None) -> tuple[int, bytes]:
         path = route.path.replace("{key_set}", self.key_set)
         path = re.sub(r"\{\w+\}", "nothing", path)
-        answer = self.server.call(route.method, path, EXPECTED[operation_id(route)][1], token=token)
+        answer = self.server.call(route.method, path, EXPECTED[route.operation][1], token=token)
         if answer.status >= 400:
             assert answer.problem
         return answer.status, answer.body
@@ -111,7 +109,7 @@ def callers(server: Server) -> Callers:
     return Callers(server, key_set, tokens)
 
 
-@pytest.mark.parametrize("route", PRIVATE, ids=operation_id)
+@pytest.mark.parametrize("route", PRIVATE, ids=attrgetter("operation"))
 class TestEveryPrivateRoute:
     def test_without_a_token(self, callers: Callers, route: Route) -> None:
         assert callers.ask(route, None)[0] == 401
@@ -121,7 +119,7 @@ class TestEveryPrivateRoute:
 
     def test_with_every_role(self, callers: Callers, route: Route) -> None:
         """403 for the roles that lack the permission; the others get past the guard, and nothing is there."""
-        permission, _ = EXPECTED[operation_id(route)]
+        permission, _ = EXPECTED[route.operation]
         for role, permissions in ROLES.items():
             status, body = callers.ask(route, callers.tokens[role.value])
             assert (status == 403) == (permission not in permissions), (role, status, body)

@@ -20,6 +20,7 @@ from kms_jwks.model import (
     ExternalKey,
     Grant,
     Id,
+    IdempotencyRecord,
     Installation,
     Instant,
     Intent,
@@ -34,7 +35,7 @@ from kms_jwks.store import ReadTx, RegistryContents, Store, WriteTx, snapshot_vi
 
 T = TypeVar("T")
 Tables = dict[type[Any], dict[str, Any]]
-_TABLES = (KeySet, Key, KeyVersion, ExternalKey, Client, ApiToken, Grant, Worker, Intent)
+_TABLES = (KeySet, Key, KeyVersion, ExternalKey, Client, ApiToken, Grant, Worker, Intent, IdempotencyRecord)
 _S = VersionState
 
 
@@ -263,6 +264,8 @@ class _Read(ReadTx):
         self,
         client_id: Id | None = None,
         *,
+        role: str | None = None,
+        key_set_id: Id | None = None,
         include_deleted: bool = False,
         after: Id | None = None,
         limit: int | None = None,
@@ -270,7 +273,10 @@ class _Read(ReadTx):
         found = [
             g
             for g in self._all(Grant)
-            if client_id in (None, g.client_id) and (include_deleted or g.deleted_at is None)
+            if client_id in (None, g.client_id)
+            and role in (None, g.role)
+            and key_set_id in (None, g.key_set_id)
+            and (include_deleted or g.deleted_at is None)
         ]
         return self._page(found, after, limit)
 
@@ -297,6 +303,14 @@ class _Read(ReadTx):
             if (version_id is None or i.version_id == version_id) and (states is None or i.state in states)
         ]
         return self._page(found, after, limit)
+
+    def idempotency_record(self, client_id: Id, key: str) -> IdempotencyRecord | None:
+        return self._only(
+            IdempotencyRecord, lambda r: (r.client_id, r.key) == (client_id, key) and r.expires_at > self.now()
+        )
+
+    def has_expired_idempotency_records(self) -> bool:
+        return any(r.expires_at <= self.now() for r in self._all(IdempotencyRecord))
 
     def custodian_lease(self) -> CustodianLease | None:
         return self.contents_now.lease
@@ -341,6 +355,12 @@ class _Write(_Read, WriteTx):
             raise errors.InternalError("A custodian's term cannot go back.")
         self.contents_now.lease = lease
 
+    def remove_expired_idempotency_records(self) -> None:
+        table = self._table(IdempotencyRecord)
+        for record in self._all(IdempotencyRecord):
+            if record.expires_at <= self.now():
+                del table[record.id]
+
     def new_incarnation(self) -> None:
         self.contents_now.epoch = Epoch(self._registry.incarnation(), self.contents_now.epoch.counter)
         self._reborn = True
@@ -379,6 +399,7 @@ class _Write(_Read, WriteTx):
             Client: (("name",), errors.NameTaken),
             ApiToken: (("sha256",), errors.Conflict),
             KeyVersion: (("key_id", "number"), errors.Conflict),
+            IdempotencyRecord: (("client_id", "key"), errors.Conflict),
         }
         if type(thing) in taken:
             self._unique(thing, *taken[type(thing)])

@@ -12,6 +12,8 @@ from kms_jwks import authn
 from kms_jwks.authn import TokenCredential, credential_from_header, new_token, parse
 from kms_jwks.authn.tokens import TOKEN_LENGTH
 from kms_jwks.errors import CredentialsMalformed, CredentialsMissing, Unauthenticated
+from kms_jwks.model import ApiToken, Id, Instant
+from kms_jwks.service.clients import token_state
 
 # Fixed pairs, of 0 and 2^256 - 1: the form may never change under tokens that are in use.
 KNOWN = [
@@ -159,3 +161,13 @@ def test_every_single_change_is_noticed(position: int, character: str) -> None:
         return
     with pytest.raises(CredentialsMalformed):
         parse(changed)
+
+
+@pytest.mark.parametrize(
+    ("expires_at", "revoked_at", "state"),
+    [(11, None, "valid"), (10, None, "expired"), (9, None, "expired"), (11, 5, "revoked"), (9, 5, "revoked")],
+)
+def test_the_state_by_which_lists_filter(expires_at: int, revoked_at: int | None, state: str) -> None:
+    revoked = None if revoked_at is None else Instant(revoked_at)
+    token = ApiToken(Id("t"), Id("c"), "00" * 32, Instant(0), Instant(expires_at), revoked)
+    assert token_state(token, Instant(10)) == state

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import click
+import msgspec
 import pytest
 from click.testing import CliRunner
 
-from kms_jwks import access, errors, wire
+from kms_jwks import access, errors, times, wire
 from kms_jwks.cli import options, output
 from kms_jwks.cli.app import cli
 from kms_jwks.cli.options import confirm
 from kms_jwks.cli.output import ExitCode, exit_code
+from kms_jwks.client.transport import Reply, Transport
+from kms_jwks.http.examples import EXAMPLES
 
 
 def commands(group: click.Group = cli, *path: str) -> Iterator[tuple[str, click.Command]]:
@@ -123,7 +128,6 @@ USAGE = [
     ["grant", "create", "c", "signer", "--everything", "--key-set", "s"],
     ["grant", "create", "c", "signer", "--everything", "--key", "k"],
     ["grant", "create", "c", "king", "--everything"],
-    ["grant", "list", "--client", "c", "--json"],
     ["sign", "s", "k"],
     ["sign", "s", "k", "--claims", "[1]"],
     ["sign", "s", "k", "--claims", '{"a":1,"a":2}'],
@@ -282,6 +286,75 @@ def test_tables_fit_80_columns_and_lose_nothing(
     monkeypatch.delenv("COLUMNS")
     output.table(("A", "B", "C", "D", "E", "F"), [row])
     assert "  ".join(row) in capsys.readouterr().out.splitlines()[1].replace("   ", "  ")
+
+
+def test_times_are_whole_in_tables_where_longer_words_are_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time, kid = "2026-11-01T12:00:00Z", "k" * 43
+    monkeypatch.setenv("COLUMNS", "80")
+    output.table(("NUMBER", "SINCE", "UNTIL", "KID", "NOTES"), [(1, time, time, kid, "a note of several words")])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].count(time) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "answers", "whole", "terms"),
+    [
+        (
+            ["node", "list"],
+            {
+                "/v1/nodes": {"items": [EXAMPLES[wire.Node] | {"node": "orders-node-12"}]},
+                "/v1/custodian": wire.Custodian,
+            },
+            [EXAMPLES[wire.Node]["worker"], "2026-11-20T14:30:00Z", "9 of 10 s", "softhsm: ok"],
+            ["EPOCH", "LAG", "LIVE", "LEASE LEFT", "HEARTBEAT", "term"],
+        ),
+        (["key", "timeline", "shop", "main"], {"timeline": EXAMPLES[wire.Timeline]}, ["2027-01-31T09:00:01Z"], ["I1"]),
+        (
+            ["version", "safety", "shop", "main", "1"],
+            {"safety": EXAMPLES[wire.Safety]},
+            ["2026-11-03T09:00:01Z"],
+            ["I1", "LEFT"],
+        ),
+    ],
+    ids=["node list", "key timeline", "version safety"],
+)
+def test_reports_fit_80_columns_and_explain_their_terms(
+    words: list[str], answers: dict[str, Any], whole: list[str], terms: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(self: Transport, method: str, path: str, **_: Any) -> Reply:
+        found = next(answer for end, answer in answers.items() if path.endswith(end))
+        return Reply(
+            method,
+            path,
+            200,
+            msgspec.json.encode(EXAMPLES.get(found, found) if isinstance(found, type) else found),
+            None,
+        )
+
+    monkeypatch.setattr(Transport, "call", call)
+    answer = CliRunner().invoke(cli, words, env={"COLUMNS": "80"})
+    assert answer.exit_code == 0, answer.output
+    lines = answer.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for text in whole:
+        assert text in answer.stdout
+    for term in terms:
+        assert any(line.startswith(f"{term} ") and len(line.split("  ", 1)) == 2 for line in lines[-12:]), term
+
+
+def test_times_have_one_form_everywhere() -> None:
+    """RFC 3339 in UTC with `Z`: `times` writes them, and nothing else does but what parses or shortens one."""
+    source = Path(times.__file__).parent
+    others = re.compile(r"strftime\(|isoformat\(\)|:%[YHmd]")
+    found = {str(file.relative_to(source)) for file in source.rglob("*.py") if others.search(file.read_text())}
+    assert found == {"times.py", "cli/bars.py", "cli/options.py"}
+    moment = datetime(2026, 11, 1, 12, 0, 0, 999_999, tzinfo=timezone(timedelta(hours=2)))
+    assert output.when(moment) == times.format_instant(times.to_instant(moment)) == "2026-11-01T10:00:00Z"
+    assert times.format_earliest(times.to_instant(moment)) == "2026-11-01T10:00:01Z"
+    assert output.when(None) == "-"
 
 
 def test_output_that_is_no_terminal_has_no_colours(capsys: pytest.CaptureFixture[str]) -> None:

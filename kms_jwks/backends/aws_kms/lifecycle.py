@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from kms_jwks.backends.aws_kms import keys
 from kms_jwks.backends.base import StoredKey
 from kms_jwks.errors import BackendError, BackendKeyNotFound, BackendRefused, BackendUnavailable, KeyExists
+from kms_jwks.times import format_instant, to_instant
 
 if TYPE_CHECKING:
     from kms_jwks.backends.aws_kms.connection import Connection
@@ -211,7 +212,7 @@ def destroy(connection: Connection, deadline: float, ref: KeyRef) -> None:
         return
     date = datetime.now(UTC) + timedelta(seconds=left)
     raise BackendUnavailable(
-        f"KMS destroys the key {metadata['Arn']} by {date:%Y-%m-%dT%H:%MZ}.",
+        f"KMS destroys the key {metadata['Arn']} by {format_instant(to_instant(date))}.",
         next_step="No action is needed: the key is checked again then. Until then its deletion can be cancelled.",
         retry_after=left if left > 0 else _OVERDUE,
     )
