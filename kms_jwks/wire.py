@@ -162,7 +162,8 @@ class Version(Answer):
     created_at: datetime
     backend: str
     trouble: str | None = None
-    """Why the custodian's last attempt to make the pair failed; it tries again. Null when no attempt failed."""
+    """Why the custodian's last attempt to make the pair failed; it tries again. Of a `destroyed` version: why its pair
+    was never made or published. Null otherwise."""
     published_at: datetime | None = None
     visible_since: datetime | None = None
     usable_at: datetime | None = None
@@ -201,6 +202,8 @@ class Key(Answer):
     updated_at: datetime
     revision: int
     versions: list[Version]
+    retired_at: datetime | None = None
+    """Since when it signs no longer, for ever."""
 
 
 class KeySet(Answer):
@@ -223,6 +226,8 @@ class KeySet(Answer):
     """The foreign keys that it publishes: the owner of each can sign for its issuer."""
     external_keys_removed: int = 0
     """How many others it published before; `…/external-keys` lists them."""
+    retired_at: datetime | None = None
+    """Since when its keys are retired and it takes no new one."""
 
 
 class ExternalKeyCreate(Request):

@@ -16,6 +16,7 @@ from kms_jwks.cli.options import (
     INSTANT,
     adopt_options,
     break_glass_options,
+    confirmed,
     given,
     group_adopt,
     key_arguments,
@@ -101,7 +102,7 @@ def list_keys(api: Api, key_set: str) -> None:
             k.name,
             k.alg,
             k.backend,
-            yes(k.enabled),
+            yes(k.enabled) if k.retired_at is None else "retired",
             len(k.versions),
             k.active_kid or "-",
             "; ".join(k.warnings) or "-",
@@ -140,7 +141,7 @@ def _print_timeline(found: wire.Timeline) -> None:
         ((when(s.due), s.kind, s.number or "new", _reason(s)) for s in found.steps),
     )
     if not found.enabled:
-        note("The key is disabled: its versions are only withdrawn and destroyed.")
+        note("The key is disabled or retired: its versions are only withdrawn and destroyed.")
 
 
 def _reason(step: wire.TimelineStep) -> str:
@@ -210,6 +211,23 @@ def enable_key(api: Api, key_set: str, key: str) -> None:
     api.show(api.client.enable_key(key_set, key), _print_key)
 
 
+@api_command(key, "retire")
+@key_arguments
+@confirmed("Retire {key} in {key_set}, for ever? It signs no longer, and its key pairs are destroyed on their dates.")
+def retire_key(api: Api, key_set: str, key: str) -> None:
+    """End a key: it signs no longer, and leaves the JWKS when no token it signed can be alive."""
+    api.show(api.client.retire_key(key_set, key), _print_key)
+
+
+@api_command(key, "delete")
+@key_arguments
+@confirmed("Delete {key} in {key_set}?")
+def delete_key(api: Api, key_set: str, key: str) -> None:
+    """Delete a key that has never published anything; its name is free again."""
+    api.client.delete_key(key_set, key)
+    api.done(f"{key} is deleted.")
+
+
 @api_command(key, "active")
 @key_arguments
 def active_version(api: Api, key_set: str, key: str) -> None:
@@ -234,6 +252,7 @@ def _print_key(found: wire.Key) -> None:
         ("alg", found.alg if found.rsa_bits is None else f"{found.alg} ({found.rsa_bits} bits)"),
         ("backend", found.backend),
         ("enabled", yes(found.enabled)),
+        *((("retired", when(found.retired_at)),) if found.retired_at else ()),
         ("active kid", found.active_kid or "-"),
         *((name.replace("_", " "), duration(getattr(found.policy, name))) for name in _DURATIONS),
         ("rotate window", found.policy.rotate_window or "any time"),
