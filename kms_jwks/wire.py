@@ -313,12 +313,14 @@ class ExposedVerifier(Answer):
     trusts_until_behind_cache: datetime | None
     """The same for a verifier that fetches through a CDN or another shared cache."""
     ends: str
-    """What ends its trust: `expiry`, `successor`, `second-rotation`, `unknown`."""
+    """What ends its trust: `expiry`, `successor`, `second-rotation`, `restart`, `application`, `unknown`."""
     learns: str
     """How it gets the successor's key: `knows`, `fetches`, `waits`, `unknown`, `nothing`."""
     learns_by: datetime | None
     """When it has the key at the latest; null where that is at its first token or not known."""
     words: str
+    cured_by_second_rotation: bool | None = None
+    """Whether its first token with the second rotation's kid ends its trust; null where that is not known."""
 
 
 class Exposure(Answer):
@@ -331,7 +333,7 @@ class Exposure(Answer):
     trusted_until: datetime | None
     """When the last verifier with a limit stops trusting it."""
     unbounded: list[str]
-    """The verifiers without a limit: a restart ends their trust, or a token with a kid that they cannot know."""
+    """The verifiers without a known limit: each one's row says what ends its trust."""
     second_rotation_not_before: datetime | None
     """When such a kid may sign at the earliest; null where the successor's kid is one."""
     verifiers: list[ExposedVerifier]

@@ -96,13 +96,14 @@ def _print_exposure(found: wire.Exposure) -> None:
     )
     click.echo()
     table(
-        ("VERIFIER", "TRUSTS UNTIL", "BEHIND A CACHE", "ENDED BY", "SUCCESSOR'S KEY", "FIGURES OF"),
+        ("VERIFIER", "TRUSTS UNTIL", "BEHIND A CACHE", "ENDED BY", "2ND ROTATION", "SUCCESSOR'S KEY", "FIGURES OF"),
         (
             (
                 v.verifier,
                 _limit(v.trusts_until, v.ends),
                 _limit(v.trusts_until_behind_cache, v.ends),
                 _ENDS.get(v.ends, v.ends),
+                _CURED[v.cured_by_second_rotation],
                 f"fetched by {when(v.learns_by)}" if v.learns_by is not None else _LEARNS.get(v.learns, v.learns),
                 v.source,
             )
@@ -115,8 +116,11 @@ _ENDS = {
     "expiry": "its copy expires",
     "successor": "successor's kid, restart",
     "second-rotation": "second rotation, restart",
+    "restart": "restart",
+    "application": "the application",
     "unknown": "not documented",
 }
+_CURED = {True: "ends it", False: "no effect", None: "not known"}
 _LEARNS = {
     "knows": "held",
     "fetches": "held, or fetched at its kid",
@@ -128,7 +132,7 @@ _LEARNS = {
 def _limit(until: datetime | None, ends: str) -> str:
     if until is not None:
         return when(until)
-    return "not known" if ends == "unknown" else "no limit"
+    return "not known" if ends in ("unknown", "application") else "no limit"
 
 
 def _print_revocation(done: wire.Revocation) -> None:

@@ -28,8 +28,6 @@ MAX_BACKOFF = 60
 """Seconds between two attempts at most."""
 MAX_GENERATIONS = 100
 """Attempts to make the key pair of one version; about an hour and a half."""
-_FINAL = (errors.UnsupportedAlgorithm, errors.BackendRefused)
-"""Answers of a module that repeating does not change."""
 MAX_DESTRUCTION_DELAY = (timeline.TELL_DAYS[1] + 1) * DAY
 """Seconds for which a module may postpone a destruction."""
 
@@ -99,7 +97,7 @@ class IntentRunner:
                 steps[intent.kind](intent)
         except errors.Error as error:
             try:
-                self._record_failure(intent, error)
+                self._record_failure(intent, error, self._is_final(intent, error))
             finally:
                 is_late = isinstance(error, errors.BackendTimeout)
                 if is_late and (stuck := self._backends.stuck_in(intent.backend)):
@@ -248,12 +246,27 @@ class IntentRunner:
 
     # --- failure
 
-    def _record_failure(self, intent: Intent, error: errors.Error) -> None:
+    def _is_final(self, intent: Intent, error: errors.Error) -> bool:
+        """Whether the module declines to make this key pair, so that repeating the attempt changes nothing.
+
+        A module that refuses everything, such as one with a wrong PIN, says nothing about the pair.
+        """
+        if intent.kind is not IntentKind.GENERATE or not isinstance(error, errors.BackendRefused):
+            return isinstance(error, errors.UnsupportedAlgorithm)
+        seconds = self._backends.timeouts(intent.backend).read
+        try:
+            with self._leader_lease.renew_during_step():
+                self._backends.ask(intent.backend, "ping", lambda backend: backend.ping(), seconds)
+        except errors.BackendError:
+            return False
+        return True
+
+    def _record_failure(self, intent: Intent, error: errors.Error, is_final: bool = False) -> None:
         """Record a failed attempt, and add a later one under a new label.
 
-        A version whose pair the module declines to make, or did not make in `MAX_GENERATIONS` attempts, is given up.
+        A version is given up where the failure `is_final`, or after `MAX_GENERATIONS` attempts.
         """
-        is_final = isinstance(error, _FINAL) or intent.attempt >= MAX_GENERATIONS
+        is_final = is_final or intent.attempt >= MAX_GENERATIONS
         given_up: dict[str, str] = {}
         with self._leader_lease.fenced_write() as tx:
             current, version = _current(tx, intent)

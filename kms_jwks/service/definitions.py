@@ -31,6 +31,9 @@ def add_key_set(
 ) -> tuple[KeySet, list[Id]]:
     """Write a key set and its first keys, some of them adopted. Returns it with the ids of their first versions."""
     now = tx.now()
+    if tx.key_set(request.name) is not None:
+        # The issuer may be taken too, and databases differ in which of the two they name.
+        raise errors.NameTaken
     key_set = KeySet(
         id=new_id(),
         name=check_name(request.name),

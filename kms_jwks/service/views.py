@@ -208,6 +208,7 @@ def exposure(case: exposures.Case, rows: Sequence[exposures.Exposed]) -> wire.Ex
                 learns=row.learns.value,
                 learns_by=optional(row.learns_by),
                 words=row.words,
+                cured_by_second_rotation=row.cured,
             )
             for row in rows
         ],
