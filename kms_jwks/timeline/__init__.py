@@ -44,7 +44,7 @@ from kms_jwks.timeline.policies import (
     stale_if_error,
     window,
 )
-from kms_jwks.timeline.steps import Step, StepKind, choose_standby, days_until
+from kms_jwks.timeline.steps import RETRY_AFTER_REFUSAL, Step, StepKind, choose_standby, days_until
 from kms_jwks.times import later
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "MIN_CLOCK_SKEW",
     "MIN_DESTROY_AFTER",
     "MIN_PUBLISH_LEAD",
+    "RETRY_AFTER_REFUSAL",
     "STALE_MARGIN",
     "TELL_DAYS",
     "Check",
