@@ -33,6 +33,8 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     "post_key_sets": (P.KEY_SET_CREATE, {"name": "v1"}),
     f"get_{SET}": (P.KEY_SET_READ, None),
     f"patch_{SET}": (P.KEY_SET_UPDATE, {"cache_lifetime": 301}),
+    f"post_{SET}_retire": (P.KEY_SET_DELETE, None),
+    f"delete_{SET}": (P.KEY_SET_DELETE, None),
     f"get_{SET}_keys": (P.KEY_READ, None),
     f"post_{SET}_keys": (P.KEY_CREATE, {"name": "v1", "alg": "ES256"}),
     f"get_{KEY}": (P.KEY_READ, None),
@@ -41,6 +43,8 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     f"post_{KEY}_rotate": (P.KEY_ROTATE, None),
     f"post_{KEY}_disable": (P.KEY_DISABLE, None),
     f"post_{KEY}_enable": (P.KEY_ENABLE, None),
+    f"post_{KEY}_retire": (P.KEY_DELETE, None),
+    f"delete_{KEY}": (P.KEY_DELETE, None),
     f"get_{KEY}_versions": (P.KEY_READ, None),
     f"post_{KEY}_versions": (P.KEY_ROTATE, None),
     f"get_{VERSION}": (P.KEY_READ, None),
@@ -79,6 +83,8 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     "get_backends_by_backend": (P.BACKEND_READ, None),
 }
 
+END_A_SET = {f"post_{SET}_retire", f"delete_{SET}"}
+"""Rows that would end the key set that the others ask about."""
 PRIVATE = [r for r in ROUTES if "/.well-known/" not in r.path and operation_id(r) not in OPEN]
 
 
@@ -95,7 +101,9 @@ class Callers:
     tokens: dict[str, str]
 
     def ask(self, route: Route, token: str | None) -> tuple[int, bytes]:
-        path = route.path.replace("{key_set}", self.key_set)
+        path = route.path
+        if operation_id(route) not in END_A_SET:
+            path = path.replace("{key_set}", self.key_set)
         path = re.sub(r"\{\w+\}", "nothing", path)
         answer = self.server.call(route.method, path, EXPECTED[operation_id(route)][1], token=token)
         if answer.status >= 400:

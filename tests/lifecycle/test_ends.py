@@ -17,6 +17,8 @@ from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.custodian import transitions
 from kms_jwks.custodian.intents import MAX_GENERATIONS
 from kms_jwks.doctor import find_orphans
+from kms_jwks.doctor import registry as registry_checks
+from kms_jwks.doctor.registry import Registry
 from kms_jwks.model import DAY, Client, IntentKind, IntentState, KeyVersion, VersionState
 from kms_jwks.service.clients import add_grant
 from kms_jwks.service.signing_job import SigningOperation
@@ -96,6 +98,10 @@ def comply(plant: Plant) -> None:
     plant.backend.__dict__.pop("generate", None)
 
 
+def doctor(plant: Plant) -> list[tuple[str, str]]:
+    return [(c.state.value, c.detail) for c in registry_checks.given_up(Registry.of(plant.view))]
+
+
 def attempts(plant: Plant, of: KeyVersion) -> list[IntentState]:
     with plant.view.registry_view() as tx:
         return [i.state for i in tx.intents(version_id=of.id) if i.kind is IntentKind.GENERATE]
@@ -153,6 +159,8 @@ def test_a_standby_that_the_module_declines_ends_with_the_reason_and_is_asked_fo
     shown = api(plant).versions.get(plant.who, "main", "default", "3")
     assert (shown.state, shown.trouble) == ("destroyed", "the token is full")
     assert api(plant).keys.get(plant.who, "main", "default").warnings[-1] == "version 3 was not made: the token is full"
+    lacking = "version 3 of main default was not made, the key has no standby: the token is full"
+    assert doctor(plant) == [("warning", lacking)]
     step = next(s for s in api(plant).keys.timeline(plant.who, "main", "default").steps if s.kind == "create")
     assert "its module declined" in step.waits_for
     with pytest.raises(errors.NoStandby):
@@ -161,6 +169,7 @@ def test_a_standby_that_the_module_declines_ends_with_the_reason_and_is_asked_fo
     plant.advance(RETRY_AFTER_REFUSAL, rounds=8)
     assert states(plant)[4] == "published"
     assert api(plant).keys.get(plant.who, "main", "default").warnings == []
+    assert doctor(plant) == []
 
 
 @pytest.mark.parametrize(
@@ -179,6 +188,11 @@ def test_other_failures_end_after_a_bounded_number_of_attempts(plant: Plant, err
     shown = api(plant).versions.get(plant.who, "main", "second", "1")
     assert (shown.state, shown.trouble) == ("destroyed", error.detail)
     assert api(plant).keys.get(plant.who, "main", "second").warnings == [f"version 1 was not made: {error.detail}"]
+    [(state, words)] = doctor(plant)
+    assert (state, words) == (
+        "failure",
+        f"version 1 of main second was not made, the key cannot sign: {error.detail}",
+    )
     comply(plant)
     # It is not made in secret later: the operator asks again, or deletes the key.
     plant.advance(DAY)
@@ -323,7 +337,7 @@ def test_a_retired_key_stops_signing_leaves_when_i2_allows_and_is_destroyed_by_i
     # The tombstone: what it was stays readable, and its name and kids are taken.
     shown = api(plant).keys.get(plant.who, "main", "default")
     assert shown.retired_at == retired.retired_at
-    assert standby.kid in {v.kid for v in api(plant).versions.list(plant.who, "main", "default", 50, None).items}  # type: ignore[attr-defined]
+    assert standby.kid in {v.kid for v in api(plant).versions.list(plant.who, "main", "default", 50, None).items}
     with pytest.raises(errors.NameTaken):
         api(plant).keys.create(plant.who, "main", spec("default"))
 
