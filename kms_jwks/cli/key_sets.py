@@ -44,7 +44,7 @@ def list_key_sets(api: Api) -> None:
         api.client.key_sets(),
         ("NAME", "PURPOSE", "ACCESS", "KEYS", "EXTERNAL", "ISSUER"),
         lambda s: (
-            s.name,
+            s.name if s.retired_at is None else f"{s.name} (retired)",
             s.purpose,
             s.access,
             ", ".join(k.name for k in s.keys) or "-",
