@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -78,8 +78,8 @@ class Control:
         with self.store.read() as tx:
             versions = [v for v in (tx.version(i) for i in ids) if v is not None]
             for version in versions:
-                if version.failure is not None:
-                    raise creation_error(tx, version, version.failure)
+                if version.failure is not None or (version.state is VersionState.DESTROYED and version.kid is None):
+                    raise creation_error(tx, version)
             return tx.epoch() if all(is_settled(tx, v) for v in versions) else None
 
     def check_break_glass(self, context: RequestContext, found: Entered, request: wire.BreakGlassRequest) -> str | None:
@@ -96,8 +96,10 @@ class Control:
         return request.reason
 
 
-def creation_error(tx: ReadTx, version: KeyVersion, failure: Mapping[str, str]) -> errors.Error:
+def creation_error(tx: ReadTx, version: KeyVersion) -> errors.Error:
     """Why a version's pair was not made, as the answer to the call that asked for it. Names the key and the version."""
+    given_up = {"code": errors.Conflict.code, "detail": "The version was given up before its key pair was made."}
+    failure = version.failure or given_up
     cls = errors.BY_CODE.get(failure["code"], errors.Conflict)
     key = tx.key_by_id(version.key_id)
     fields = {"key": key.name if key else None, "number": version.number}

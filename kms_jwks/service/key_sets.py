@@ -123,6 +123,7 @@ class KeySets:
                 return
             if key_set.first_published_at is None:
                 transitions.delete_key_set(tx, key_set)
+                refusal.next_step = f"No key set was created. {refusal.next_step}"
                 return
             failed = tx.key(key_set.id, str(refusal.fields.get("key")))
             if failed is not None:
@@ -138,6 +139,8 @@ class KeySets:
             found = control.guard.enter_set(tx, context, Permission.KEY_SET_UPDATE, name)
             key_set = found.key_set
             check_revision(key_set.revision, if_match)
+            if key_set.retired_at is not None and request.issuer is not UNSET:
+                raise errors.KeySetRetired(f"Key set {name!r} is retired, and its issuer stays taken.")
             changed = key_set
             if request.issuer is not UNSET and request.issuer != key_set.issuer:
                 if key_set.first_activated_at is not None:

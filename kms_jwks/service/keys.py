@@ -70,8 +70,8 @@ class Keys:
                 adoption.publish(tx, found.key_set, [candidate])
         try:
             complete = control.wait_for_custodian([version.id])
-        except errors.Error:
-            self._remove(key)
+        except errors.Error as error:
+            self._remove(key, error)
             raise
         with control.store.read() as tx:
             answer = views.key(tx, found.key_set, tx.key_by_id(key.id) or key)
@@ -161,12 +161,13 @@ class Keys:
             found = self._control.guard.enter_key(tx, context, Permission.KEY_DELETE, key_set, key)
             transitions.delete_key(tx, found.key)
 
-    def _remove(self, created: Key) -> None:
-        """Delete the key that a call created and whose first pair was not made."""
+    def _remove(self, created: Key, refusal: errors.Error) -> None:
+        """Delete the key that a call created and whose first pair was not made; `refusal` then says so."""
         with contextlib.suppress(errors.Error), self._control.change() as tx:
             key = tx.key_by_id(created.id)
             if key is not None and key.deleted_at is None and key.retired_at is None:
                 transitions.delete_key(tx, key)
+                refusal.next_step = f"No key was created. {refusal.next_step}"
 
 
 def _save(tx: WriteTx, key: Key) -> Key:

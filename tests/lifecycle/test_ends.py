@@ -125,6 +125,7 @@ def test_a_creation_that_the_module_declines_answers_so_and_leaves_no_half_key(
     with pytest.raises(answer) as refusal:
         api(plant).keys.create(plant.who, "main", spec("second"))
     assert (refusal.value.detail, refusal.value.fields["key"]) == (error.detail, "second")
+    assert refusal.value.next_step == f"No key was created. {answer.next_step}"
     with pytest.raises(errors.KeyNotFound):
         api(plant).keys.get(plant.who, "main", "second")
     with pytest.raises(answer):
@@ -209,6 +210,24 @@ def test_a_module_that_refuses_everything_says_nothing_about_the_pair(plant: Pla
     plant.backend.fail = None
     plant.advance(61, rounds=8)
     assert states(plant)[1] == "published"
+
+
+def test_a_version_that_a_revocation_gave_up_is_an_answer_too(plant: Plant) -> None:
+    start(plant)
+    decline(plant, errors.BackendUnavailable("away"))
+
+    def revoke(node: Node, point: str) -> None:
+        if point == "generate" or not any(v.state is S.CREATING for v in plant.versions()):
+            return
+        plant.at_point = lambda *_: None
+        request = wire.RevocationCreate(reason="stolen", backend="memory", disable_keys=False)
+        api(plant).revocation.revoke_scope(plant.who, request)
+
+    plant.at_point = revoke
+    with pytest.raises(errors.Conflict, match="given up"):
+        api(plant).keys.create(plant.who, "main", spec("second"))
+    with pytest.raises(errors.KeyNotFound):
+        api(plant).keys.get(plant.who, "main", "second")
 
 
 # --- deletion
@@ -416,6 +435,10 @@ def test_a_retired_key_set_serves_an_empty_jwks_and_takes_nothing_more(plant: Pl
     plant.advance(RETIRABLE + 1)
     assert jwks(plant) == []
     assert api(plant).key_sets.retire(plant.who, "main").retired_at == retired.retired_at
+    patch = wire.KeySetPatch(issuer="https://c.example")
+    revision = api(plant).key_sets.get(plant.who, "main").revision
+    with pytest.raises(errors.KeySetRetired):
+        api(plant).key_sets.patch(plant.who, "main", patch, revision)
     for name, issuer in (("main", "https://b.example"), ("b", f"{URL}/main")):
         with pytest.raises((errors.NameTaken, errors.IssuerTaken)):
             api(plant).key_sets.create(plant.who, wire.KeySetCreate(name=name, issuer=issuer))
