@@ -113,7 +113,7 @@ class Ends(StrEnum):
     SECOND_ROTATION = "second-rotation"
     """It may hold the successor's kid already, so only the next kid, or a restart, makes it fetch."""
     RESTART = "restart"
-    """A thief who goes on using the key keeps it trusted; only a restart ends that for certain."""
+    """Only a restart for certain: a thief who uses the key keeps it trusted, or no other kid will ever come."""
     APPLICATION = "application"
     """The application's next fetch."""
     UNKNOWN = "unknown"
@@ -145,6 +145,8 @@ class Case:
     successor_visible_since: Instant | None
     second_rotation_at: Instant | None = None
     """The earliest instant at which a kid can sign that no copy from before the revocation holds."""
+    is_retired: bool = False
+    """The key is retired: no successor will ever come, and no second rotation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ def _exposed(verifier: Verifier, case: Case) -> Exposed:
         learns,
         learns_by,
         words,
-        is_cured(verifier),
+        False if case.is_retired else is_cured(verifier),
     )
 
 
@@ -227,6 +229,8 @@ def _ends(verifier: Verifier, case: Case) -> Ends:
         return _ENDS_OF[verifier.keeps]
     if verifier.keeps is not Keeps.FOR_EVER:
         return Ends.EXPIRY
+    if case.is_retired:
+        return Ends.RESTART
     # A verifier cannot hold a successor that was not published before: its kid makes every verifier fetch again.
     return Ends.SECOND_ROTATION if case.successor_visible_since is not None else Ends.SUCCESSOR
 
@@ -269,6 +273,8 @@ def _trust(verifier: Verifier, keeps: int | None, ends: Ends, case: Case) -> str
             return (
                 "Trusts it until a kid from after the revocation makes it fetch (the second rotation's), or a restart."
             )
+        case Ends.RESTART if verifier.keeps is Keeps.FOR_EVER:
+            return "Trusts it until a restart, or until another key of the set brings a kid that it does not hold."
         case Ends.RESTART:
             return (
                 f"Trusts it while a token of its kid comes at least every {verifier.seconds} s, until a restart; "

@@ -92,7 +92,7 @@ def _print_exposure(found: wire.Exposure) -> None:
         ("without a limit", ", ".join(found.unbounded) or "-"),
         ("second rotation", f"not before {when(found.second_rotation_not_before)}")
         if found.second_rotation_not_before is not None
-        else ("second rotation", "not needed: no verifier holds the successor's kid"),
+        else ("second rotation", _no_second_rotation(found)),
     )
     click.echo()
     table(
@@ -104,12 +104,25 @@ def _print_exposure(found: wire.Exposure) -> None:
                 _limit(v.trusts_until_behind_cache, v.ends),
                 _ENDS.get(v.ends, v.ends),
                 _CURED[v.cured_by_second_rotation],
-                f"fetched by {when(v.learns_by)}" if v.learns_by is not None else _LEARNS.get(v.learns, v.learns),
+                _learned(v),
                 v.source,
             )
             for v in found.verifiers
         ),
     )
+
+
+def _no_second_rotation(found: wire.Exposure) -> str:
+    if all(v.learns == "nothing" for v in found.verifiers):
+        return "none before the key has a successor"
+    return "not needed: no verifier holds the successor's kid"
+
+
+def _learned(verifier: wire.ExposedVerifier) -> str:
+    if verifier.learns_by is not None:
+        return f"fetched by {when(verifier.learns_by)}"
+    is_application = verifier.ends == "application" and verifier.learns == "unknown"
+    return "the application" if is_application else _LEARNS.get(verifier.learns, verifier.learns)
 
 
 _ENDS = {

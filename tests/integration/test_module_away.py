@@ -272,10 +272,11 @@ def test_a_pair_that_the_module_declines_is_an_answer_and_leaves_nothing(
     try:
         name = fresh("set")
         body = {"name": name, "keys": [{"name": "main", "alg": "ES256"}]}
-        for path, asked in (("/v1/key-sets/default/keys", {"name": "second", "alg": "ES256"}), ("/v1/key-sets", body)):
+        second = {"name": "second", "alg": "ES256"}
+        for path, asked, key in (("/v1/key-sets/default/keys", second, "second"), ("/v1/key-sets", body, "main")):
             refused = server.call("POST", path, asked)
             assert (refused.status, refused.problem) == (status, problem), refused.body
-            assert (refused.json["key"], refused.json["number"]) == (asked.get("keys", [asked])[0]["name"], 1)
+            assert (refused.json["key"], refused.json["number"]) == (key, 1)
     finally:
         faults.clear("C_GenerateKeyPair")
     assert names() == before

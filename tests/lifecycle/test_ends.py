@@ -390,6 +390,9 @@ def test_a_version_of_a_retired_key_can_be_revoked_and_no_other_takes_over(plant
     api(plant).keys.retire(plant.who, "main", "default")
     done_ = api(plant).revocation.revoke_version(plant.who, "main", "default", "1", wire.RevokeRequest(reason="leaked"))
     assert (done_.successor, done_.without_successor) == (None, False)
+    assert done_.exposure is not None
+    assert {v.cured_by_second_rotation for v in done_.exposure.verifiers} == {False}, "no rotation follows"
+    assert {v.ends for v in done_.exposure.verifiers if v.source == "go-oidc 3"} == {"restart"}
     plant.settle()
     assert (states(plant), jwks(plant)) == ({1: "revoked", 2: "retired"}, [])
 

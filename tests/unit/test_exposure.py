@@ -123,6 +123,14 @@ def test_a_cache_that_use_refreshes_has_no_limit_and_no_cure() -> None:
     assert application.words == "It fetches nothing itself: the application decides how long it keeps a JWKS."
 
 
+def test_no_rotation_follows_the_revocation_of_a_retired_key() -> None:
+    found = rows(has_successor=False, successor_visible_since=None, second_rotation_at=None, is_retired=True)
+    assert {row.cured for row in found.values()} == {False}
+    assert (found["go-oidc 3"].ends, found["go-oidc 3"].trusts_until) == (Ends.RESTART, None)
+    assert "until another key of the set" in found["go-oidc 3"].words
+    assert found["PyJWT 2.15"].ends is Ends.EXPIRY
+
+
 def test_without_a_successor_no_verifier_learns_a_key() -> None:
     found = rows(has_successor=False, successor_visible_since=None)
     assert {row.learns for row in found.values()} == {Learns.NOTHING}
