@@ -20,7 +20,8 @@
     ├── Conflict                  a valid request that the present state does not allow
     │   ├── NameTaken · IssuerTaken · KidTaken · KeyDisabled · NoActiveVersion · KidNotActive · NotYetUsable · NoStandby
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
-    │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties · TokenNotShownAgain
+    │   ├── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties · TokenNotShownAgain
+    │   └── AlreadyPublished · KeyRetired · KeySetRetired
     ├── RevisionMismatch · RevisionRequired · IdempotencyKeyReused
     ├── Unavailable               retry later: RegistryStale · StoreUnavailable
     ├── BackendError              the only errors that leave a backend
@@ -384,6 +385,24 @@ class KeyDisabled(Conflict):
     code = "key_disabled"
     title = "The key is disabled"
     next_step = "Enable the key (`kms-jwks key enable`), or use another one."
+
+
+class KeyRetired(Conflict):
+    code = "key_retired"
+    title = "The key is retired: it signs no longer, for ever"
+    next_step = "Use another key, or create one under another name."
+
+
+class KeySetRetired(Conflict):
+    code = "key_set_retired"
+    title = "The key set is retired: it takes no new key"
+    next_step = "Use another key set, or create one under another name and issuer."
+
+
+class AlreadyPublished(Conflict):
+    code = "already_published"
+    title = "It has published a key, so verifiers may hold its kid and tokens of it may be alive"
+    next_step = "Retire it instead: `kms-jwks key retire` or `kms-jwks key-set retire`."
 
 
 class NoActiveVersion(Conflict):

@@ -204,6 +204,10 @@ class KeySet:
     first_activated_at: Instant | None = None
     """When one of its versions could first sign; the issuer is immutable from then on."""
     revision: int = 1
+    retired_at: Instant | None = None
+    """Since when its keys are retired and it takes no new one."""
+    deleted_at: Instant | None = None
+    """When it was deleted, before it had published anything. The row is a tombstone; its name and issuer are free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +226,10 @@ class Key:
     updated_at: Instant
     disabled_at: Instant | None = None
     revision: int = 1
+    retired_at: Instant | None = None
+    """Since when it signs no longer, for ever. A retired key is disabled too."""
+    deleted_at: Instant | None = None
+    """When it was deleted, before it had published anything. The row is a tombstone; its name is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +315,8 @@ class KeyVersion:
     """The destruction date that the module was given, or declined because it has no waiting period of its own."""
     absence: Mapping[str, object] | None = None
     """The module's answer to the search for the destroyed key: the evidence that the key is gone."""
+    failure: Mapping[str, str] | None = None
+    """Why it was destroyed without ever being published: ``code`` (a problem code) and ``detail``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,8 @@ class Version(Answer):
     created_at: datetime
     backend: str
     trouble: str | None = None
-    """Why the custodian's last attempt to make the pair failed; it tries again. Null when no attempt failed."""
+    """Why the custodian's last attempt to make the pair failed; it tries again. Of a `destroyed` version: why its pair
+    was never made or published. Null otherwise."""
     published_at: datetime | None = None
     visible_since: datetime | None = None
     usable_at: datetime | None = None
@@ -201,6 +202,8 @@ class Key(Answer):
     updated_at: datetime
     revision: int
     versions: list[Version]
+    retired_at: datetime | None = None
+    """Since when it signs no longer, for ever."""
 
 
 class KeySet(Answer):
@@ -225,6 +228,8 @@ class KeySet(Answer):
     """The foreign keys that it publishes: the owner of each can sign for its issuer."""
     external_keys_removed: int = 0
     """How many others it published before; `…/external-keys` lists them."""
+    retired_at: datetime | None = None
+    """Since when its keys are retired and it takes no new one."""
 
 
 class KeySummary(Answer):
@@ -264,6 +269,8 @@ class KeySetSummary(Answer):
     keys: list[KeySummary]
     external_keys: list[ExternalKeySummary]
     """The owner of each can sign for the set's issuer."""
+    retired_at: datetime | None = None
+    """Since when its keys are retired and it takes no new one."""
 
 
 class ExternalKeyCreate(Request):
@@ -349,12 +356,14 @@ class ExposedVerifier(Answer):
     trusts_until_behind_cache: datetime | None
     """The same for a verifier that fetches through a CDN or another shared cache."""
     ends: str
-    """What ends its trust: `expiry`, `successor`, `second-rotation`, `unknown`."""
+    """What ends its trust: `expiry`, `successor`, `second-rotation`, `restart`, `application`, `unknown`."""
     learns: str
     """How it gets the successor's key: `knows`, `fetches`, `waits`, `unknown`, `nothing`."""
     learns_by: datetime | None
     """When it has the key at the latest; null where that is at its first token or not known."""
     words: str
+    cured_by_second_rotation: bool | None = None
+    """Whether its first token with the second rotation's kid ends its trust; null where that is not known."""
 
 
 class Exposure(Answer):
@@ -367,7 +376,7 @@ class Exposure(Answer):
     trusted_until: datetime | None
     """When the last verifier with a limit stops trusting it."""
     unbounded: list[str]
-    """The verifiers without a limit: a restart ends their trust, or a token with a kid that they cannot know."""
+    """The verifiers without a known limit: each one's row says what ends its trust."""
     second_rotation_not_before: datetime | None
     """When such a kid may sign at the earliest; null where the successor's kid is one."""
     verifiers: list[ExposedVerifier]

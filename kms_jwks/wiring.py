@@ -123,7 +123,7 @@ def assemble(
     )
     if confirmation is None:
         confirmation = make_confirmation(settings, store, kick=sync.kick)
-    parts = control(store, guard, confirmation, backends, settings.public_url)
+    parts = control(store, guard, confirmation, backends, settings.public_url, settings.default_key_set)
     restart_limit = RestartLimit(settings.state_dir, settings.workers)
     return Service(
         settings=settings,

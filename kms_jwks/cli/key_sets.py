@@ -47,7 +47,7 @@ def list_key_sets(api: Api, purpose: str | None, access: str | None) -> None:
         api.client.key_sets(purpose=purpose, access=access),
         ("NAME", "PURPOSE", "ACCESS", "KEYS", "EXTERNAL", "ISSUER"),
         lambda s: (
-            s.name,
+            s.name if s.retired_at is None else f"{s.name} (retired)",
             s.purpose,
             s.access,
             ", ".join(k.name for k in s.keys) or "-",
@@ -110,6 +110,23 @@ def update_key_set(api: Api, key_set: str, revision: int | None, **fields: Any) 
     api.show(api.client.update_key_set(key_set, changes, revision=at), _print_key_set)
 
 
+@api_command(key_set, "retire")
+@key_set_argument
+@confirmed("Retire {key_set} with all its keys, for ever? None signs any longer; the JWKS is empty in the end.")
+def retire_key_set(api: Api, key_set: str) -> None:
+    """End a key set with its keys: they sign no longer, and leave the JWKS when no token they signed can be alive."""
+    api.show(api.client.retire_key_set(key_set), _print_key_set)
+
+
+@api_command(key_set, "delete")
+@key_set_argument
+@confirmed("Delete {key_set} with all its keys?")
+def delete_key_set(api: Api, key_set: str) -> None:
+    """Delete a key set that has never published anything; its name and issuer are free again."""
+    api.client.delete_key_set(key_set)
+    api.done(f"{key_set} is deleted.")
+
+
 def _print_key_set(found: wire.KeySet) -> None:
     details(
         ("name", found.name),
@@ -122,6 +139,7 @@ def _print_key_set(found: wire.KeySet) -> None:
         ("stale if error", duration(found.stale_if_error)),
         ("existing issuer", yes(found.existing_issuer)),
         ("first published", when(found.first_published_at)),
+        *((("retired", when(found.retired_at)),) if found.retired_at else ()),
         ("created", when(found.created_at)),
         ("revision", found.revision),
     )

@@ -17,6 +17,7 @@ from kms_jwks.cli.options import (
     INSTANT,
     adopt_options,
     break_glass_options,
+    confirmed,
     given,
     group_adopt,
     key_arguments,
@@ -104,7 +105,7 @@ def list_keys(api: Api, key_set: str, state: str | None, backend: str | None) ->
             k.name,
             k.alg,
             k.backend,
-            yes(k.enabled),
+            yes(k.enabled) if k.retired_at is None else "retired",
             len(k.versions),
             k.active_kid or "-",
             "; ".join(k.warnings) or "-",
@@ -145,7 +146,7 @@ def _print_timeline(found: wire.Timeline) -> None:
     texts = [*(c.invariant for v in found.versions for c in v.checks), *map(_reason, found.steps)]
     legend(*(term for term in TERMS if re.search(rf"\b{term}\b", " ".join(texts))))
     if not found.enabled:
-        note("The key is disabled: its versions are only withdrawn and destroyed.")
+        note("The key is disabled or retired: its versions are only withdrawn and destroyed.")
 
 
 def _reason(step: wire.TimelineStep) -> str:
@@ -215,6 +216,23 @@ def enable_key(api: Api, key_set: str, key: str) -> None:
     api.show(api.client.enable_key(key_set, key), _print_key)
 
 
+@api_command(key, "retire")
+@key_arguments
+@confirmed("Retire {key} in {key_set}, for ever? It signs no longer, and its key pairs are destroyed on their dates.")
+def retire_key(api: Api, key_set: str, key: str) -> None:
+    """End a key: it signs no longer, and leaves the JWKS when no token it signed can be alive."""
+    api.show(api.client.retire_key(key_set, key), _print_key)
+
+
+@api_command(key, "delete")
+@key_arguments
+@confirmed("Delete {key} in {key_set}?")
+def delete_key(api: Api, key_set: str, key: str) -> None:
+    """Delete a key that has never published anything; its name is free again."""
+    api.client.delete_key(key_set, key)
+    api.done(f"{key} is deleted.")
+
+
 @api_command(key, "active")
 @key_arguments
 def active_version(api: Api, key_set: str, key: str) -> None:
@@ -239,6 +257,7 @@ def _print_key(found: wire.Key) -> None:
         ("alg", found.alg if found.rsa_bits is None else f"{found.alg} ({found.rsa_bits} bits)"),
         ("backend", found.backend),
         ("enabled", yes(found.enabled)),
+        *((("retired", when(found.retired_at)),) if found.retired_at else ()),
         ("active kid", found.active_kid or "-"),
         *((name.replace("_", " "), duration(getattr(found.policy, name))) for name in _DURATIONS),
         ("rotate window", found.policy.rotate_window or "any time"),

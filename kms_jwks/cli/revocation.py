@@ -92,18 +92,19 @@ def _print_exposure(found: wire.Exposure) -> None:
         ("without a limit", ", ".join(found.unbounded) or "-"),
         ("second rotation", f"not before {when(found.second_rotation_not_before)}")
         if found.second_rotation_not_before is not None
-        else ("second rotation", "not needed: no verifier holds the successor's kid"),
+        else ("second rotation", _no_second_rotation(found)),
     )
     click.echo()
     table(
-        ("VERIFIER", "TRUSTS UNTIL", "BEHIND A CACHE", "ENDED BY", "SUCCESSOR'S KEY", "FIGURES OF"),
+        ("VERIFIER", "TRUSTS UNTIL", "BEHIND A CACHE", "ENDED BY", "2ND ROTATION", "SUCCESSOR'S KEY", "FIGURES OF"),
         (
             (
                 v.verifier,
                 _limit(v.trusts_until, v.ends),
                 _limit(v.trusts_until_behind_cache, v.ends),
                 _ENDS.get(v.ends, v.ends),
-                f"fetched by {when(v.learns_by)}" if v.learns_by is not None else _LEARNS.get(v.learns, v.learns),
+                _CURED[v.cured_by_second_rotation],
+                _learned(v),
                 v.source,
             )
             for v in found.verifiers
@@ -111,12 +112,28 @@ def _print_exposure(found: wire.Exposure) -> None:
     )
 
 
+def _no_second_rotation(found: wire.Exposure) -> str:
+    if all(v.learns == "nothing" for v in found.verifiers):
+        return "none before the key has a successor"
+    return "not needed: no verifier holds the successor's kid"
+
+
+def _learned(verifier: wire.ExposedVerifier) -> str:
+    if verifier.learns_by is not None:
+        return f"fetched by {when(verifier.learns_by)}"
+    is_application = verifier.ends == "application" and verifier.learns == "unknown"
+    return "the application" if is_application else _LEARNS.get(verifier.learns, verifier.learns)
+
+
 _ENDS = {
     "expiry": "its copy expires",
     "successor": "successor's kid, restart",
     "second-rotation": "second rotation, restart",
+    "restart": "restart",
+    "application": "the application",
     "unknown": "not documented",
 }
+_CURED = {True: "ends it", False: "no effect", None: "not known"}
 _LEARNS = {
     "knows": "held",
     "fetches": "held, or fetched at its kid",
@@ -128,7 +145,7 @@ _LEARNS = {
 def _limit(until: datetime | None, ends: str) -> str:
     if until is not None:
         return when(until)
-    return "not known" if ends == "unknown" else "no limit"
+    return "not known" if ends in ("unknown", "application") else "no limit"
 
 
 def _print_revocation(done: wire.Revocation) -> None:

@@ -59,6 +59,14 @@ class Administration:
         """Change a key set that is still at `revision`. Raises RevisionMismatch, Immutable, PolicyRefused."""
         return decode(self._change("PATCH", _set(name), changes, revision=revision), wire.KeySet)
 
+    def retire_key_set(self, name: str) -> wire.KeySet:
+        """Retire a key set with its keys, for ever; when this returns no worker signs with them."""
+        return decode(self._change("POST", f"{_set(name)}/retire"), wire.KeySet)
+
+    def delete_key_set(self, name: str) -> None:
+        """Delete a key set that has never published anything. Raises AlreadyPublished."""
+        self._change("DELETE", _set(name))
+
     # --- keys
 
     def keys(self, key_set: str, *, state: str | None = None, backend: str | None = None) -> Iterator[wire.Key]:
@@ -103,6 +111,14 @@ class Administration:
     def enable_key(self, key_set: str, key: str) -> wire.Key:
         """Let a disabled key sign again."""
         return decode(self._change("POST", f"{_key(key_set, key)}/enable"), wire.Key)
+
+    def retire_key(self, key_set: str, key: str) -> wire.Key:
+        """Retire a key, for ever; when this returns no worker signs with it."""
+        return decode(self._change("POST", f"{_key(key_set, key)}/retire"), wire.Key)
+
+    def delete_key(self, key_set: str, key: str) -> None:
+        """Delete a key that has never published anything. Raises AlreadyPublished."""
+        self._change("DELETE", _key(key_set, key))
 
     # --- versions
 

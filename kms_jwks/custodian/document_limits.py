@@ -15,8 +15,14 @@ _S = VersionState
 
 
 def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, more_externals: int = 0) -> None:
-    """Raise LimitReached if the document of `alg`'s keys has no room for the keys to be added (I5)."""
-    keys = len(timeline.of_document(alg, tx.keys(key_set.id))) + more_keys
+    """Raise LimitReached if the document of `alg`'s keys has no room for the keys to be added (I5).
+
+    Raises KeySetRetired for a retired set, which takes no more keys.
+    """
+    if key_set.retired_at is not None:
+        raise errors.KeySetRetired(f"Key set {key_set.name!r} is retired.")
+    living_keys = [key for key in tx.keys(key_set.id) if key.retired_at is None]
+    keys = len(timeline.of_document(alg, living_keys)) + more_keys
     externals = len(timeline.of_document(alg, tx.external_keys(key_set.id))) + more_externals
     problem = timeline.room_problem(keys, externals)
     if problem is not None:
@@ -34,7 +40,7 @@ def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, m
             fields={"kids": reserved, "limit": timeline.MAX_KIDS},
         )
     # The document may hold more than is reserved: a key that rotated often has several retiring versions.
-    held = [v for v in versions if v.state.in_jwks or v.state is _S.CREATING]
+    held = [v for v in versions if v.state.in_jwks or timeline.is_to_be_published(v)]
     coming = len(held) + externals + 2 * more_keys
     if coming > timeline.MAX_KIDS:
         raise errors.LimitReached(

@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 MAX_BACKOFF = 60
 """Seconds between two attempts at most."""
+MAX_GENERATIONS = 100
+"""Attempts to make the key pair of one version; about an hour and a half."""
 MAX_DESTRUCTION_DELAY = (timeline.TELL_DAYS[1] + 1) * DAY
 """Seconds for which a module may postpone a destruction."""
 
@@ -96,7 +98,7 @@ class IntentRunner:
                 steps[intent.kind](intent)
         except errors.Error as error:
             try:
-                self._record_failure(intent, error)
+                self._record_failure(intent, error, self._is_final(intent, error))
             finally:
                 is_late = isinstance(error, errors.BackendTimeout)
                 if is_late and (stuck := self._backends.stuck_in(intent.backend)):
@@ -105,9 +107,8 @@ class IntentRunner:
             raise
         except Exception as error:
             log.exception("module_step_raised", intent=intent.id)
-            self._record_failure(
-                intent, errors.BackendRefused(f"The backend failed in a way it must not ({type(error).__name__}).")
-            )
+            defect = errors.BackendError(f"The backend failed in a way it must not ({type(error).__name__}).")
+            self._record_failure(intent, defect)
 
     # --- generation
 
@@ -129,7 +130,7 @@ class IntentRunner:
             evidence: Evidence = ask("attributes", lambda backend: backend.attributes(made.ref), seconds.read)
             if not evidence.holds:
                 raise errors.BackendRefused("The module made a key that is not sign-only and non-extractable.")
-            self._record(intent, made, evidence)
+            is_wanted = self._record(intent, made, evidence)
         except errors.StoreUnavailable:
             # The record may be committed and only the answer lost: keep the pair. At worst it is surplus.
             raise
@@ -138,13 +139,25 @@ class IntentRunner:
             with contextlib.suppress(errors.Error):
                 ask("destroy", lambda backend: backend.destroy(made.ref), seconds.change)
             raise
+        if not is_wanted:
+            with contextlib.suppress(errors.Error):
+                ask("destroy", lambda backend: backend.destroy(made.ref), seconds.change)
 
-    def _record(self, intent: Intent, made: GeneratedKey, evidence: Evidence) -> None:
+    def _record(self, intent: Intent, made: GeneratedKey, evidence: Evidence) -> bool:
+        """Record the pair on its version. False where the key was retired or deleted meanwhile: nothing refers to it.
+
+        A pair of a module that was revoked meanwhile becomes surplus.
+        """
         with self._leader_lease.fenced_write() as tx:
             current, version = _current(tx, intent)
+            if current.state is IntentState.STARTED and version.failure is not None:
+                tx.save(
+                    replace(current, state=IntentState.ABANDONED, finished_at=tx.now(), error=version.failure["detail"])
+                )
+                return False
             if current.state is not IntentState.STARTED or version.state is not VersionState.CREATING:
                 log.warning("key_pair_surplus", label=intent.label)
-                return
+                return True
             tx.save(
                 replace(
                     version,
@@ -157,6 +170,7 @@ class IntentRunner:
             tx.save(replace(current, state=IntentState.DONE, finished_at=tx.now()))
             _publish(tx, version)
         log.info("key_pair_generated", version=version.id, alg=version.alg, label=intent.label)
+        return True
 
     # --- destruction
 
@@ -237,22 +251,45 @@ class IntentRunner:
 
     # --- failure
 
-    def _record_failure(self, intent: Intent, error: errors.Error) -> None:
-        """Record a failed attempt, and add a later one under a new label unless the module can never do it."""
-        permanent = isinstance(error, errors.UnsupportedAlgorithm)
+    def _is_final(self, intent: Intent, error: errors.Error) -> bool:
+        """Whether the module declines to make this key pair, so that repeating the attempt changes nothing.
+
+        A module that refuses everything, such as one with a wrong PIN, says nothing about the pair.
+        """
+        if intent.kind is not IntentKind.GENERATE or not isinstance(error, errors.BackendRefused):
+            return isinstance(error, errors.UnsupportedAlgorithm)
+        seconds = self._backends.timeouts(intent.backend).read
+        try:
+            with self._leader_lease.renew_during_step():
+                self._backends.ask(intent.backend, "ping", lambda backend: backend.ping(), seconds)
+        except errors.BackendError:
+            return False
+        return True
+
+    def _record_failure(self, intent: Intent, error: errors.Error, is_final: bool = False) -> None:
+        """Record a failed attempt, and add a later one under a new label.
+
+        A version is given up where the failure `is_final`, or after `MAX_GENERATIONS` attempts.
+        """
+        is_final = is_final or intent.attempt >= MAX_GENERATIONS
+        given_up: dict[str, str] = {}
         with self._leader_lease.fenced_write() as tx:
             current, version = _current(tx, intent)
             if current.state is not IntentState.STARTED:
                 return
             now = tx.now()
             tx.save(replace(current, state=IntentState.FAILED, finished_at=now, error=error.detail))
-            if permanent and version.state is VersionState.CREATING:
-                tx.save(replace(version, state=VersionState.DESTROYED, destroyed_at=now))
+            if is_final and intent.kind is IntentKind.GENERATE and _generation_wanted(version, now):
+                given_up = _purpose(tx, version)
+                transitions.give_up(tx, version, error.code, error.detail)
                 _publish(tx, version)
             elif _may_retry(intent, version):
                 not_before = timeline.later(now, _retry_delay(intent, error))
                 transitions.add_intent(tx, intent.kind, version, not_before, attempt=intent.attempt + 1)
         log.warning("module_step_failed", kind=intent.kind.value, code=error.code, error=error.detail)
+        if given_up:
+            names = {name.replace("-", "_"): value for name, value in given_up.items()}
+            log.error("version_given_up", **names, attempts=intent.attempt, code=error.code, error=error.detail)
 
     def _version(self, intent: Intent) -> KeyVersion:
         with self._store.read() as tx:
@@ -297,13 +334,15 @@ def _publish(tx: WriteTx, version: KeyVersion) -> None:
 
 
 def _generation_wanted(version: KeyVersion, _: Instant) -> bool:
-    return version.state is VersionState.CREATING
+    return timeline.is_to_be_published(version) and version.kid is None
 
 
 def _destruction_wanted(version: KeyVersion, now: Instant) -> bool:
     """The destruction may have been postponed or cancelled while the module was away."""
     at = timeline.destructible_at(version)
-    return version.state in (VersionState.RETIRED, VersionState.REVOKED) and at is not None and at <= now
+    given_up = version.state is VersionState.CREATING and version.failure is not None
+    may_go = given_up or version.state in (VersionState.RETIRED, VersionState.REVOKED)
+    return may_go and at is not None and at <= now
 
 
 def _telling_wanted(version: KeyVersion, _: Instant) -> bool:
@@ -321,7 +360,7 @@ _WANTED: dict[IntentKind, Callable[[KeyVersion, Instant], bool]] = {
 def _may_retry(intent: Intent, version: KeyVersion) -> bool:
     """Whether another attempt can make sense."""
     if intent.kind is IntentKind.GENERATE:
-        return version.state is VersionState.CREATING
+        return timeline.is_to_be_published(version)
     return version.state is not VersionState.DESTROYED
 
 

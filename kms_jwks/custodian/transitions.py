@@ -83,6 +83,26 @@ def label_prefix(tx: ReadTx) -> str:
     return f"kj-{tx.installation().id}-"
 
 
+def give_up(tx: WriteTx, version: KeyVersion, code: str, detail: str) -> None:
+    """End a version that was never published, with the reason: no attempt to make its pair follows.
+
+    A pair that waits for its first document is destroyed in its module. An adopted one stays there: the service did
+    not make it. `code` is a problem code.
+    """
+    now = tx.now()
+    for intent in tx.intents(states={IntentState.PENDING}, version_id=version.id):
+        tx.save(replace(intent, state=IntentState.ABANDONED, finished_at=now, error=detail))
+    is_adopted = version.origin is Origin.ADOPTED
+    if is_adopted:
+        detail = f"{detail} Its adopted key pair stays in the module."
+    version = replace(version, failure={"code": code, "detail": detail})
+    if version.kid is None or is_adopted:
+        tx.save(replace(version, state=_S.DESTROYED, destroyed_at=now))
+        return
+    tx.save(replace(version, destroy_at=now))
+    add_intent(tx, IntentKind.DESTROY, version, now)
+
+
 def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
     """Publish the versions of `key_set` whose key pairs are made, each in the document that it belongs to.
 
@@ -92,7 +112,7 @@ def publish_ready(tx: WriteTx, key_set: KeySet) -> list[KeyVersion]:
     known = {is_post_quantum(alg) for _, alg in tx.ever_published(key_set.id)}
     enabled = {key.id for key in tx.keys(key_set.id) if key.disabled_at is None}
     creating = tx.versions(key_set_id=key_set.id, states={_S.CREATING})
-    creating = [v for v in creating if v.kid is not None or v.key_id in enabled]
+    creating = [v for v in creating if timeline.is_to_be_published(v) and (v.kid is not None or v.key_id in enabled)]
     published: list[KeyVersion] = []
     for post_quantum in (False, True):
         requested = [v for v in creating if is_post_quantum(v.alg) is post_quantum]
@@ -260,6 +280,91 @@ def revoke(
     return successor
 
 
+# --- the end of keys and key sets
+
+
+def retire_key(tx: WriteTx, key_set: KeySet, key: Key, *, lease: int) -> Key:
+    """End a key: it signs no longer, for ever. A retired key is disabled too, and stays as a tombstone with its name.
+
+    The version that signs leaves the JWKS when no token it signed can be alive (I2). Versions that never signed leave
+    it, or end, at once. Each pair is destroyed `destroy_after` later. Repeating changes nothing.
+    """
+    if key.retired_at is not None:
+        return key
+    now = tx.now()
+    for version in tx.versions(key_id=key.id):
+        if version.state is _S.CREATING and version.failure is None:
+            give_up(tx, version, errors.KeyRetired.code, "The key was retired before this version was published.")
+        elif version.state is _S.PUBLISHED:
+            retired = replace(version, state=_S.RETIRED, retired_at=now)
+            tx.save(replace(retired, destroy_at=_destruction_date(retired, key, now)))
+        elif version.state is _S.ACTIVE:
+            in_force = timeline.bounds(key.policy, lease=lease, cache_lifetime=key_set.cache_lifetime)
+            ended = replace(version, state=_S.RETIRING, deactivated_at=now, bounds=version.bounds.widened(in_force))
+            tx.save(replace(ended, emergency=False))
+    retired_key = replace(key, retired_at=now, disabled_at=key.disabled_at or now)
+    retired_key = replace(retired_key, revision=key.revision + 1, updated_at=now)
+    tx.save(retired_key)
+    return retired_key
+
+
+def retire_key_set(tx: WriteTx, key_set: KeySet, *, lease: int) -> KeySet:
+    """Retire every key of a set, which takes no new one. Its JWKS is served on, empty in the end.
+
+    External keys stay until their dates. Repeating changes nothing.
+    """
+    for key in tx.keys(key_set.id):
+        retire_key(tx, key_set, key, lease=lease)
+    if key_set.retired_at is not None:
+        return key_set
+    now = tx.now()
+    retired = replace(key_set, retired_at=now, revision=key_set.revision + 1, updated_at=now)
+    tx.save(retired)
+    return retired
+
+
+def delete_key(tx: WriteTx, key: Key) -> None:
+    """Delete a key that never published a version, with its grants. The row stays as a tombstone; the name is free.
+
+    Raises AlreadyPublished.
+    """
+    versions = tx.versions(key_id=key.id)
+    if any(v.published_at is not None for v in versions):
+        raise errors.AlreadyPublished(f"Key {key.name!r} has published a version.")
+    now = tx.now()
+    for version in versions:
+        if version.state is _S.CREATING and version.failure is None:
+            give_up(tx, version, errors.KeyNotFound.code, "The key was deleted before this version was published.")
+        elif version.state is _S.REVOKED and version.origin is Origin.GENERATED:
+            # No plan covers a deleted key, so its date does not come.
+            tx.save(replace(version, destroy_at=now))
+            add_intent(tx, IntentKind.DESTROY, version, now)
+    for grant in tx.grants():
+        if grant.key_id == key.id:
+            tx.save(replace(grant, deleted_at=now))
+    gone = replace(key, deleted_at=now, disabled_at=key.disabled_at or now)
+    tx.save(replace(gone, revision=key.revision + 1, updated_at=now))
+
+
+def delete_key_set(tx: WriteTx, key_set: KeySet) -> None:
+    """Delete a key set that never published anything, with its keys and grants, as `delete_key` does.
+
+    Raises AlreadyPublished.
+    """
+    if key_set.first_published_at is not None:
+        raise errors.AlreadyPublished(f"Key set {key_set.name!r} has published a key.")
+    now = tx.now()
+    for key in tx.keys(key_set.id):
+        delete_key(tx, key)
+    for grant in tx.grants():
+        if grant.key_set_id == key_set.id:
+            tx.save(replace(grant, deleted_at=now))
+    tx.save(replace(key_set, deleted_at=now, revision=key_set.revision + 1, updated_at=now))
+
+
+# --- destruction
+
+
 def schedule_destruction(tx: WriteTx, version: KeyVersion, when: Instant | None, destroy_after: int) -> KeyVersion:
     """Date the destruction of a retired or revoked version: at least 7 days ahead, and not while its tokens are alive.
 
@@ -290,7 +395,7 @@ def schedule_destruction(tx: WriteTx, version: KeyVersion, when: Instant | None,
 
 def cancel_destruction(tx: WriteTx, version: KeyVersion) -> KeyVersion:
     """Cancel a scheduled destruction. Raises TransitionRefused once the key is destroyed or being destroyed."""
-    if version.destroy_at is None or version.state is _S.DESTROYED:
+    if version.destroy_at is None or version.state in (_S.CREATING, _S.DESTROYED):
         raise errors.TransitionRefused(f"No destruction of version {version.number} is scheduled.")
     _require_not_started(tx, version)
     _abandon_attempts(tx, version)
@@ -328,9 +433,11 @@ def start_new_incarnation(tx: WriteTx) -> list[Key]:
         tx.save(replace(intent, state=IntentState.ABANDONED, finished_at=now, error="the registry was restored"))
     counter = tx.next_epoch().counter
     for version in tx.versions(states={_S.CREATING, _S.PUBLISHED}):
-        if version.state is _S.CREATING:
+        if version.state is _S.CREATING and version.failure is not None:
+            add_intent(tx, IntentKind.DESTROY, version, now)
+        elif version.state is _S.CREATING and version.kid is None:
             add_intent(tx, IntentKind.GENERATE, version, now)
-        else:
+        elif version.state is _S.PUBLISHED:
             tx.save(replace(version, published_epoch=counter, visible_since=None, first_fill=False))
     keys = tx.keys()
     disabled = [replace(key, disabled_at=now, revision=key.revision + 1) for key in keys if key.disabled_at is None]

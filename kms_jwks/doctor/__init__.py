@@ -57,6 +57,7 @@ def examine(
         yield from registry_checks.clocks(registry, registry.now - wall())
         yield from registry_checks.custodian(registry)
         yield from registry_checks.intents(registry)
+        yield from registry_checks.given_up(registry)
         yield from registry_checks.workers(registry)
         yield from registry_checks.policies(registry)
         yield from registry_checks.external_keys(registry)

@@ -59,18 +59,22 @@ class Registry:
     external_records: list[ExternalKey]
     """The external keys of all key sets, removed ones included."""
     ending: list[Ending]
+    given_up: list[KeyVersion]
+    """The latest version of each key in use, where its pair was not made."""
 
     @classmethod
     def of(cls, store: Store) -> Registry:
         """Read the registry. Raises StoreUnavailable."""
         with store.read() as tx:
+            versions, keys = tx.versions(), tx.keys()
+            latest = {v.key_id: v for v in sorted(versions, key=lambda v: v.number)}
             return cls(
                 installation=tx.installation().id,
                 epoch=tx.epoch(),
                 now=tx.now(),
                 key_sets=tx.key_sets(),
-                keys=tx.keys(),
-                versions=[v for v in tx.versions() if v.state is not VersionState.DESTROYED],
+                keys=keys,
+                versions=[v for v in versions if v.state is not VersionState.DESTROYED],
                 workers=tx.workers(),
                 intents=tx.intents(),
                 lease=tx.custodian_lease(),
@@ -78,6 +82,9 @@ class Registry:
                 grants=tx.grants(),
                 external_records=tx.external_keys(include_removed=True),
                 ending=list_ending(tx),
+                given_up=[
+                    v for k in keys if k.retired_at is None and (v := latest.get(k.id)) and v.failure is not None
+                ],
             )
 
     def name_of(self, version: KeyVersion) -> str:
@@ -166,6 +173,22 @@ def intents(registry: Registry) -> Iterator[Check]:
             )
     if not found:
         yield Check("intents", State.OK, "none is stuck")
+
+
+def given_up(registry: Registry) -> Iterator[Check]:
+    """Key pairs that a module declined to make, so that a key has no standby or cannot sign at all."""
+    for version in registry.given_up:
+        assert version.failure is not None
+        key_set, key, number = registry.name_of(version).split()
+        signs = any(v.key_id == version.key_id and v.state is VersionState.ACTIVE for v in registry.versions)
+        what = "the key has no standby" if signs else "the key cannot sign"
+        step = (
+            "Fix the cause that the error names; the custodian asks again an hour later."
+            if signs
+            else f"Fix the cause, then kms-jwks version create {key_set} {key}; or kms-jwks key delete {key_set} {key}"
+        )
+        detail = f"version {number} of {key_set} {key} was not made, {what}: {version.failure['detail']}"
+        yield Check("key pairs", State.WARNING if signs else State.FAILURE, detail, step)
 
 
 def workers(registry: Registry) -> Iterator[Check]:

@@ -58,6 +58,17 @@ def patch_key_set(service: Service, request: Request, body: wire.KeySetPatch) ->
     )
 
 
+def retire_key_set(service: Service, request: Request, body: Empty) -> Response:
+    """Retire a key set with its keys, for ever: they stop signing and leave the JWKS when no token is alive."""
+    return _changed(service.key_sets.retire(request.context, request.params["key_set"]))
+
+
+def delete_key_set(service: Service, request: Request) -> Response:
+    """Delete a key set that has never published anything."""
+    service.key_sets.delete(request.context, request.params["key_set"])
+    return gone()
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +112,17 @@ def disable_key(service: Service, request: Request, body: Empty) -> Response:
 def enable_key(service: Service, request: Request, body: Empty) -> Response:
     """Let a disabled key sign again."""
     return _changed(service.keys.enable(request.context, *_key(request)))
+
+
+def retire_key(service: Service, request: Request, body: Empty) -> Response:
+    """Retire a key, for ever: it stops signing and leaves the JWKS when no token is alive."""
+    return _changed(service.keys.retire(request.context, *_key(request)))
+
+
+def delete_key(service: Service, request: Request) -> Response:
+    """Delete a key that has never published anything."""
+    service.keys.delete(request.context, *_key(request))
+    return gone()
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
@@ -291,9 +313,9 @@ def _public_key_type(accept: str) -> str:
 _QUALITY = re.compile(r"(?:^|;)\s*q=([01](?:\.[0-9]{0,3})?)\s*(?:;|$)")
 
 
-def _changed(key: wire.Key) -> Response:
-    response = ok(key)
-    response.headers.append(("ETag", f'"{key.revision}"'))
+def _changed(answer: wire.KeySet | wire.Key) -> Response:
+    response = ok(answer)
+    response.headers.append(("ETag", f'"{answer.revision}"'))
     return response
 
 

@@ -103,6 +103,7 @@ _KEY = {
     "created_at": _MADE,
     "updated_at": _MADE,
     "revision": 1,
+    "retired_at": None,
     "versions": [_ACTIVE, _STANDBY],
 }
 _KEY_SET = {
@@ -119,6 +120,7 @@ _KEY_SET = {
     "created_at": _MADE,
     "updated_at": _MADE,
     "revision": 2,
+    "retired_at": None,
 }
 _EXTERNAL = {
     "kid": "2025-old",
@@ -147,6 +149,7 @@ _EXPOSURE = {
             "learns": "knows",
             "learns_by": None,
             "words": "It keeps a JWKS for 10 minutes.",
+            "cured_by_second_rotation": True,
         }
     ],
 }

@@ -289,6 +289,8 @@ ROUTES: tuple[Route, ...] = (
     ),
     _get(_SET, admin.get_key_set, P.KEY_SET_READ, wire.KeySet, etag=True),
     _change("PATCH", _SET, admin.patch_key_set, P.KEY_SET_UPDATE, wire.KeySetPatch, wire.KeySet, problems=_IF_MATCH),
+    _change("POST", f"{_SET}/retire", admin.retire_key_set, P.KEY_SET_DELETE, Empty, wire.KeySet),
+    _change("DELETE", _SET, admin.delete_key_set, P.KEY_SET_DELETE),
     # keys
     _get(f"{_SET}/keys", admin.list_keys, P.KEY_READ, items=wire.Key, filters=admin.KEY_FILTERS),
     _change(
@@ -308,6 +310,8 @@ ROUTES: tuple[Route, ...] = (
     _change("POST", f"{_KEY}/rotate", admin.rotate_key, P.KEY_ROTATE, wire.RotateRequest, wire.Key),
     _change("POST", f"{_KEY}/disable", admin.disable_key, P.KEY_DISABLE, Empty, wire.Key),
     _change("POST", f"{_KEY}/enable", admin.enable_key, P.KEY_ENABLE, Empty, wire.Key),
+    _change("POST", f"{_KEY}/retire", admin.retire_key, P.KEY_DELETE, Empty, wire.Key),
+    _change("DELETE", _KEY, admin.delete_key, P.KEY_DELETE),
     # versions
     _get(f"{_KEY}/versions", admin.list_versions, P.KEY_READ, items=wire.Version, filters=admin.VERSION_FILTERS),
     _change(

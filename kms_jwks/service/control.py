@@ -13,7 +13,6 @@ from kms_jwks.access import Permission, Scope
 from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.calling import Backends
 from kms_jwks.model import Epoch, Id, Instant, Key, KeyVersion, VersionState, name_error
-from kms_jwks.service import views
 from kms_jwks.service.guard import Entered, Guard, RequestContext
 from kms_jwks.store import ReadTx, Store, WriteTx
 from kms_jwks.times import to_instant
@@ -34,6 +33,8 @@ class Control:
     confirmation: Confirmation
     backends: Backends
     public_url: str
+    default_key_set: str = ""
+    """The key set that the paths without a name serve."""
 
     @contextlib.contextmanager
     def change(self) -> Iterator[WriteTx]:
@@ -57,8 +58,8 @@ class Control:
     def wait_for_custodian(self, ids: list[Id]) -> bool:
         """Wait until the versions `ids` are published everywhere, and sign if they may sign at once. False after 10 s.
 
-        The versions are committed already, so keep waiting while the database is down. Raises
-        UnsupportedAlgorithmRequested for a version whose key pair will never be made.
+        The versions are committed already, so keep waiting while the database is down. Raises the module's refusal, as
+        `creation_error` words it, for a version whose key pair will never be made.
         """
         end = time.monotonic() + CUSTODIAN_WAIT
         while True:
@@ -76,9 +77,8 @@ class Control:
         with self.store.read() as tx:
             versions = [v for v in (tx.version(i) for i in ids) if v is not None]
             for version in versions:
-                if version.state is VersionState.DESTROYED and version.kid is None:
-                    reason = views.last_failure(tx, version) or "The module could not make this key."
-                    raise errors.UnsupportedAlgorithmRequested(reason)
+                if version.failure is not None or (version.state is VersionState.DESTROYED and version.kid is None):
+                    raise creation_error(tx, version)
             return tx.epoch() if all(is_settled(tx, v) for v in versions) else None
 
     def check_break_glass(self, context: RequestContext, found: Entered, request: wire.BreakGlassRequest) -> str | None:
@@ -93,6 +93,18 @@ class Control:
         if not request.reason.strip():
             raise errors.InvalidField("reason: break_glass needs one", fields={"field": "reason"})
         return request.reason
+
+
+def creation_error(tx: ReadTx, version: KeyVersion) -> errors.Error:
+    """Why a version's pair was not made, as the answer to the call that asked for it. Names the key and the version."""
+    given_up = {"code": errors.Conflict.code, "detail": "The version was given up before its key pair was made."}
+    failure = version.failure or given_up
+    cls = errors.BY_CODE.get(failure["code"], errors.Conflict)
+    key = tx.key_by_id(version.key_id)
+    fields = {"key": key.name if key else None, "number": version.number}
+    if cls is errors.UnsupportedAlgorithm:
+        return errors.UnsupportedAlgorithmRequested(failure["detail"], fields=fields)
+    return cls(failure["detail"], fields=fields)
 
 
 def is_settled(tx: ReadTx, version: KeyVersion) -> bool:
@@ -171,6 +183,8 @@ def looks_like_number(version: str) -> bool:
 
 
 def require_enabled(key: Key) -> None:
-    """Raise KeyDisabled."""
+    """Raise KeyRetired, KeyDisabled."""
+    if key.retired_at is not None:
+        raise errors.KeyRetired(f"Key {key.name!r} is retired.")
     if key.disabled_at is not None:
         raise errors.KeyDisabled(f"Key {key.name!r} is disabled.")

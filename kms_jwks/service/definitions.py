@@ -31,6 +31,9 @@ def add_key_set(
     """Write a key set and its first keys, some of them adopted. Returns it with the ids of their first versions."""
     now = tx.now()
     name = check_name(request.name)
+    if tx.key_set(name) is not None:
+        # The issuer may be taken too, and databases differ in which of the two they name.
+        raise errors.NameTaken
     issuer = f"{control.public_url}/{name}" if request.issuer is UNSET else request.issuer
     key_set = KeySet(
         id=new_id(),

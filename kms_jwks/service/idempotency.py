@@ -40,7 +40,7 @@ def find_created(
             "This Idempotency-Key came with another route, other names or another body before."
         )
     found = find(record.created_id)
-    if found is None:
+    if found is None or getattr(found, "deleted_at", None) is not None:
         raise errors.NotFound("What the first call with this Idempotency-Key made was deleted.")
     return found
 

@@ -1,7 +1,8 @@
-"""Use cases on key sets: list, create, read, change."""
+"""Use cases on key sets: list, create, read, change, retire, delete."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from msgspec import UNSET
@@ -61,7 +62,11 @@ class KeySets:
             return views.key_set(tx, found.key_set, self._control.public_url)
 
     def create(self, context: RequestContext, request: wire.KeySetCreate) -> Created[wire.KeySet]:
-        """Create a key set, with the keys named in the same call: these sign as soon as every worker publishes them."""
+        """Create a key set, with the keys named in the same call: these sign as soon as every worker publishes them.
+
+        Raises the module's refusal where it declines to make a pair. Then no set is left, or, where other keys of it
+        are published already, the set without the key that the error names.
+        """
         control = self._control
         with control.store.read() as reading:
             self._authorise_creation(reading, context, request)
@@ -78,7 +83,11 @@ class KeySets:
             answer = views.key_set(tx, key_set, control.public_url)
         complete = True
         if versions:
-            complete = control.wait_for_custodian(versions)
+            try:
+                complete = control.wait_for_custodian(versions)
+            except errors.Error as error:
+                self._remove(key_set, error)
+                raise
             with control.store.read() as after:
                 answer = views.key_set(after, after.key_set_by_id(key_set.id) or key_set, control.public_url)
         else:
@@ -90,6 +99,56 @@ class KeySets:
         if any(wanted.adopt is not UNSET for wanted in request.keys):
             self._control.guard.enter(tx, context, Permission.KEY_ADOPT)
 
+    def retire(self, context: RequestContext, name: str) -> wire.KeySet:
+        """Retire a set with all its keys: the answer comes when no worker signs with them. Repeating changes nothing.
+
+        Raises Conflict for the default key set.
+        """
+        control = self._control
+        with control.change_everywhere() as tx:
+            found = control.guard.enter_set(tx, context, Permission.KEY_SET_DELETE, name)
+            self._refuse_default(name)
+            retired = transitions.retire_key_set(tx, found.key_set, lease=control.confirmation.lease(tx))
+            return views.key_set(tx, retired, control.public_url)
+
+    def delete(self, context: RequestContext, name: str) -> None:
+        """Delete a set that never published anything; its name and issuer are free again.
+
+        Raises AlreadyPublished, and Conflict for the default key set.
+        """
+        with self._control.change() as tx:
+            found = self._control.guard.enter_set(tx, context, Permission.KEY_SET_DELETE, name)
+            self._refuse_default(name)
+            transitions.delete_key_set(tx, found.key_set)
+
+    def _refuse_default(self, name: str) -> None:
+        if name == self._control.default_key_set:
+            raise errors.Conflict(
+                f"Key set {name!r} is this node's default_key_set, which the paths without a key set's name serve.",
+                next_step="Name another set in default_key_set on every node and restart them, or retire single keys.",
+            )
+
+    def _remove(self, created: KeySet, refusal: errors.Error) -> None:
+        """Delete the set that a call created, or, if it has published other keys, the key that `refusal` names.
+
+        `refusal` then says what is left.
+        """
+        with contextlib.suppress(errors.Error), self._control.change() as tx:
+            key_set = tx.key_set_by_id(created.id)
+            if key_set is None or key_set.deleted_at is not None or key_set.retired_at is not None:
+                return
+            if key_set.first_published_at is None:
+                transitions.delete_key_set(tx, key_set)
+                tx.remove_idempotency_record(key_set.id)
+                refusal.next_step = f"No key set was created. {refusal.next_step}"
+                return
+            failed = tx.key(key_set.id, str(refusal.fields.get("key")))
+            if failed is not None:
+                transitions.delete_key(tx, failed)
+            kept = [key.name for key in tx.keys(key_set.id)]
+            refusal.fields["created"] = kept
+            refusal.next_step = f"The key set exists with {', '.join(kept)}: create the other key in it, or retire it."
+
     def patch(self, context: RequestContext, name: str, request: wire.KeySetPatch, if_match: int | None) -> wire.KeySet:
         """Change issuer (before a key could sign), access, cache lifetime. Raises Immutable, PolicyRefused."""
         control = self._control
@@ -97,6 +156,8 @@ class KeySets:
             found = control.guard.enter_set(tx, context, Permission.KEY_SET_UPDATE, name)
             key_set = found.key_set
             check_revision(key_set.revision, if_match)
+            if key_set.retired_at is not None and request.issuer is not UNSET:
+                raise errors.KeySetRetired(f"Key set {name!r} is retired, and its issuer stays taken.")
             changed = key_set
             if request.issuer is not UNSET and request.issuer != key_set.issuer:
                 if key_set.first_activated_at is not None:

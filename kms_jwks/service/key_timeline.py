@@ -72,7 +72,7 @@ def build_timeline(facts: Facts) -> wire.Timeline:
             *(_view_version(v, events, key, key_set, now) for v in own),
             *(_view_planned_version(n, events, now) for n in sorted({e.number for e in events} - numbers)),
         ],
-        steps=[*_list_undated_steps(planned, key, own), *_list_dated_steps(planned, events)],
+        steps=[*_list_undated_steps(planned, key, own), *_list_dated_steps(planned, events, key)],
     )
 
 
@@ -116,7 +116,7 @@ def _list_undated_steps(planned: Sequence[Step], key: Key, own: Sequence[KeyVers
     ]
 
 
-def _list_dated_steps(planned: Sequence[Step], events: Sequence[Event]) -> list[wire.TimelineStep]:
+def _list_dated_steps(planned: Sequence[Step], events: Sequence[Event], key: Key) -> list[wire.TimelineStep]:
     """The forecast's events to come, each with what its step waits for where that is planned already."""
     planned_steps = {(s.kind.value, s.subject): s for s in planned}
     steps = []
@@ -124,6 +124,9 @@ def _list_dated_steps(planned: Sequence[Step], events: Sequence[Event]) -> list[
         if event.past:
             continue
         step = planned_steps.get((event.kind, event.subject))
+        if event.kind == StepKind.CREATE:
+            # The version does not exist yet: the step is the key's, and only the first one is planned.
+            step = planned_steps.pop((event.kind, key.id), None)
         steps.append(
             wire.TimelineStep(
                 kind=event.kind,

@@ -1,7 +1,8 @@
-"""Use cases on keys: list, create, read, change, rotate, disable, enable."""
+"""Use cases on keys: list, create, read, change, rotate, disable, enable, retire, delete."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from msgspec import UNSET
@@ -67,7 +68,10 @@ class Keys:
         return key_timeline.build_timeline(facts)
 
     def create(self, context: RequestContext, key_set: str, request: wire.KeyCreate) -> Created[wire.Key]:
-        """Create a key. In a set that has published before, its first version signs after the publish lead."""
+        """Create a key. In a set that has published before, its first version signs after the publish lead.
+
+        Raises the module's refusal where it declines to make the first pair; no key is left then.
+        """
         control = self._control
         permission = Permission.KEY_CREATE if request.adopt is UNSET else Permission.KEY_ADOPT
         with control.store.read() as reading:
@@ -84,7 +88,11 @@ class Keys:
                 if candidate is not None:
                     adoption.publish(tx, found.key_set, [candidate])
                 record_created(tx, context, request, key.id, key_set)
-        complete = control.wait_for_custodian([first.id] if first else [])
+        try:
+            complete = control.wait_for_custodian([first.id] if first else [])
+        except errors.Error as error:
+            self._remove(key, error)
+            raise
         with control.store.read() as tx:
             answer = views.key(tx, found.key_set, tx.key_by_id(key.id) or key)
         return Created(answer, complete, f"/v1/key-sets/{key_set}/keys/{key.name}")
@@ -153,9 +161,34 @@ class Keys:
         with self._control.change() as tx:
             found = self._control.guard.enter_key(tx, context, Permission.KEY_ENABLE, key_set, key)
             changed = found.key
+            if changed.retired_at is not None:
+                raise errors.KeyRetired(f"Key {key!r} is retired.")
             if changed.disabled_at is not None:
                 changed = _save(tx, replace(changed, disabled_at=None))
             return views.key(tx, found.key_set, changed)
+
+    def retire(self, context: RequestContext, key_set: str, key: str) -> wire.Key:
+        """End a key: the answer comes when no worker signs with it. Repeating changes nothing."""
+        control = self._control
+        with control.change_everywhere() as tx:
+            found = control.guard.enter_key(tx, context, Permission.KEY_DELETE, key_set, key)
+            retired = transitions.retire_key(tx, found.key_set, found.key, lease=control.confirmation.lease(tx))
+            return views.key(tx, found.key_set, retired)
+
+    def delete(self, context: RequestContext, key_set: str, key: str) -> None:
+        """Delete a key that never published anything; its name is free again. Raises AlreadyPublished."""
+        with self._control.change() as tx:
+            found = self._control.guard.enter_key(tx, context, Permission.KEY_DELETE, key_set, key)
+            transitions.delete_key(tx, found.key)
+
+    def _remove(self, created: Key, refusal: errors.Error) -> None:
+        """Delete the key that a call created and whose first pair was not made; `refusal` then says so."""
+        with contextlib.suppress(errors.Error), self._control.change() as tx:
+            key = tx.key_by_id(created.id)
+            if key is not None and key.deleted_at is None and key.retired_at is None:
+                transitions.delete_key(tx, key)
+                tx.remove_idempotency_record(key.id)
+                refusal.next_step = f"No key was created. {refusal.next_step}"
 
 
 def _save(tx: WriteTx, key: Key) -> Key:

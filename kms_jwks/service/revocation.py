@@ -231,6 +231,7 @@ def _assess_exposure(tx: ReadTx, done: Sequence[_RevokedVersion], lease: int) ->
         has_successor=all(v is not None for v, _ in successors),
         successor_visible_since=max(known) if len(known) == len(successors) else None,
         second_rotation_at=max(second) if len(second) == len(successors) else None,
+        is_retired=all(d.key.retired_at is not None for d in published),
     )
     return views.exposure(case, exposure.report(case))
 

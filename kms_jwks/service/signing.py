@@ -101,6 +101,8 @@ class Signing:
         found_set, found_key = self._admit(call, snapshot)
         self._sync.leased()
         prepare = preparer_of(operation, found_set.purpose)
+        if found_key.retired:
+            raise errors.KeyRetired(f"Key {key!r} of key set {key_set!r} is retired.")
         if not found_key.enabled:
             raise errors.KeyDisabled(f"Key {key!r} of key set {key_set!r} is disabled.")
         if "batch" not in body:
@@ -218,6 +220,8 @@ class Signing:
         if found is None:
             raise errors.KidNotActive("The version was withdrawn while its signature was being made.")
         key, signer = found
+        if key.retired:
+            raise errors.KeyRetired(f"Key {key.name!r} was retired while the signature was being made.")
         if not key.enabled:
             raise errors.KeyDisabled(f"Key {key.name!r} was disabled while the signature was being made.")
         if signer.until is not None:

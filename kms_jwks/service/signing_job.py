@@ -79,7 +79,9 @@ def finish(job: SigningJob, signature: bytes) -> wire.Answer:
 
 
 def active_of(key: SigningKey) -> Signer:
-    """The version that signs now. Raises KeyDisabled, NoActiveVersion (with usable_at where it is known)."""
+    """The version that signs now. Raises KeyRetired, KeyDisabled, NoActiveVersion (with usable_at where known)."""
+    if key.retired:
+        raise errors.KeyRetired(f"Key {key.name!r} is retired.")
     if not key.enabled:
         raise errors.KeyDisabled(f"Key {key.name!r} is disabled.")
     if key.active is None:

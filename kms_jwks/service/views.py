@@ -70,6 +70,7 @@ def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
         keys=[key(tx, value, k) for k in tx.keys(value.id)],
         external_keys=external_keys(tx, value),
         external_keys_removed=tx.count_removed_external_keys(value.id),
+        retired_at=optional(value.retired_at),
     )
 
 
@@ -124,6 +125,7 @@ def key_set_summaries(tx: ReadTx, public_url: str) -> Callable[[KeySet], wire.Ke
                 for k in keys.get(value.id, [])
             ],
             external_keys=external.get(value.id, []),
+            retired_at=optional(value.retired_at),
         )
 
     return summary
@@ -135,8 +137,13 @@ def _has_post_quantum(tx: ReadTx, value: KeySet) -> bool:
 
 
 def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
-    """A key with the versions that are not destroyed; a version adopted in spite of a weakness adds a warning."""
-    versions = [v for v in tx.versions(key_id=value.id) if v.state is not VersionState.DESTROYED]
+    """A key with the versions that are not destroyed.
+
+    A version adopted in spite of a weakness adds a warning, and so does the latest one if its pair was not made.
+    """
+    every = tx.versions(key_id=value.id)
+    latest = max(every, key=lambda v: v.number, default=None)
+    versions = [v for v in every if v.state is not VersionState.DESTROYED]
     active = next((v for v in versions if v.state is VersionState.ACTIVE), None)
     p = value.policy
     return wire.Key(
@@ -167,12 +174,20 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
         warnings=[
             *timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime),
             *(f"version {v.number} was adopted although {', '.join(v.weaknesses)}" for v in versions if v.weaknesses),
+            *(_not_made(latest) if latest is not None and value.retired_at is None else ()),
         ],
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
         revision=value.revision,
         versions=[version(tx, value, v) for v in versions],
+        retired_at=optional(value.retired_at),
     )
+
+
+def _not_made(value: KeyVersion) -> list[str]:
+    if value.failure is None:
+        return []
+    return [f"version {value.number} was not made: {value.failure['detail']}"]
 
 
 def checks(report: timeline.SafetyReport) -> list[wire.SafetyCheck]:
@@ -195,8 +210,11 @@ def last_failure(tx: ReadTx, value: KeyVersion) -> str | None:
 
 
 def version(tx: ReadTx, owner: Key, value: KeyVersion) -> wire.Version:
-    """A version; `usable_at` only while it is published, `trouble` only while its pair is not made."""
+    """A version; `usable_at` only while it is published, `trouble` only while its pair is not made, or never was."""
     waiting = value.state is VersionState.PUBLISHED
+    trouble = last_failure(tx, value) if value.state is VersionState.CREATING else None
+    if value.failure is not None:
+        trouble = value.failure["detail"]
     return wire.Version(
         kid=value.kid,
         number=value.number,
@@ -205,7 +223,7 @@ def version(tx: ReadTx, owner: Key, value: KeyVersion) -> wire.Version:
         public_jwk=published_jwk(value),
         created_at=to_datetime(value.created_at),
         backend=value.backend,
-        trouble=last_failure(tx, value) if value.state is VersionState.CREATING else None,
+        trouble=trouble,
         published_at=optional(value.published_at),
         visible_since=optional(value.visible_since),
         usable_at=optional(timeline.usable_at(value, owner.policy)) if waiting else None,
@@ -260,6 +278,7 @@ def exposure(case: exposures.Case, rows: Sequence[exposures.Exposed]) -> wire.Ex
                 learns=row.learns.value,
                 learns_by=optional(row.learns_by),
                 words=row.words,
+                cured_by_second_rotation=row.cured,
             )
             for row in rows
         ],

@@ -151,6 +151,11 @@ def _comparable(value: object) -> object:
 
 _PUBLISHED_VIEW = _all_but("destroy_at", "destroy_told", "evidence", "published_epoch", "absence")
 _WHOLE = _all_but()
+_DEFINITION = _all_but("revision", "updated_at")
+
+
+def _living(entity: KeySet | Key) -> tuple[object, ...] | None:
+    return None if entity.deleted_at is not None else _DEFINITION(entity)
 
 
 def _version_view(version: KeyVersion) -> tuple[object, ...] | None:
@@ -174,13 +179,13 @@ MAPPERS: Mapping[type[Any], Mapper] = MappingProxyType(
                 KeySet,
                 tables.key_sets,
                 enums={"access": Access, "purpose": Purpose},
-                view=_all_but("revision", "updated_at"),
+                view=_living,
             ),
             Mapper(
                 Key,
                 tables.keys,
                 nested={"policy": Policy, "profile": SigningProfile},
-                view=_all_but("revision", "updated_at"),
+                view=_living,
             ),
             Mapper(
                 KeyVersion,
@@ -195,6 +200,7 @@ MAPPERS: Mapping[type[Any], Mapper] = MappingProxyType(
                     "breaches": _breaches,
                     "weaknesses": tuple,
                     "absence": dict,
+                    "failure": dict,
                 },
                 view=_version_view,
             ),

@@ -104,8 +104,8 @@ key_sets = Table(
     _instant("first_published_at", nullable=True),
     _instant("first_activated_at", nullable=True),
     _number("revision"),
-    UniqueConstraint("name"),
-    UniqueConstraint("issuer"),
+    _instant("retired_at", nullable=True),
+    _instant("deleted_at", nullable=True),
     _one_of("access", Access),
     _one_of("purpose", Purpose),
 )
@@ -136,7 +136,8 @@ keys = Table(
     _instant("updated_at"),
     _instant("disabled_at", nullable=True),
     _number("revision"),
-    UniqueConstraint("key_set_id", "name"),
+    _instant("retired_at", nullable=True),
+    _instant("deleted_at", nullable=True),
 )
 
 versions = Table(
@@ -178,6 +179,7 @@ versions = Table(
     _flag("emergency"),
     _instant("destroy_told", nullable=True),
     _text("absence", nullable=True),
+    _text("failure", nullable=True),
     UniqueConstraint("key_id", "number"),
     UniqueConstraint("kid"),
     _one_of("state", VersionState),
@@ -193,6 +195,18 @@ ONE_ACTIVE = Index(
     sqlite_where=versions.c.state == VersionState.ACTIVE.value,
     postgresql_where=versions.c.state == VersionState.ACTIVE.value,
 )
+
+
+def _unique_unless_deleted(table: Table, *columns: str) -> Index:
+    """An index that keeps a name unique among the rows that are no tombstones."""
+    living = table.c.deleted_at.is_(None)
+    name = f"uq_{table.name}_{'_'.join(columns)}"
+    return Index(name, *(table.c[c] for c in columns), unique=True, sqlite_where=living, postgresql_where=living)
+
+
+_unique_unless_deleted(key_sets, "name")
+_unique_unless_deleted(key_sets, "issuer")
+_unique_unless_deleted(keys, "key_set_id", "name")
 
 kids = Table(
     "kids",

@@ -73,8 +73,8 @@ class ReadTx:
             epoch=self.epoch(),
             installation=self.installation().id,
             now=self.now(),
-            key_sets=self._viewed(KeySet),
-            keys=self._viewed(Key),
+            key_sets=self._viewed(KeySet, t.key_sets.c.deleted_at.is_(None)),
+            keys=self._viewed(Key, t.keys.c.deleted_at.is_(None)),
             versions=self._viewed(KeyVersion, v.state.in_(shown) | v.revoked_at.is_not(None)),
             external_keys=self._viewed(ExternalKey, t.external_keys.c.removed_at.is_(None)),
             clients=self._viewed(Client, t.clients.c.deleted_at.is_(None)),
@@ -86,28 +86,30 @@ class ReadTx:
     # --- key sets, keys, versions
 
     def key_set(self, name: str) -> KeySet | None:
-        """The key set of that name."""
-        return self._first(KeySet, t.key_sets.c.name == name)
+        """The key set of that name, if it was not deleted."""
+        return self._first(KeySet, t.key_sets.c.name == name, t.key_sets.c.deleted_at.is_(None))
 
     def key_set_by_id(self, entity_id: Id) -> KeySet | None:
-        """The key set of that id."""
+        """The key set of that id, deleted or not."""
         return self._first(KeySet, t.key_sets.c.id == entity_id)
 
     def key_sets(self, *, after: Id | None = None, limit: int | None = None) -> list[KeySet]:
-        """Key sets after the id `after`, at most `limit`."""
-        return self._list(KeySet, after=after, limit=limit)
+        """Key sets that were not deleted, after the id `after`, at most `limit`."""
+        return self._list(KeySet, t.key_sets.c.deleted_at.is_(None), after=after, limit=limit)
 
     def key(self, key_set_id: Id, name: str) -> Key | None:
-        """The key of that name in a set."""
-        return self._first(Key, t.keys.c.key_set_id == key_set_id, t.keys.c.name == name)
+        """The key of that name in a set, if it was not deleted."""
+        c = t.keys.c
+        return self._first(Key, c.key_set_id == key_set_id, c.name == name, c.deleted_at.is_(None))
 
     def key_by_id(self, entity_id: Id) -> Key | None:
-        """The key of that id."""
+        """The key of that id, deleted or not."""
         return self._first(Key, t.keys.c.id == entity_id)
 
     def keys(self, key_set_id: Id | None = None, *, after: Id | None = None, limit: int | None = None) -> list[Key]:
-        """Keys, of one set or of all."""
-        return self._list(Key, *_equal(t.keys.c.key_set_id, key_set_id), after=after, limit=limit)
+        """Keys that were not deleted, of one set or of all."""
+        where = [*_equal(t.keys.c.key_set_id, key_set_id), t.keys.c.deleted_at.is_(None)]
+        return self._list(Key, *where, after=after, limit=limit)
 
     def version(self, entity_id: Id) -> KeyVersion | None:
         """The version of that id."""
@@ -349,6 +351,11 @@ class WriteTx(ReadTx):
         """Delete the idempotency records whose time is over."""
         table = t.idempotency_records
         self._connection.execute(delete(table).where(table.c.expires_at <= self.now()))
+
+    def remove_idempotency_record(self, created_id: Id) -> None:
+        """Delete the record of the creation that made this object, so that the same call is tried anew."""
+        table = t.idempotency_records
+        self._connection.execute(delete(table).where(table.c.created_id == created_id))
 
     def new_incarnation(self) -> None:
         """Change the epoch's incarnation (a restored backup): earlier confirmations of workers no longer count."""

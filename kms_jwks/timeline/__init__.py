@@ -9,6 +9,7 @@ from kms_jwks.timeline.invariants import (
     Check,
     SafetyReport,
     destructible_at,
+    is_to_be_published,
     kids_after_rotation,
     kids_reserved,
     last_possible_signature,
@@ -43,7 +44,7 @@ from kms_jwks.timeline.policies import (
     stale_if_error,
     window,
 )
-from kms_jwks.timeline.steps import Step, StepKind, choose_standby, days_until
+from kms_jwks.timeline.steps import RETRY_AFTER_REFUSAL, Step, StepKind, choose_standby, days_until
 from kms_jwks.times import later
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "MIN_CLOCK_SKEW",
     "MIN_DESTROY_AFTER",
     "MIN_PUBLISH_LEAD",
+    "RETRY_AFTER_REFUSAL",
     "STALE_MARGIN",
     "TELL_DAYS",
     "Check",
@@ -69,6 +71,7 @@ __all__ = [
     "destructible_at",
     "forecast",
     "in_emergency",
+    "is_to_be_published",
     "jitter",
     "kids_after_rotation",
     "kids_reserved",

@@ -18,6 +18,11 @@ _S = VersionState
 T = TypeVar("T", Key, KeyVersion, ExternalKey)
 
 
+def is_to_be_published(version: KeyVersion) -> bool:
+    """Whether `version` is published once its key pair is made. Not so after its key was retired or deleted."""
+    return version.state is _S.CREATING and version.failure is None
+
+
 def usable_at(version: KeyVersion, policy: Policy) -> Instant | None:
     """I1: the first instant at which `version` may sign; None until every live worker publishes it."""
     if version.visible_since is None:
@@ -112,7 +117,7 @@ def rotation_blocker(key_id: Id, versions: Iterable[KeyVersion]) -> KeyVersion |
 
 def kids_after_rotation(key_id: Id, versions: Sequence[KeyVersion], externals: Iterable[ExternalKey]) -> int:
     """How many kids the document holds after a key has rotated and its next standby is published."""
-    shown = sum(1 for v in versions if v.state.in_jwks or v.state is _S.CREATING)
+    shown = sum(1 for v in versions if v.state.in_jwks or is_to_be_published(v))
     own = [v.state for v in versions if v.key_id == key_id]
     has_standby = _S.CREATING in own or own.count(_S.PUBLISHED) > 1
     return shown + sum(1 for e in externals if e.removed_at is None) + (0 if has_standby else 1)
@@ -148,7 +153,7 @@ class SafetyReport:
 def safety(version: KeyVersion, key: Key, key_set: KeySet, now: Instant) -> SafetyReport:
     """Each invariant of `version` with both sides: as recorded where the step was taken, otherwise as if taken now."""
     checks: list[Check] = []
-    if version.state is not _S.CREATING:
+    if version.activated_at is not None or version.state is _S.PUBLISHED:
         lead = "visible_since" if version.first_fill else f"visible_since + publish_lead ({key.policy.publish_lead} s)"
         checks.append(
             Check(
@@ -177,6 +182,8 @@ def safety(version: KeyVersion, key: Key, key_set: KeySet, now: Instant) -> Safe
 
 def _next(version: KeyVersion, key: Key, now: Instant) -> tuple[str, Instant | None]:
     match version.state:
+        case _S.CREATING if version.failure is not None:
+            return "its key pair is destroyed in the module; it is never published", None
         case _S.CREATING:
             return "the custodian makes its key pair and publishes it", None
         case _S.PUBLISHED:

@@ -10,16 +10,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kms_jwks import errors
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.model import DAY, SECOND, Id, Instant, Key, KeySet, KeyVersion, Policy, VersionState
-from kms_jwks.timeline.invariants import destructible_at, lost_by_revocation, of_document, retirable_at, usable_at
+from kms_jwks.timeline.invariants import (
+    destructible_at,
+    is_to_be_published,
+    lost_by_revocation,
+    of_document,
+    retirable_at,
+    usable_at,
+)
 from kms_jwks.timeline.policies import TELL_DAYS, window
 from kms_jwks.times import format_instant, later
 
 _S = VersionState
 
 RETRY_AFTER_REFUSAL = 3600
-"""Seconds until another version is requested, after a module permanently refused to make one."""
+"""Seconds until another version is requested, after a module declined to make one."""
+_OUTAGES = frozenset({errors.BackendUnavailable.code, errors.BackendThrottled.code})
+"""Failures of a module that did not decline. The attempts for a version are over, those for the next one begin."""
 
 
 class StepKind(StrEnum):
@@ -105,7 +115,7 @@ def creation(key: Key, versions: Sequence[KeyVersion], now: Instant) -> list[Ste
         reason = "the version that signed was revoked and the key has no standby"
     else:
         return []
-    refused = [v.destroyed_at for v in versions if v.kid is None and v.destroyed_at is not None]
+    refused = [v.destroyed_at for v in versions if v.kid is None and v.destroyed_at is not None and _declined(v)]
     obstacles = []
     if refused:
         at = later(max(refused), RETRY_AFTER_REFUSAL)
@@ -115,9 +125,13 @@ def creation(key: Key, versions: Sequence[KeyVersion], now: Instant) -> list[Ste
     return [Step(StepKind.CREATE, due, key.id, reason, describe_delay(now, obstacles, None, now), since or now)]
 
 
+def _declined(version: KeyVersion) -> bool:
+    return version.failure is None or version.failure["code"] not in _OUTAGES
+
+
 def publication(key_set: KeySet, versions: Sequence[KeyVersion], disabled: set[Id], now: Instant) -> list[Step]:
     """A version is published once its key pair is made; the first versions of a document all at once."""
-    creating = [v for v in versions if v.state is _S.CREATING]
+    creating = [v for v in versions if is_to_be_published(v)]
     steps = []
     for version in creating:
         obstacles = []

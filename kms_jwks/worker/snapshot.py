@@ -67,6 +67,8 @@ class SigningKey:
     """Retiring versions by kid."""
     standby: tuple[str, Instant | None] | None
     """The kid of the standby, and the earliest instant at which it may sign (None: not known yet)."""
+    retired: bool = False
+    """It signs no longer, for ever; then it is not enabled either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,7 @@ def _signing_key(key: Key, key_set: KeySet, versions: Sequence[KeyVersion]) -> S
         active=_signer(active, key, None) if active else None,
         pinned={s.kid: s for s in (_signer(v, key, timeline.pinned_until(v, policy)) for v in retiring)},
         standby=(standby.kid or "", timeline.usable_at(standby, policy)) if standby else None,
+        retired=key.retired_at is not None,
     )
 
 

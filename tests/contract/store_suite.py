@@ -205,6 +205,39 @@ class StoreContract:
             with pytest.raises(errors.NameTaken), filled.write() as tx:
                 tx.add(thing)
 
+    def test_a_deleted_key_or_key_set_leaves_a_tombstone_and_its_name(self, filled: Store) -> None:
+        """A retired one keeps its name."""
+        with filled.write() as tx:
+            old_set, old_key = tx.key_set_by_id(Id("set-1")), tx.key_by_id(Id("key-1"))
+            assert old_set is not None
+            assert old_key is not None
+            tx.save(replace(old_key, retired_at=NOW))
+            tx.save(replace(old_set, retired_at=NOW))
+        for thing in (key_set(id=Id("set-2"), issuer="https://other.example"), key(id=Id("key-2"))):
+            with pytest.raises(errors.NameTaken), filled.write() as tx:
+                tx.add(thing)
+        with filled.write() as tx:
+            tx.save(replace(old_key, deleted_at=NOW))
+            tx.save(replace(old_set, deleted_at=NOW))
+        with filled.read() as reading:
+            assert (reading.key_set(old_set.name), reading.key(old_set.id, old_key.name)) == (None, None)
+            assert (reading.key_sets(), reading.keys(), reading.keys(old_set.id)) == ([], [], [])
+            assert (reading.contents().key_sets, reading.contents().keys) == ((), ())
+            assert reading.key_set_by_id(old_set.id) == replace(old_set, deleted_at=NOW)
+            assert reading.key_by_id(old_key.id) == replace(old_key, deleted_at=NOW)
+        with filled.write() as tx:
+            tx.add(key_set(id=Id("set-2")))
+            tx.add(key(id=Id("key-2"), key_set_id=Id("set-2")))
+            again = tx.key_set(old_set.name)
+            assert again is not None
+            assert again.id == "set-2"
+        for same, error in (
+            (key_set(id=Id("set-3")), errors.Conflict),
+            (key(id=Id("key-3"), key_set_id=Id("set-2")), errors.NameTaken),
+        ):
+            with pytest.raises(error), filled.write() as tx:
+                tx.add(same)
+
     def test_a_kid_is_never_bound_again(self, filled: Store) -> None:
         with filled.write() as tx:
             tx.save(replace(external(), removed_at=NOW))

@@ -252,11 +252,14 @@ def test_an_eddsa_token_that_is_too_long(server: Server, fake: FakeKms) -> None:
 def test_a_key_that_cannot_be_made_says_why(server: Server, fake: FakeKms) -> None:
     name = fresh("limit")
     fake.fail("CreateKey", "LimitExceededException", times=100)
-    server.must("POST", "/v1/key-sets", {"name": name, "keys": [{"name": "main", "alg": "ES256"}]})
-    path = f"/v1/key-sets/{name}/keys/main"
-    wait_until(lambda: "LimitExceeded" in json.dumps(server.must("GET", f"{path}/versions/1")))
+    body = {"name": name, "keys": [{"name": "main", "alg": "ES256"}]}
+    refused = server.call("POST", "/v1/key-sets", body)
+    assert (refused.status, refused.problem) == (502, "backend_refused")
+    assert "LimitExceeded" in refused.json["detail"]
+    assert server.call("GET", f"/v1/key-sets/{name}").status == 404
     fake.heal()
-    wait_until(lambda: server.must("GET", path)["active_kid"], seconds=60)
+    server.must("POST", "/v1/key-sets", body)
+    wait_until(lambda: server.must("GET", f"/v1/key-sets/{name}/keys/main")["active_kid"], seconds=60)
 
 
 def test_nothing_secret_is_in_the_log(server: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -94,6 +95,44 @@ def test_disable_and_enable(run: Run, orders: str, server: Server) -> None:
     assert "is disabled" in run("sign", orders, "k2", "--claims", "{}", token=signer, code=1).stderr
     run("key", "enable", orders, "k2")
     run("sign", orders, "k2", "--claims", "-", token=signer, input='{"sub": "x"}')
+
+
+def test_the_end_of_a_key_set(run: Run, server: Server) -> None:
+    """A mistake is deleted; what has published a key is retired: its JWKS is empty in the end, and its name taken."""
+    typo, name = fresh("set"), fresh("set")
+    run("key-set", "create", typo)
+    operator = server.client("operator", key_set=typo)
+    run("key-set", "delete", typo, "--yes", code=3, token=operator)
+    assert f"{typo} is deleted." in run("key-set", "delete", typo, "--yes").stdout
+    run("key-set", "show", typo, code=1)
+    run("key-set", "create", typo)
+
+    server.key_set(name, "ES256", "EdDSA", standby=True)
+    signer, admin = server.client("signer", key_set=name), server.client("admin", key_set=name)
+    run("sign", name, "k1", "--claims", "{}", token=signer)
+    refused = run("key", "delete", name, "k1", "--yes", code=1, token=admin).stderr
+    assert "has published a version" in refused
+    assert "kms-jwks key retire" in refused
+    run("key", "retire", name, "k1", code=2)  # asks, and no terminal answers
+    shown = run("key", "retire", name, "k1", "--yes", token=admin).stdout
+    assert re.search(r"^retired +20", shown, re.MULTILINE)
+    assert re.search(r"^1 +retiring", shown, re.MULTILINE)
+    problem = server.call("POST", f"/v1/key-sets/{name}/keys/k1/jwt", {"claims": {}}, token=signer)
+    assert (problem.status, problem.problem) == (409, "key_retired")
+    assert "retired" in run("key", "enable", name, "k1", code=1).stderr
+    assert "retired" in run("key", "list", name).stdout
+    kept = json.loads(run("key-set", "retire", name, "--yes", "--json", token=admin).stdout)
+    assert [v["state"] for k in kept["keys"] for v in k["versions"]] == ["retiring", "retired"] * 2
+    assert len(server.must("GET", f"/{name}/.well-known/jwks.json", token=None)["keys"]) == 2
+    for key in ("k1", "k2"):
+        run("version", "revoke", name, key, "1", "--yes")
+    document = server.call("GET", f"/{name}/.well-known/jwks.json", token=None)
+    assert (document.status, document.json) == (200, {"keys": []})
+    assert "max-age=300" in document.headers["Cache-Control"]
+    late = server.call("POST", f"/v1/key-sets/{name}/keys", {"name": "k3", "alg": "ES256"})
+    assert (late.status, late.problem) == (409, "key_set_retired")
+    assert "in use, or was used before" in run("key-set", "create", name, code=1).stderr
+    assert "default_key_set" in run("key-set", "retire", "default", "--yes", code=1).stderr
 
 
 def test_changes_are_made_at_a_revision(run: Run, orders: str) -> None:

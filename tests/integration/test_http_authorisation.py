@@ -31,6 +31,8 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     "create_key_set": (P.KEY_SET_CREATE, {"name": "v1"}),
     "get_key_set": (P.KEY_SET_READ, None),
     "patch_key_set": (P.KEY_SET_UPDATE, {"cache_lifetime": 301}),
+    "retire_key_set": (P.KEY_SET_DELETE, None),
+    "delete_key_set": (P.KEY_SET_DELETE, None),
     "list_keys": (P.KEY_READ, None),
     "create_key": (P.KEY_CREATE, {"name": "v1", "alg": "ES256"}),
     "get_key": (P.KEY_READ, None),
@@ -39,6 +41,8 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     "rotate_key": (P.KEY_ROTATE, None),
     "disable_key": (P.KEY_DISABLE, None),
     "enable_key": (P.KEY_ENABLE, None),
+    "retire_key": (P.KEY_DELETE, None),
+    "delete_key": (P.KEY_DELETE, None),
     "list_versions": (P.KEY_READ, None),
     "create_version": (P.KEY_ROTATE, None),
     "get_version": (P.KEY_READ, None),
@@ -77,6 +81,8 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
     "get_backend": (P.BACKEND_READ, None),
 }
 
+END_A_SET = {"retire_key_set", "delete_key_set"}
+"""Rows that would end the key set that the others ask about."""
 PRIVATE = [r for r in ROUTES if "/.well-known/" not in r.path and r.operation not in OPEN]
 
 
@@ -93,7 +99,9 @@ class Callers:
     tokens: dict[str, str]
 
     def ask(self, route: Route, token: str | None) -> tuple[int, bytes]:
-        path = route.path.replace("{key_set}", self.key_set)
+        path = route.path
+        if route.operation not in END_A_SET:
+            path = path.replace("{key_set}", self.key_set)
         path = re.sub(r"\{\w+\}", "nothing", path)
         answer = self.server.call(route.method, path, EXPECTED[route.operation][1], token=token)
         if answer.status >= 400:

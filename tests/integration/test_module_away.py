@@ -24,7 +24,16 @@ import urllib3
 from kms_jwks.backends.pkcs11.error_map import CODES, Meaning, Rebuilt
 from kms_jwks.errors import UnsupportedAlgorithm
 from tests.faults.harness import Faults, Violations
-from tests.integration.conftest import Server, close_connections, free_port, prepare, running, settled, wait_until
+from tests.integration.conftest import (
+    Server,
+    close_connections,
+    free_port,
+    fresh,
+    prepare,
+    running,
+    settled,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -243,3 +252,35 @@ def test_sessions_that_are_lost_under_load_cost_nobody_an_answer(faulty: tuple[S
     verified(server, load.seen)
     # At most those that sign and the login's, in each worker.
     wait_until(lambda: faults.open_sessions() <= 3 * 6)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "problem"),
+    [(0x1B, 502, "backend_refused"), (0x13, 400, "unsupported_algorithm_requested")],
+    ids=["CKR_ACTION_PROHIBITED", "CKR_ATTRIBUTE_VALUE_INVALID"],
+)
+def test_a_pair_that_the_module_declines_is_an_answer_and_leaves_nothing(
+    faulty: tuple[Server, Faults], code: int, status: int, problem: str
+) -> None:
+    server, faults = faulty
+
+    def names() -> list[tuple[str, list[str]]]:
+        return [(s["name"], [k["name"] for k in s["keys"]]) for s in server.must("GET", "/v1/key-sets")["items"]]
+
+    before = names()
+    faults.answer("C_GenerateKeyPair", code)
+    try:
+        name = fresh("set")
+        body = {"name": name, "keys": [{"name": "main", "alg": "ES256"}]}
+        second = {"name": "second", "alg": "ES256"}
+        for path, asked, key in (("/v1/key-sets/default/keys", second, "second"), ("/v1/key-sets", body, "main")):
+            refused = server.call("POST", path, asked)
+            assert (refused.status, refused.problem) == (status, problem), refused.body
+            assert (refused.json["key"], refused.json["number"]) == (key, 1)
+    finally:
+        faults.clear("C_GenerateKeyPair")
+    assert names() == before
+    assert "version_given_up" in server.log
+    made = server.must("POST", "/v1/key-sets", body)
+    assert made["keys"][0]["active_kid"]
+    assert server.call("DELETE", f"/v1/key-sets/{name}").problem == "already_published"

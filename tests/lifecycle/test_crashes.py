@@ -119,13 +119,20 @@ def overtake(node: Node, point: str) -> None:
     node.down = False
 
 
-def play(at: int, act: Callable[[Node, str], None], make_store: Callable[[Plant], FileStore] | None = None) -> Points:
+def play(
+    at: int,
+    act: Callable[[Node, str], None],
+    make_store: Callable[[Plant], FileStore] | None = None,
+    *,
+    life: Callable[[Plant], None] = a_life,
+    judge: Callable[[Plant], int] = nothing_is_lost,
+) -> Points:
     with simulated(seed=at, nodes=2, make_store=make_store) as plant:
         if make_store is None:
             Oracle(plant)
         plant.at_point = points = Points(at, act)
-        a_life(plant)
-        surplus = nothing_is_lost(plant)
+        life(plant)
+        surplus = judge(plant)
         if not at:
             assert surplus == 0
     return points

@@ -67,6 +67,8 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.stack = contextlib.ExitStack()
         self.backup: Any = None
+        self.retired: set[str] = set()
+        """Names of keys whose retirement was answered."""
         self.destroyed_since: set[str] = set()
         """Pairs that a restored registry knows and the module does not: they were destroyed after the backup."""
 
@@ -78,7 +80,6 @@ class Histories(RuleBasedStateMachine):
         self.oracle = Oracle(self.plant)
         wanted = [{"name": f"k{n}", "alg": "EdDSA", "policy": HASTY} for n in range(keys)]
         self.plant.create(*wanted, existing_issuer=existing)
-        self.keys = [str(key["name"]) for key in wanted]
 
     def teardown(self) -> None:
         try:
@@ -119,8 +120,13 @@ class Histories(RuleBasedStateMachine):
             worker.bomb.left = 0
         return True
 
+    def key_names(self) -> list[str]:
+        with self.plant.view.registry_view() as tx:
+            return [key.name for key in tx.keys(None)]
+
     def a_key(self, number: int) -> str:
-        return self.keys[number % len(self.keys)]
+        names = self.key_names()
+        return names[number % len(names)]
 
     def a_version(self, number: int) -> tuple[str, KeyVersion] | None:
         versions = self.plant.versions()
@@ -209,7 +215,7 @@ class Histories(RuleBasedStateMachine):
     @rule(number=numbers)
     def somebody_enables(self, number: int) -> None:
         key = self.a_key(number)
-        self.oracle.disabled.discard(key)
+        self.oracle.disabled -= {key} - self.retired
         self.ask(lambda w: w.keys.enable(self.plant.who, "main", key))
 
     @rule(number=numbers, policy=st.sampled_from(POLICIES), hold=st.sampled_from([None, None, 30_000]))
@@ -234,6 +240,23 @@ class Histories(RuleBasedStateMachine):
             self.ask(lambda w: w.versions.destroy(*where, wire.DestroyRequest()))
         else:
             self.ask(lambda w: w.versions.cancel_destroy(*where))
+
+    @rule(number=numbers, bomb=st.integers(0, 4))
+    def somebody_creates_a_key(self, number: int, bomb: int) -> None:
+        request = wire.convert({"name": f"x{number}", "alg": "EdDSA", "policy": HASTY}, wire.KeyCreate)
+        self.ask(lambda w: w.keys.create(self.plant.who, "main", request), bomb=bomb)
+
+    @rule(number=numbers, bomb=st.integers(0, 6))
+    def somebody_deletes_a_key(self, number: int, bomb: int) -> None:
+        self.ask(lambda w: w.keys.delete(self.plant.who, "main", self.a_key(number)), bomb=bomb)
+
+    @rule(number=numbers, bomb=st.integers(0, 6))
+    def somebody_retires_a_key(self, number: int, bomb: int) -> None:
+        key = self.a_key(number)
+        if key != "k0" and self.ask(lambda w: w.keys.retire(self.plant.who, "main", key), bomb=bomb):
+            self.retired.add(key)
+            self.oracle.disabled.add(key)
+        self.oracle.look()
 
     # --- what breaks
 
@@ -291,6 +314,10 @@ class Histories(RuleBasedStateMachine):
         self.plant.backend.fail = errors.BackendUnavailable("away", retry_after=5) if away else None
 
     @rule()
+    def the_module_declines_new_pairs_or_not(self) -> None:
+        self.plant.backend.offered = frozenset() if self.plant.backend.offered else frozenset({"EdDSA"})
+
+    @rule()
     def a_backup_is_made(self) -> None:
         self.backup = self.plant.registry.committed
 
@@ -307,6 +334,8 @@ class Histories(RuleBasedStateMachine):
         store.away = lambda: False
         with self.oracle.restored(), store.write() as tx:
             transitions.start_new_incarnation(tx)
+        with self.plant.view.registry_view() as reading:
+            self.retired = {key.name for key in reading.keys(None) if key.retired_at is not None}
         known = {v.ref["id"] for v in self.plant.versions() if v.ref is not None}
         self.destroyed_since |= known - self.plant.backend.keys.keys()
         for node in self.plant.nodes:
@@ -341,6 +370,7 @@ class Histories(RuleBasedStateMachine):
     def heal(self) -> None:
         """Everything that is away comes back, and what is gone for good is forgotten."""
         self.plant.registry_down, self.plant.backend.fail, self.plant.step = False, None, 0
+        self.plant.backend.offered = frozenset({"EdDSA"})
         for number, node in enumerate(self.plant.nodes):
             node.cut = False
             if node.down:
@@ -353,10 +383,11 @@ class Histories(RuleBasedStateMachine):
     def everything_heals_and_nothing_is_lost(self) -> None:
         plant = self.plant
         self.heal()
-        for name in self.keys:
-            self.oracle.disabled.discard(name)
+        for name in self.key_names():
+            self.oracle.disabled -= {name} - self.retired
             self.ask(lambda w, n=name: w.keys.enable(plant.who, "main", n))  # type: ignore[misc]
-        plant.advance(130, rounds=12)
+        # Past the pause after a pair that the module declined to make.
+        plant.advance(timeline.RETRY_AFTER_REFUSAL + 130, rounds=12)
         plant.settle(12)
         self.oracle.standby_everywhere()
         store = plant.nodes[0].store()

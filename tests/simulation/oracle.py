@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from kms_jwks.model import SECOND, Key, KeyVersion, Worker
+from kms_jwks.model import SECOND, Key, KeySet, KeyVersion, Worker
 from tests.simulation.plant import Plant, SimWorker
 
 DRIFT = 30
@@ -144,7 +144,8 @@ class Oracle:
                 hold(
                     version.state.value in NEXT[was.state.value], "no such transition", was=was.state, now=version.state
                 )
-                if version.state.value == "active":
+                watched = after.tables[KeySet][version.key_set_id].name == self.key_set
+                if version.state.value == "active" and watched:
                     self._started(version, after.tables[Key][version.key_id])
             for name in ONCE:
                 earlier = getattr(was, name)

@@ -26,7 +26,7 @@ from kms_jwks.custodian.loop import Custodian
 from kms_jwks.errors import Error
 from kms_jwks.model import SECOND, Epoch, Id, KeyVersion, Worker
 from kms_jwks.service.clients import add_client, add_grant, add_token
-from kms_jwks.service.control import CUSTODIAN_WAIT, Control, is_settled
+from kms_jwks.service.control import CUSTODIAN_WAIT, Control
 from kms_jwks.service.guard import RequestContext
 from kms_jwks.worker.confirmation import Confirmation
 from kms_jwks.worker.snapshot import Snapshot
@@ -167,10 +167,8 @@ class SimControl(Control):
         plant = self.confirmation._plant  # type: ignore[attr-defined]
         end = plant.now + CUSTODIAN_WAIT * SECOND
         while plant.now < end:
-            with self.store.read() as tx:
-                versions = [v for v in (tx.version(i) for i in ids) if v is not None]
-                if all(is_settled(tx, v) for v in versions):
-                    return True
+            if self._read_settled_epoch(ids) is not None:
+                return True
             plant.round()
         return False
 

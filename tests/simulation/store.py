@@ -167,22 +167,23 @@ class _Read(ReadTx):
         return things if limit is None else things[:limit]
 
     def key_set(self, name: str) -> KeySet | None:
-        return self._only(KeySet, lambda s: s.name == name)
+        return self._only(KeySet, lambda s: s.name == name and s.deleted_at is None)
 
     def key_set_by_id(self, thing_id: Id) -> KeySet | None:
         return self._by_id(KeySet, thing_id)
 
     def key_sets(self, *, after: Id | None = None, limit: int | None = None) -> list[KeySet]:
-        return self._page(self._all(KeySet), after, limit)
+        return self._page([s for s in self._all(KeySet) if s.deleted_at is None], after, limit)
 
     def key(self, key_set_id: Id, name: str) -> Key | None:
-        return self._only(Key, lambda k: k.key_set_id == key_set_id and k.name == name)
+        return self._only(Key, lambda k: k.key_set_id == key_set_id and k.name == name and k.deleted_at is None)
 
     def key_by_id(self, thing_id: Id) -> Key | None:
         return self._by_id(Key, thing_id)
 
     def keys(self, key_set_id: Id | None = None, *, after: Id | None = None, limit: int | None = None) -> list[Key]:
-        return self._page([k for k in self._all(Key) if key_set_id in (None, k.key_set_id)], after, limit)
+        found = [k for k in self._all(Key) if key_set_id in (None, k.key_set_id) and k.deleted_at is None]
+        return self._page(found, after, limit)
 
     def version(self, thing_id: Id) -> KeyVersion | None:
         return self._by_id(KeyVersion, thing_id)
@@ -361,6 +362,12 @@ class _Write(_Read, WriteTx):
             if record.expires_at <= self.now():
                 del table[record.id]
 
+    def remove_idempotency_record(self, created_id: Id) -> None:
+        table = self._table(IdempotencyRecord)
+        for record in self._all(IdempotencyRecord):
+            if record.created_id == created_id:
+                del table[record.id]
+
     def new_incarnation(self) -> None:
         self.contents_now.epoch = Epoch(self._registry.incarnation(), self.contents_now.epoch.counter)
         self._reborn = True
@@ -408,5 +415,8 @@ class _Write(_Read, WriteTx):
 
     def _unique(self, thing: Any, names: tuple[str, ...], error: type[errors.Conflict]) -> None:
         for other in self.contents_now.tables[type(thing)].values():
+            gone = thing if getattr(thing, "deleted_at", None) is not None else other
+            if isinstance(thing, KeySet | Key) and gone.deleted_at is not None:
+                continue  # a tombstone leaves its name to others
             if other.id != thing.id and all(getattr(other, n) == getattr(thing, n) for n in names):
                 raise error
