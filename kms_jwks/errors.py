@@ -22,7 +22,7 @@
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
     │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties
     ├── RevisionMismatch · RevisionRequired
-    ├── Unavailable               retry later: RegistryStale · StoreUnavailable
+    ├── Unavailable               retry later: RegistryStale · StoreUnavailable (PoolerUnsuitable)
     ├── BackendError              the only errors that leave a backend
     │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
     │   ├── BackendUnavailable · BackendThrottled      (retryable)
@@ -466,6 +466,14 @@ class RegistryStale(Unavailable):
 class StoreUnavailable(Unavailable):
     code = "store_unavailable"
     title = "The registry's database cannot be reached"
+
+
+class PoolerUnsuitable(StoreUnavailable):
+    """`serve` and `custodian` do not start on it: no limit of a session holds, and a lock may stay held."""
+
+    code = "pooler_unsuitable"
+    title = "The pooler before the registry's database does not keep sessions"
+    next_step = "Set the pooler to session mode (PgBouncer: pool_mode = session), or name the database in database_url."
 
 
 # --- backends --------------------------------------------------------------------------------------------------------

@@ -336,12 +336,16 @@ def _registry(settings: Settings) -> Iterator[Store]:
 
 
 def _refuse_wrong_schema(settings: Settings) -> None:
-    """Raise SchemaMismatch. Only warn when the registry cannot be reached: the last JWKS is served until it can."""
+    """Raise SchemaMismatch, and PoolerUnsuitable. Only warn when the registry cannot be reached: the last JWKS is
+    served until it can."""
     with _registry(settings) as store:
         try:
             store.check_schema()
+        except errors.PoolerUnsuitable:
+            raise
         except errors.StoreUnavailable as error:
             note(f"Warning: {clean(error.detail)} The last JWKS is served until the registry is back.")
+            note(clean(error.next_step))
 
 
 def _make_registry_folder(settings: Settings) -> None:
