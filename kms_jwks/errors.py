@@ -71,6 +71,12 @@ class Error(Exception):
         """Whole seconds after which the same call may succeed; None where waiting does not help."""
         self.fields: dict[str, object] = dict(fields or {})
 
+    @property
+    def explanation(self) -> dict[str, object]:
+        """What a log line says of it: the code, the cause where it is known, what happened, and the next step."""
+        cause = {"cause": self.fields["cause"]} if "cause" in self.fields else {}
+        return {"code": self.code, **cause, "detail": self.detail, "next_step": self.next_step}
+
 
 # --- the request -----------------------------------------------------------------------------------------------------
 

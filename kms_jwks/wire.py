@@ -678,9 +678,15 @@ class Backend(Answer):
 
 
 class Dependency(Answer):
+    """What readiness depends on. `detail` and `next_step` are empty for callers without the permission to see them."""
+
     name: str
     state: str
+    """`ok`, or the problem code that a call which needs it is answered with."""
+    cause: str = ""
+    """Why the registry's database cannot be used, e.g. `disk_full`."""
     detail: str = ""
+    next_step: str = ""
 
 
 class Readiness(Answer):

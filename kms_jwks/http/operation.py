@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kms_jwks import wire
+from kms_jwks import errors, wire
 from kms_jwks.http.exchange import Request, Response, gone, ok
+from kms_jwks.model import NAME_RULE, is_name
 
 if TYPE_CHECKING:
     from kms_jwks.service import Service
@@ -44,17 +45,28 @@ def healthz(service: Service, request: Request) -> Response:
 
 def readyz(service: Service, request: Request) -> Response:
     """Whether a JWKS can be served."""
-    return _readiness(service.operation.ready())
+    return _readiness(service, request, service.operation.ready())
 
 
 def readyz_sign(service: Service, request: Request) -> Response:
-    """Whether signing works; the cause where it does not."""
-    return _readiness(service.operation.ready_sign())
+    """Whether this worker can sign with every enabled key, those of `?key_set=`, or one (`&key=`); else the cause."""
+    key_set, key = request.query("key_set"), request.query("key")
+    if key is not None and key_set is None:
+        raise errors.InvalidField("key: name its key_set too", fields={"field": "key"})
+    for field, name in (("key_set", key_set), ("key", key)):
+        if name is not None and not is_name(name):
+            raise errors.InvalidField(f"{field}: {NAME_RULE}", fields={"field": field})
+    return _readiness(service, request, service.operation.ready_sign(request.context, key_set, key))
 
 
-def _readiness(readiness: wire.Readiness) -> Response:
+def _readiness(service: Service, request: Request, readiness: wire.Readiness) -> Response:
+    """The log has all of it, the answer what the caller may see."""
+    shown = service.operation.shown(request.context, readiness)
     if readiness.status == "ok":
-        return ok(readiness)
-    response = ok(readiness, 503)
-    response.notes = {"failing": [f"{d.name}: {d.state}" for d in readiness.dependencies if d.state != "ok"]}
+        return ok(shown)
+    response = ok(shown, 503)
+    failing = [d for d in readiness.dependencies if d.state != "ok"]
+    response.notes = {"failing": [f"{d.name}: {d.state}" for d in failing]}
+    if causes := [f"{d.name}: {d.detail}" for d in failing if d.detail]:
+        response.notes["causes"] = causes
     return response

@@ -265,12 +265,12 @@ _CAUSES: tuple[Cause, ...] = (
 )
 _UNKNOWN = Cause("unknown", "did not answer as it should", "Look at the database's own log.")
 
-_OS_CAUSES = {
-    errno.ENOSPC: _DISK_FULL,
-    errno.EDQUOT: _DISK_FULL,
-    errno.EROFS: _READ_ONLY,
-    errno.EACCES: _CANNOT_OPEN,
-    errno.EPERM: _CANNOT_OPEN,
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: ("disk_full", "Free space on that disk, or enlarge it. The service continues by itself."),
+    errno.EDQUOT: ("disk_full", "Raise the quota of the service's user. The service continues by itself."),
+    errno.EROFS: ("read_only", "Mount that file system writable."),
+    errno.EACCES: ("cannot_open", "Let the service's user read and write there."),
+    errno.EPERM: ("cannot_open", "Let the service's user read and write there."),
 }
 
 HOW_TO_CREATE = "Run `kms-jwks db upgrade`, or `kms-jwks init` for a new installation."
@@ -322,13 +322,8 @@ def unavailable(error: object) -> errors.StoreUnavailable:
 
 def unavailable_file(what: str, error: OSError) -> errors.StoreUnavailable:
     """An error of the operating system about a file that the registry or its worker needs; `what` begins a sentence."""
-    cause = _OS_CAUSES.get(error.errno or 0)
-    return errors.StoreUnavailable(
-        f"{what}: {error.strerror}.",
-        retry_after=1,
-        next_step=cause.next_step if cause is not None else None,
-        fields={"cause": cause.name} if cause is not None else None,
-    )
+    cause, step = _OF_THE_SYSTEM.get(error.errno or 0, (_UNKNOWN.name, None))
+    return errors.StoreUnavailable(f"{what}: {error.strerror}.", retry_after=1, next_step=step, fields={"cause": cause})
 
 
 def is_session_end(error: DBAPIError) -> bool:

@@ -8,7 +8,6 @@ packets that never reach the server, the client gives up (`BoundedConnection`).
 from __future__ import annotations
 
 import math
-import re
 import select
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -152,7 +151,7 @@ def _prepare(connection: BoundedConnection, timeout: float, asked: dict[str, Any
         f"CASE WHEN {condition} THEN set_config('{name}', '{value}', false) END"
         for name, (value, condition) in settings.items()
     ]
-    row = connection.execute(f"SELECT {', '.join(['pg_backend_pid()', *columns])}").fetchone()  # noqa: S608
+    row = connection.execute(f"SELECT {', '.join(['pg_backend_pid()', *columns])}").fetchone()
     assert row is not None
     return int(row[0])
 

@@ -22,6 +22,7 @@ import structlog
 from kms_jwks import errors
 from kms_jwks.model import SECOND, Epoch, Id, Worker, new_id
 from kms_jwks.store import Store
+from kms_jwks.store.error_map import unavailable_file
 from kms_jwks.worker.clocks import DatabaseClock
 
 log = structlog.get_logger(__name__)
@@ -55,9 +56,8 @@ class Registration:
             try:
                 self._registering = worker_id, LivenessLock(self._folder, worker_id)
             except OSError as error:
-                raise errors.StoreUnavailable(
-                    f"This worker cannot create its liveness lock in {self._folder}: {error.strerror}."
-                ) from error
+                what = f"This worker cannot create its liveness lock in {self._folder}"
+                raise unavailable_file(what, error) from error
         worker_id, lock = self._registering
         began = self._boot()
         with self._store.write() as tx:

@@ -234,7 +234,7 @@ def test_a_pooler_in_transaction_mode_is_refused(postgres: Postgres, database: s
         for _ in range(3):
             with opened(url) as store:
                 assert cause(store.poll) == "pooler_mode"
-                assert cause(lambda: add(store)) == "pooler_mode"  # noqa: B023 - called at once
+                assert cause(lambda: add(store)) == "pooler_mode"
         with pooler(postgres, "statement") as other, opened(postgres.url(database, port=other)) as store:
             assert cause(store.poll) == "pooler_mode"
 

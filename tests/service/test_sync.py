@@ -73,7 +73,7 @@ def test_without_the_database_documents_are_served_and_signing_ends(world: World
     with pytest.raises(errors.RegistryStale):
         world.sign()
     assert world.kids()
-    readiness = world.service.operation.ready_sign()
+    readiness = world.service.operation.ready_sign(RequestContext())
     assert readiness.status == "failing"
     assert readiness.dependencies[0].state == "registry_stale"
     assert world.service.operation.ready().status == "ok"
