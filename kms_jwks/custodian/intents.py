@@ -240,7 +240,7 @@ class IntentRunner:
             if current.state is not IntentState.STARTED:
                 return
             now = tx.now()
-            tx.save(replace(current, state=IntentState.FAILED, finished_at=now, error=error.detail))
+            tx.save(replace(current, state=IntentState.FAILED, finished_at=now, error=error.detail.replace("\0", "?")))
             if permanent and version.state is VersionState.CREATING:
                 tx.save(replace(version, state=VersionState.DESTROYED, destroyed_at=now))
                 _publish(tx, version)

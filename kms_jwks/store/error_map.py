@@ -288,15 +288,15 @@ def translate_errors() -> Iterator[None]:
                 raise conflict from error
         raise errors.Conflict("The change contradicts what the registry holds.") from error
     except DBAPIError as last:
-        error = _first_of(last)
-        message, state = str(error.orig), getattr(error.orig, "sqlstate", None)
+        first = _first_of(last).orig
+        message, state = str(first), getattr(first, "sqlstate", None)
         if state in _OTHER_SCHEMA_STATES or message.startswith(_OTHER_SCHEMA_MESSAGES):
             raise errors.SchemaMismatch(
                 "The database does not hold the tables this program needs.", next_step=HOW_TO_CREATE
             ) from last
         if state in _UNSTORABLE_STATES or _UNSTORABLE_MESSAGE in message:
             raise errors.InvalidField("A text holds a character that the registry's database cannot store.") from last
-        raise unavailable(error.orig) from last
+        raise unavailable(first) from last
     except sqlite3.Error as error:
         raise unavailable(error) from error
     except PoolTimeout as error:
