@@ -273,6 +273,16 @@ _OF_THE_SYSTEM = {
     errno.EPERM: ("cannot_open", "Let the service's user read and write there."),
 }
 
+CAUSE_NAMES = frozenset(
+    {
+        *(cause.name for cause in (*_CAUSES, _UNKNOWN)),
+        *(name for name, _ in _OF_THE_SYSTEM.values()),
+        # What this program finds out by itself.
+        *("lost", "no_file", "pool_busy", "pooler_mode", "writers_busy"),
+    }
+)
+"""Every value of `cause` in a StoreUnavailable. docs/troubleshooting.md has a row for each."""
+
 HOW_TO_CREATE = "Run `kms-jwks db upgrade`, or `kms-jwks init` for a new installation."
 
 
