@@ -61,7 +61,7 @@ def refuse_exposed(settings: Settings) -> None:
     named = [("registry file", path) for path in _registry_files(file)] if file is not None else []
     found = [
         check
-        for check in (*(_private(name, path) for name, path in (*named, *_secrets(settings)) if path.exists()),)
+        for check in (*(_private(name, path) for name, path in (*named, *_secrets(settings)) if path.is_file()),)
         if check.state is State.FAILURE and check.detail.endswith(_EXPOSED)
     ]
     found += _shared_folders(settings)
