@@ -30,6 +30,8 @@ class Operation:
         self._sync = sync
         self._restart_limit = restart_limit
         self._probed: dict[str, tuple[float, wire.Backend]] = {}
+        self._next_steps: dict[str, str] = {}
+        """By backend: what to do about its state at the last probe."""
 
     def nodes(self, context: RequestContext, limit: int, cursor: str | None) -> wire.Page:
         """Every registered worker with the epoch that it has confirmed."""
@@ -205,7 +207,7 @@ class Operation:
                 next_step=f"Add [backends.{name}] to the settings of this node.",
             )
         found = self._check_backend(name)
-        step = errors.BY_CODE[found.state].next_step if found.state != "ok" else ""
+        step = self._next_steps.get(name, "")
         return wire.Dependency(name=f"backend:{name}", state=found.state, detail=found.detail, next_step=step)
 
     def _check_backend(self, name: str) -> wire.Backend:
@@ -218,14 +220,15 @@ class Operation:
     def _probe(self, name: str) -> wire.Backend:
         backends = self._control.backends
         backend = backends.get(name)
-        state, detail = "ok", ""
+        state, detail, step = "ok", "", ""
         algorithms: list[str] = []
         try:
             detail, algorithms = backends.probe(
                 name, lambda b: (b.ping().description, sorted(b.capabilities())), _PROBE_SECONDS
             )
         except errors.BackendError as error:
-            state, detail = error.code, error.detail
+            state, detail, step = error.code, error.detail, error.next_step
+        self._next_steps[name] = step
         return wire.Backend(
             name=name,
             type=backend.kind,
