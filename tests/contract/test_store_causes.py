@@ -19,6 +19,7 @@ from kms_jwks import errors
 from kms_jwks.cli.app import cli
 from kms_jwks.model import Client, new_id
 from kms_jwks.store import ConnectionSettings, Store, sqlite
+from kms_jwks.store.error_map import unavailable
 from tests.postgres import Postgres, pooler
 from tests.unit.builders import T0
 
@@ -156,8 +157,6 @@ def test_a_statement_that_takes_too_long(postgres: Postgres, database: str) -> N
     with opened(postgres.url(database), timeout=0.2) as store, store.read() as tx:
         with pytest.raises(psycopg.errors.QueryCanceled) as ended:
             tx._connection.connection.dbapi_connection.execute("SELECT pg_sleep(5)")  # type: ignore[union-attr]
-        from kms_jwks.store.error_map import unavailable
-
         assert unavailable(ended.value).fields["cause"] == "statement_timeout"
         tx._connection.exec_driver_sql("ROLLBACK")
         tx._connection.exec_driver_sql("BEGIN")
@@ -239,7 +238,7 @@ def test_a_pooler_in_transaction_mode_is_refused(postgres: Postgres, database: s
             assert cause(store.poll) == "pooler_mode"
 
 
-def test_other_clients_of_the_pooler_hide_its_mode_from_nobody(postgres: Postgres, database: str) -> None:
+def test_the_mode_is_found_while_other_clients_use_the_pooler(postgres: Postgres, database: str) -> None:
     stop = threading.Event()
 
     def work(url: str) -> None:
