@@ -9,6 +9,7 @@ import ipaddress
 import os
 import re
 import socket
+import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -541,11 +542,32 @@ def load_settings(path: Path | None = None) -> Settings:
     return settings
 
 
+def require_registry(settings: Settings) -> None:
+    """Raise ConfigurationError unless a setting names the registry.
+
+    The default is a file below the folder in which a command happens to run. There it could be another installation's
+    registry, or a new and empty one.
+    """
+    if "database_url" not in settings.model_fields_set:
+        raise ConfigurationError(
+            "database_url is not set, and the registry is not guessed.",
+            next_step=f"Name the settings with --config or {CONFIG_VARIABLE}, or set {ENV_PREFIX}DATABASE_URL.",
+        )
+
+
 def prepare_state_dir(settings: Settings) -> Path:
-    """Make the folder for locks and the cached JWKS, readable by its owner alone, and return it."""
+    """Make the folder for locks and the cached JWKS, readable by its owner alone, and return it.
+
+    Raises ConfigurationError for one that every user could write to: what is in it may not be this service's.
+    """
     folder = settings.state_dir
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_mode & stat.S_IWOTH:
+            raise ConfigurationError(
+                f"state_dir: every user may write to {folder}, so the JWKS in it may be anybody's.",
+                next_step=f"Look at what is in it, then: chmod 700 {folder}",
+            )
         folder.chmod(0o700)
     except OSError as error:
         raise ConfigurationError(f"state_dir: {folder} cannot be made or kept private: {_reason(error)}") from error

@@ -23,7 +23,7 @@
     │   ├── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties · TokenNotShownAgain
     │   └── AlreadyPublished · KeyRetired · KeySetRetired
     ├── RevisionMismatch · RevisionRequired · IdempotencyKeyReused
-    ├── Unavailable               retry later: RegistryStale · StoreUnavailable
+    ├── Unavailable               retry later: RegistryStale · StoreUnavailable (PoolerUnsuitable)
     ├── BackendError              the only errors that leave a backend
     │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
     │   ├── BackendUnavailable · BackendThrottled      (retryable)
@@ -71,6 +71,12 @@ class Error(Exception):
         self.retry_after = retry_after
         """Whole seconds after which the same call may succeed; None where waiting does not help."""
         self.fields: dict[str, object] = dict(fields or {})
+
+    @property
+    def explanation(self) -> dict[str, object]:
+        """What a log line says of it: the code, the cause where it is known, what happened, and the next step."""
+        cause = {"cause": self.fields["cause"]} if "cause" in self.fields else {}
+        return {"code": self.code, **cause, "detail": self.detail, "next_step": self.next_step}
 
 
 # --- the request -----------------------------------------------------------------------------------------------------
@@ -499,6 +505,14 @@ class RegistryStale(Unavailable):
 class StoreUnavailable(Unavailable):
     code = "store_unavailable"
     title = "The registry's database cannot be reached"
+
+
+class PoolerUnsuitable(StoreUnavailable):
+    """`serve` and `custodian` do not start on it: no limit of a session holds, and a lock may stay held."""
+
+    code = "pooler_unsuitable"
+    title = "The pooler before the registry's database does not keep sessions"
+    next_step = "Set the pooler to session mode (PgBouncer: pool_mode = session), or name the database in database_url."
 
 
 # --- backends --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -38,6 +38,9 @@ Text = Annotated[str, Meta(max_length=1024)]
 
 class Request(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """Base of every request body."""
+
+    stored: ClassVar[bool] = True
+    """Whether the registry may keep its texts. PostgreSQL keeps no U+0000, so `convert` refuses it everywhere."""
 
 
 class Answer(Struct, kw_only=True, omit_defaults=False):
@@ -520,17 +523,20 @@ class Attributes(Answer):
 
 
 class JwtRequest(Request):
+    stored: ClassVar[bool] = False
     claims: dict[str, Any]
     profile: Name | UnsetType = UNSET
     expires_in: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
 
 
 class SigningInputRequest(Request):
+    stored: ClassVar[bool] = False
     signing_input: Annotated[str, Meta(max_length=65_536)]
     kid: Kid
 
 
 class JwsRequest(Request):
+    stored: ClassVar[bool] = False
     payload: str
     detached: bool = False
     typ: Annotated[str, Meta(min_length=1, max_length=128)] | UnsetType = UNSET
@@ -540,6 +546,7 @@ class JwsRequest(Request):
 class RawSignatureRequest(Request):
     """Exactly one of `input` and `digest`."""
 
+    stored: ClassVar[bool] = False
     input: str | UnsetType = UNSET
     digest: Annotated[str, Meta(max_length=128)] | UnsetType = UNSET
     kid: Kid | UnsetType = UNSET
@@ -581,6 +588,7 @@ class Active(Answer):
 
 
 class VerifyRequest(Request):
+    stored: ClassVar[bool] = False
     token: Annotated[str, Meta(max_length=65_536)]
     audience: Annotated[str, Meta(min_length=1, max_length=1024)]
     typ: Annotated[str, Meta(min_length=1, max_length=128)] | UnsetType = UNSET
@@ -728,9 +736,15 @@ class Backend(Answer):
 
 
 class Dependency(Answer):
+    """What readiness depends on. `detail` and `next_step` are empty for callers without the permission to see them."""
+
     name: str
     state: str
+    """`ok`, or the problem code that a call which needs it is answered with."""
+    cause: str = ""
+    """Why the registry's database cannot be used, e.g. `disk_full`."""
     detail: str = ""
+    next_step: str = ""
 
 
 class Readiness(Answer):
@@ -764,6 +778,8 @@ _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 
 def convert(value: object, into: type[T]) -> T:
     """Decoded JSON as a request struct. Raises InvalidField that names the field and never repeats its value."""
+    if getattr(into, "stored", False):
+        _refuse_unstorable(value, "")
     try:
         return msgspec.convert(value, into)
     except msgspec.ValidationError as error:
@@ -774,3 +790,17 @@ def convert(value: object, into: type[T]) -> T:
         raise errors.InvalidField(
             f"{field}: {reason}" if field else reason, fields={"field": field} if field else {}
         ) from None
+
+
+def _refuse_unstorable(value: object, field: str) -> None:
+    """Raise InvalidField for U+0000 in any text within a body whose texts the registry may keep."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise errors.InvalidField(f"{field}: holds the character U+0000", fields={"field": field})
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_unstorable(name, field or "the body")
+            _refuse_unstorable(inner, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            _refuse_unstorable(inner, f"{field}[{place}]")

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from kms_jwks.backends import make_backend
 from kms_jwks.backends.calling import Backends, CallLimits
-from kms_jwks.config import Settings, load_settings
+from kms_jwks.config import Settings, load_settings, prepare_state_dir, require_registry
 from kms_jwks.custodian.leader_lease import LeaderLease
 from kms_jwks.custodian.loop import Custodian
+from kms_jwks.doctor import refuse_exposed
 from kms_jwks.service import Service
 from kms_jwks.service.clients import Clients
 from kms_jwks.service.control import Control
@@ -176,8 +177,10 @@ def wsgi(config: Path | None = None) -> WSGIApplication:
     from kms_jwks.http.app import create_app
 
     settings = load_settings(config)
+    require_registry(settings)
+    refuse_exposed(settings)
     logs.configure(settings.log_level, settings.log_format)
-    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    prepare_state_dir(settings)
     service = assemble(settings)
     service.start()
     return create_app(service)

@@ -61,11 +61,11 @@ class Postgres:
     def __init__(self) -> None:
         self._owner = owner()
         self.folder = Path(tempfile.mkdtemp(prefix="kms-jwks-postgres-"))
-        self._password = secrets.token_urlsafe(12)
+        self.password = secrets.token_urlsafe(12)
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         secret = self.folder / "password"
-        secret.write_text(self._password)
+        secret.write_text(self.password)
         if self._owner is not None:
             for path in (self.folder, secret):
                 os.chown(path, self._owner.pw_uid, self._owner.pw_gid)
@@ -85,7 +85,7 @@ class Postgres:
 
     def url(self, database: str = "postgres", *, port: int | None = None) -> str:
         """The URL of a database, on the server's port or on that of a proxy before it."""
-        return f"postgresql://{_USER}:{self._password}@127.0.0.1:{port or self.port}/{database}"
+        return f"postgresql://{_USER}:{self.password}@127.0.0.1:{port or self.port}/{database}"
 
     def create(self) -> str:
         """Create an empty database and return its name."""
@@ -171,9 +171,7 @@ class Postgres:
             (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
 
     def _as_owner(self) -> dict[str, Any]:
-        if self._owner is None:
-            return {}
-        return {"user": self._owner.pw_uid, "group": self._owner.pw_gid, "extra_groups": []}
+        return _as(self._owner)
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         done: subprocess.CompletedProcess[str] = subprocess.run(
@@ -187,6 +185,59 @@ class Postgres:
             **self._as_owner(),
         )
         return done
+
+
+@contextlib.contextmanager
+def pooler(server: Postgres, mode: str, **settings: object) -> Iterator[int]:
+    """PgBouncer before the server for the block, with Debian's defaults beside `settings`; the port that it listens on.
+
+    `mode` is its pool_mode: session, transaction or statement.
+    """
+    found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
+    assert found is not None, "apt-get install pgbouncer"
+    user, folder, port = owner(), Path(tempfile.mkdtemp(prefix="kms-jwks-pooler-")), free_port()
+    own = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": port,
+        "unix_socket_dir": "",
+        "auth_type": "scram-sha-256",
+        "auth_file": folder / "users",
+        "pool_mode": mode,
+    }
+    (folder / "users").write_text(f'"{_USER}" "{server.password}"\n')
+    (folder / "ini").write_text(
+        f"[databases]\n* = host=127.0.0.1 port={server.port}\n[pgbouncer]\n"
+        + "".join(f"{name} = {value}\n" for name, value in (own | settings).items())
+    )
+    for path in (folder, *folder.iterdir()) if user is not None else ():
+        os.chown(path, user.pw_uid, user.pw_gid)  # type: ignore[union-attr]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [found, str(folder / "ini")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            process_group=0,
+            preexec_fn=_end_with(os.getpid()),  # noqa: PLW1509 - it calls prepared functions alone
+            **_as(user),
+        )
+    try:
+        end = time.monotonic() + _SECONDS
+        while True:
+            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.02)
+        yield port
+    finally:
+        process.kill()
+        process.wait(_SECONDS)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as(user: pwd.struct_passwd | None) -> dict[str, Any]:
+    return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 def _children(pid: int) -> list[int]:

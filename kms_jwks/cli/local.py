@@ -132,6 +132,7 @@ def serve(config: Path | None, routes: str | None, bind: tuple[str, ...], worker
     """
     changes = {"ROUTES": routes, "BIND": ",".join(bind) or None, "WORKERS": workers}
     settings = _settings(config, {name: str(value) for name, value in changes.items() if value is not None})
+    _refuse_exposed(settings)
     _refuse_wrong_schema(settings)
     if role == "http":
         from kms_jwks import wiring
@@ -147,6 +148,7 @@ def serve(config: Path | None, routes: str | None, bind: tuple[str, ...], worker
     from kms_jwks.config import prepare_state_dir
 
     prepare_state_dir(settings)
+    _refuse_taken_name(settings)
     with raw_output():
         code = supervisor.serve(settings, config)
     click.get_current_context().exit(code)
@@ -164,6 +166,7 @@ def custodian(config: Path | None) -> None:
     from kms_jwks.http import logs
 
     settings = _settings(config)
+    _refuse_exposed(settings)
     _refuse_wrong_schema(settings)
     prepare_state_dir(settings)
     stop = threading.Event()
@@ -302,12 +305,14 @@ def restored(config: Path | None, sure: bool) -> None:
 
 def _settings(config: Path | None, changes: dict[str, str] | None = None) -> Settings:
     """The settings, with the values of the command line; these are validated like all others."""
-    from kms_jwks.config import load_settings
+    from kms_jwks.config import load_settings, require_registry
     from kms_jwks.http import logs
 
     logs.configure_for_command()
     with _variables({f"{_PREFIX}{name}": value for name, value in (changes or {}).items()}):
-        return load_settings(config)
+        settings = load_settings(config)
+    require_registry(settings)
+    return settings
 
 
 @contextmanager
@@ -335,13 +340,41 @@ def _registry(settings: Settings) -> Iterator[Store]:
         store.dispose()
 
 
+def _refuse_exposed(settings: Settings) -> None:
+    """Raise ConfigurationError where every user gets at this node's files."""
+    from kms_jwks.doctor import refuse_exposed
+
+    refuse_exposed(settings)
+
+
 def _refuse_wrong_schema(settings: Settings) -> None:
-    """Raise SchemaMismatch. Only warn when the registry cannot be reached: the last JWKS is served until it can."""
+    """Raise SchemaMismatch, and PoolerUnsuitable. Only warn when the registry cannot be reached: the last JWKS is
+    served until it can."""
     with _registry(settings) as store:
         try:
             store.check_schema()
+        except errors.PoolerUnsuitable:
+            raise
         except errors.StoreUnavailable as error:
             note(f"Warning: {clean(error.detail)} The last JWKS is served until the registry is back.")
+            note(clean(error.next_step))
+
+
+def _refuse_taken_name(settings: Settings) -> None:
+    """Raise ConfigurationError where another node runs under this node's name. An unreachable registry says nothing."""
+    from kms_jwks.worker.registration import living_namesake
+
+    with _registry(settings) as store:
+        try:
+            other = living_namesake(store, settings.node_name, settings.state_dir)
+        except errors.StoreUnavailable:
+            return
+    if other is not None:
+        raise errors.ConfigurationError(
+            f"node_name: another node runs under the name {settings.node_name}: its worker {other.id} has process id "
+            f"{other.pid} and another state directory.",
+            next_step="Stop it, or give each node a node_name and a state_dir of its own.",
+        )
 
 
 def _make_registry_folder(settings: Settings) -> None:

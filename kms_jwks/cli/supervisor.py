@@ -2,12 +2,16 @@
 
 The supervisor restarts a custodian that dies, with growing pauses while it keeps dying. When gunicorn exits, the
 supervisor stops the custodian and exits too. On Linux the kernel sends the children TERM when the parent is killed.
+
+While it runs it holds a lock in the state directory, so that a node is not served twice. The kernel releases the lock
+with the process, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import signal
@@ -20,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from kms_jwks.config import CONFIG_VARIABLE, load_settings, variable_name
+from kms_jwks.errors import ConfigurationError
 from kms_jwks.http import logs
 from kms_jwks.model import Instant
 
@@ -50,7 +55,40 @@ _OVERRIDABLE: Final = ("bind", "routes", "workers", "threads", "log_level", "log
 def serve(settings: Settings, config_path: Path | None) -> int:
     """Run the service until a signal stops it. Returns gunicorn's exit code, or 128 + the signal that killed it."""
     logs.configure(settings.log_level, settings.log_format)
-    return _Supervisor(settings, _environment(settings, config_path)).run()
+    locks = lock_node(settings)
+    try:
+        return _Supervisor(settings, _environment(settings, config_path)).run()
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def lock_node(settings: Settings) -> list[int]:
+    """Lock the routes that this node serves, public and private apart. Returns the descriptors that hold the locks.
+
+    Raises ConfigurationError where another process serves them with this state directory.
+    """
+    held: list[int] = []
+    for side in ("public", "private") if settings.routes == "all" else (settings.routes,):
+        path = settings.state_dir / f"serve-{side}.lock"
+        try:
+            held.append(lock := os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()} {settings.node_name}".encode(), 0)
+        except OSError as error:
+            holder = os.pread(held[-1], 100, 0).decode("utf-8", "replace") if isinstance(error, BlockingIOError) else ""
+            for lock in held:
+                os.close(lock)
+            if not isinstance(error, BlockingIOError):
+                raise ConfigurationError(f"state_dir: {path} cannot be locked: {error.strerror}.") from error
+            pid, _, node = holder.partition(" ")
+            raise ConfigurationError(
+                f"Another process ({pid or 'unknown'}) serves the {side} routes of node {node or settings.node_name} "
+                f"with the state directory {settings.state_dir}.",
+                next_step="Stop it first; or give this one a node_name, a state_dir and a bind of its own.",
+            ) from None
+    return held
 
 
 def _environment(settings: Settings, config_path: Path | None) -> dict[str, str]:

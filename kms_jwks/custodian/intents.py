@@ -278,10 +278,11 @@ class IntentRunner:
             if current.state is not IntentState.STARTED:
                 return
             now = tx.now()
-            tx.save(replace(current, state=IntentState.FAILED, finished_at=now, error=error.detail))
+            detail = error.detail.replace("\0", "?")  # PostgreSQL stores no U+0000
+            tx.save(replace(current, state=IntentState.FAILED, finished_at=now, error=detail))
             if is_final and intent.kind is IntentKind.GENERATE and _generation_wanted(version, now):
                 given_up = _purpose(tx, version)
-                transitions.give_up(tx, version, error.code, error.detail)
+                transitions.give_up(tx, version, error.code, detail)
                 _publish(tx, version)
             elif _may_retry(intent, version):
                 not_before = timeline.later(now, _retry_delay(intent, error))

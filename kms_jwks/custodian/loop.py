@@ -92,7 +92,7 @@ class Custodian:
         if isinstance(error, errors.StoreUnavailable):
             if self._database_lost_at is None:
                 self._database_lost_at = since
-                log.warning("database_lost", process="custodian", code=error.code, detail=error.detail)
+                log.warning("database_lost", process="custodian", **error.explanation)
         elif error.code != self._logged_code:
             self._logged_code = error.code
             log.warning("custodian_tick_refused", code=error.code, detail=error.detail)

@@ -15,7 +15,7 @@ from kms_jwks.config import Settings
 from kms_jwks.doctor import registry as registry_checks
 from kms_jwks.doctor.certificates import certificates
 from kms_jwks.doctor.checks import Check, State, failed, worst
-from kms_jwks.doctor.files import files, registry_file
+from kms_jwks.doctor.files import files, refuse_exposed, registry_file
 from kms_jwks.doctor.modules import Orphan, find_orphans, module, remove_orphan
 from kms_jwks.doctor.registry import Registry
 from kms_jwks.model import Instant
@@ -28,6 +28,7 @@ __all__ = [
     "certificates",
     "examine",
     "find_orphans",
+    "refuse_exposed",
     "registry_file",
     "remove_orphan",
     "worst",

@@ -35,9 +35,8 @@ def worst(checks: Iterable[Check]) -> State:
 
 def failed(name: str, error: errors.Error, step: str) -> Check:
     """A check that ended in an error. `step` is the advice if the error has only the general advice of its class."""
-    own = (
-        error.next_step if error.next_step != type(error).next_step or isinstance(error, errors.SchemaMismatch) else ""
-    )
+    special = isinstance(error, errors.SchemaMismatch | errors.PoolerUnsuitable)
+    own = error.next_step if special or error.next_step != type(error).next_step else ""
     return Check(name, State.FAILURE, error.detail.rstrip("."), own or step)
 
 

@@ -374,7 +374,7 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
     },
     wire.Readiness: {
         "status": "ok",
-        "dependencies": [{"name": "registry", "state": "ok", "detail": ""}],
+        "dependencies": [{"name": "registry", "state": "ok", "cause": "", "detail": "", "next_step": ""}],
     },
     # documents
     "Jwk": _JWK,

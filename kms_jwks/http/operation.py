@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kms_jwks import wire
+from kms_jwks import errors, wire
 from kms_jwks.http.exchange import Filter, Request, Response, gone, ok
 
 if TYPE_CHECKING:
@@ -14,11 +14,10 @@ _NODE = Filter("node", "The node that the worker runs on.")
 _STATE = Filter("state", "Whether the worker reports.", ("live", "silent"))
 NODE_FILTERS = (_NODE, _STATE)
 """What the list of workers can be narrowed by."""
-SIGNING_READINESS_FILTERS = (
-    Filter("key_set", "The key set of the one key that is asked for."),
-    Filter("key", "That key."),
-)
-"""`/readyz/sign` asks for one key with both."""
+_KEY_SET = Filter("key_set", "Only the keys of this key set.")
+_KEY = Filter("key", "Only this key of that key set.")
+SIGNING_READINESS_FILTERS = (_KEY_SET, _KEY)
+"""The keys that `/readyz/sign` is asked about; without them all that are enabled."""
 
 
 def list_nodes(service: Service, request: Request) -> Response:
@@ -55,17 +54,25 @@ def healthz(service: Service, request: Request) -> Response:
 
 def readyz(service: Service, request: Request) -> Response:
     """Whether a JWKS can be served."""
-    return _readiness(service.operation.ready())
+    return _readiness(service, request, service.operation.ready())
 
 
 def readyz_sign(service: Service, request: Request) -> Response:
-    """Whether signing works; the cause where it does not."""
-    return _readiness(service.operation.ready_sign())
+    """Whether this worker can sign with every enabled key, those of `?key_set=`, or one (`&key=`); else the cause."""
+    key_set, key = request.one(_KEY_SET), request.one(_KEY)
+    if key is not None and key_set is None:
+        raise errors.InvalidField("key: name its key_set too", fields={"field": "key"})
+    return _readiness(service, request, service.operation.ready_sign(request.context, key_set, key))
 
 
-def _readiness(readiness: wire.Readiness) -> Response:
+def _readiness(service: Service, request: Request, readiness: wire.Readiness) -> Response:
+    """The log has all of it, the answer what the caller may see."""
+    shown = service.operation.shown(request.context, readiness)
     if readiness.status == "ok":
-        return ok(readiness)
-    response = ok(readiness, 503)
-    response.notes = {"failing": [f"{d.name}: {d.state}" for d in readiness.dependencies if d.state != "ok"]}
+        return ok(shown)
+    response = ok(shown, 503)
+    failing = [d for d in readiness.dependencies if d.state != "ok"]
+    response.notes = {"failing": [f"{d.name}: {d.state}" for d in failing]}
+    if causes := [f"{d.name}: {d.detail}" for d in failing if d.detail]:
+        response.notes["causes"] = causes
     return response

@@ -140,6 +140,15 @@ class Guard:
                 raise errors.KeyNotFound(f"There is no key {key_name!r} in key set {key_set_name!r}.")
             return key_set, key
 
+    def identify(self, snapshot: Snapshot, context: RequestContext, now: Instant) -> Caller | None:
+        """The caller of a route that needs no credentials and shows more to some callers; None without good ones."""
+        if context.authorization is None or not snapshot.complete:
+            return None
+        try:
+            return self._authenticate(snapshot, context, now)
+        except errors.Unauthenticated:
+            return None
+
     # --- control plane
 
     def enter(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:

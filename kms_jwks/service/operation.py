@@ -6,13 +6,14 @@ import time
 from dataclasses import replace
 
 from kms_jwks import errors, wire
-from kms_jwks.access import Permission
+from kms_jwks.access import EVERYTHING, Permission, allow, allow_within
 from kms_jwks.model import SECOND, Epoch, Id, Instant, Worker
 from kms_jwks.service import views
 from kms_jwks.service.control import Control
 from kms_jwks.service.guard import RequestContext
 from kms_jwks.times import optional, to_datetime
 from kms_jwks.worker.restart_limit import RestartLimit
+from kms_jwks.worker.snapshot import SigningKey
 from kms_jwks.worker.sync import OVERDUE, RegistrySync
 
 _PROBE_EVERY = 1.0
@@ -29,6 +30,8 @@ class Operation:
         self._sync = sync
         self._restart_limit = restart_limit
         self._probed: dict[str, tuple[float, wire.Backend]] = {}
+        self._next_steps: dict[str, str] = {}
+        """By backend: what to do about its state at the last probe."""
 
     def nodes(
         self,
@@ -100,13 +103,13 @@ class Operation:
         return self._check_backend(name)
 
     def ready(self) -> wire.Readiness:
-        """Whether a JWKS can be served. The answer holds nothing secret and needs no credentials."""
+        """Whether a JWKS can be served. Needs no credentials; `shown` says what of it a caller may see."""
         registry = self._check_registry()
         try:
             self._sync.snapshot()
             serving = wire.Dependency(name="jwks", state="ok")
         except errors.Error as error:
-            serving = wire.Dependency(name="jwks", state=error.code, detail=error.detail)
+            serving = _dependency("jwks", error)
         overdue = self._sync.overdue()
         if overdue:
             detail = f"no epoch confirmed for {OVERDUE // (60 * SECOND)} minutes"
@@ -114,23 +117,110 @@ class Operation:
         failing = serving.state != "ok" or overdue
         return wire.Readiness(status="failing" if failing else "ok", dependencies=[serving, registry])
 
-    def ready_sign(self) -> wire.Readiness:
-        """Whether signing works on this worker, and if not which dependency is the cause."""
+    def ready_sign(self, context: RequestContext, key_set: str | None = None, key: str | None = None) -> wire.Readiness:
+        """Whether this worker can sign with every enabled key, or with those of a key set, or with one key.
+
+        Needs no credentials; `shown` says what of it a caller may see. A backend counts where an enabled key that was
+        asked for needs it: one that no key needs is listed. While there is no enabled key at all, every backend counts.
+        """
         registry = self._check_registry()
         if not self._sync.has_lease():
-            registry = wire.Dependency(name="registry", state="registry_stale", detail=registry.detail)
-        found = [registry]
-        for name in self._control.backends.names():
-            backend = self._check_backend(name)
-            found.append(wire.Dependency(name=f"backend:{name}", state=backend.state, detail=backend.detail))
-        failing = any(d.state != "ok" for d in found)
-        return wire.Readiness(status="failing" if failing else "ok", dependencies=found)
+            registry.state = errors.RegistryStale.code
+        asked, wanted = self._find_keys(context, key_set, key)
+        needed: dict[str, list[str]] = {}
+        for place, signing_key in wanted:
+            if signing_key.active is not None:
+                needed.setdefault(signing_key.active.backend, []).append(place)
+        configured = self._control.backends.names()
+        listed = sorted(set(needed) if key_set is not None else {*configured, *needed})
+        backends = {name: self._depend_on_backend(name, needed.get(name, [])) for name in listed}
+        if not configured and not needed:
+            backends[""] = wire.Dependency(
+                name="backends",
+                state=errors.BackendUnknown.code,
+                detail="No backend is configured on this node.",
+                next_step="Add a [backends.NAME] table to the settings.",
+            )
+        counted = list(needed) if needed or key_set is not None else list(backends)
+        failing = any(d.state != "ok" for d in (registry, *asked, *(backends[name] for name in counted)))
+        return wire.Readiness(
+            status="failing" if failing else "ok", dependencies=[registry, *asked, *backends.values()]
+        )
+
+    def shown(self, context: RequestContext, readiness: wire.Readiness) -> wire.Readiness:
+        """What a caller may see: names, states and causes without credentials, the details with a permission."""
+        try:
+            caller = self._control.guard.identify(self._sync.snapshot(), context, self._sync.clock.now())
+        except errors.StoreUnavailable:
+            caller = None
+        grants = caller.grants if caller is not None else ()
+        hidden = [
+            d
+            if allow(
+                grants, Permission.BACKEND_READ if d.name.startswith("backend") else Permission.NODE_READ, EVERYTHING
+            )
+            else wire.Dependency(name=d.name, state=d.state, cause=d.cause)
+            for d in readiness.dependencies
+        ]
+        return wire.Readiness(status=readiness.status, dependencies=hidden)
+
+    def _find_keys(
+        self, context: RequestContext, key_set: str | None, key: str | None
+    ) -> tuple[list[wire.Dependency], list[tuple[str, SigningKey]]]:
+        """What is said of a key set or key that was asked for by name, and the enabled keys by `key_set/key`.
+
+        Whether a restricted key set exists is said to those alone who may read its JWKS.
+        """
+        try:
+            snapshot = self._sync.snapshot()
+        except errors.StoreUnavailable:
+            return [], []
+        if key_set is None:
+            return [], [
+                (f"{s.name}/{k.name}", k) for s in snapshot.key_sets.values() for k in s.keys.values() if k.enabled
+            ]
+        found = snapshot.key_sets.get(key_set)
+        if found is not None and not found.public:
+            caller = self._control.guard.identify(snapshot, context, self._sync.clock.now())
+            if caller is None or not allow_within(caller.grants, Permission.JWKS_READ, found.id):
+                found = None
+        if not snapshot.complete:
+            return [], []
+        if key is None:
+            if found is None:
+                return [_dependency(f"key_set:{key_set}", errors.KeySetNotFound())], []
+            return [], [(f"{found.name}/{k.name}", k) for k in found.keys.values() if k.enabled]
+        place = f"{key_set}/{key}"
+        one = found.keys.get(key) if found is not None else None
+        if one is None:
+            return [_dependency(f"key:{place}", errors.KeyNotFound())], []
+        refused = errors.KeyDisabled() if not one.enabled else errors.NoActiveVersion() if one.active is None else None
+        said = (
+            wire.Dependency(name=f"key:{place}", state="ok")
+            if refused is None
+            else _dependency(f"key:{place}", refused)
+        )
+        return [said], [(place, one)]
 
     def _check_registry(self) -> wire.Dependency:
-        trouble = self._sync.trouble
-        return wire.Dependency(
-            name="registry", state="ok" if trouble is None else "store_unavailable", detail=trouble or ""
-        )
+        if self._sync.trouble is None:
+            return wire.Dependency(name="registry", state="ok")
+        failure = self._sync.failure or errors.InternalError()
+        return _dependency("registry", failure)
+
+    def _depend_on_backend(self, name: str, keys: list[str]) -> wire.Dependency:
+        """The state of a backend that these keys need."""
+        if name not in self._control.backends.by_name:
+            return wire.Dependency(
+                name=f"backend:{name}",
+                state=errors.BackendUnknown.code,
+                detail=f"It is not configured on this node, and these keys need it: {', '.join(keys[:5])}"
+                f"{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}.",
+                next_step=f"Add [backends.{name}] to the settings of this node.",
+            )
+        found = self._check_backend(name)
+        step = self._next_steps.get(name, "")
+        return wire.Dependency(name=f"backend:{name}", state=found.state, detail=found.detail, next_step=step)
 
     def _check_backend(self, name: str) -> wire.Backend:
         probed = self._probed.get(name)
@@ -142,14 +232,15 @@ class Operation:
     def _probe(self, name: str) -> wire.Backend:
         backends = self._control.backends
         backend = backends.get(name)
-        state, detail = "ok", ""
+        state, detail, step = "ok", "", ""
         algorithms: list[str] = []
         try:
             detail, algorithms = backends.probe(
                 name, lambda b: (b.ping().description, sorted(b.capabilities())), _PROBE_SECONDS
             )
         except errors.BackendError as error:
-            state, detail = error.code, error.detail
+            state, detail, step = error.code, error.detail, error.next_step
+        self._next_steps[name] = step
         return wire.Backend(
             name=name,
             type=backend.kind,
@@ -179,3 +270,9 @@ class Operation:
             backends=dict(worker.backends or {}),
             live=not self._control.confirmation.silent(worker, now),
         )
+
+
+def _dependency(name: str, error: errors.Error) -> wire.Dependency:
+    """A dependency that is in the way, as the error says."""
+    cause = str(error.fields.get("cause", ""))
+    return wire.Dependency(name=name, state=error.code, cause=cause, detail=error.detail, next_step=error.next_step)

@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from kms_jwks import errors
 from kms_jwks.model import Instant
 from kms_jwks.store import sqlite
-from kms_jwks.store.error_map import HOW_TO_CREATE, is_session_end, translate_errors
+from kms_jwks.store.error_map import HOW_TO_CREATE, is_session_end, translate_errors, unavailable_file
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class Database:
             try:
                 os.close(os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             except OSError as error:
-                raise errors.StoreUnavailable(f"The registry's file cannot be made: {error.strerror}.") from error
+                raise unavailable_file("The registry's file cannot be made", error) from error
 
     # --- transactions
 
@@ -217,12 +217,16 @@ class Database:
         if since is None or self.is_sqlite:
             try:
                 return engine.connect()
-            except DBAPIError:
+            except (DBAPIError, errors.StoreUnavailable):
                 self._note_loss()
                 raise
         wait = _WAIT_FOR_PROBE if time.monotonic() - since < _JUST_NOW else 0.0
         if not self._probing.acquire(timeout=wait):
-            raise errors.StoreUnavailable("The registry's database cannot be reached.", retry_after=1)
+            raise errors.StoreUnavailable(
+                "The registry's database cannot be reached: another call is trying to.",
+                retry_after=1,
+                fields={"cause": "lost"},
+            )
         try:
             connection = engine.connect()
             self._unreachable_since = None
@@ -237,7 +241,9 @@ class Database:
     def _write_slot(self) -> Iterator[None]:
         """A server's writers queue for one row. Here they queue before they hold a connection: the poll needs one."""
         if not self._write_slots.acquire(timeout=self._settings.timeout):
-            raise errors.StoreUnavailable("Too many changes wait for the registry's database.", retry_after=1)
+            raise errors.StoreUnavailable(
+                "Too many changes wait for the registry's database.", retry_after=1, fields={"cause": "writers_busy"}
+            )
         try:
             yield
         finally:
@@ -260,6 +266,7 @@ class Database:
                     f"The registry's file is not there: {error.strerror}.",
                     retry_after=1,
                     next_step=f"{HOW_TO_CREATE} If there was one, bring it back.",
+                    fields={"cause": "no_file"},
                 ) from error
             if self._opened_file != (status.st_dev, status.st_ino):
                 # Another file has the name now. A connection to the old one would never see a change again.

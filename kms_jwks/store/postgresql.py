@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import select
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ import psycopg
 from psycopg.abc import PQGen
 from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
+
+from kms_jwks import errors
 
 RV = TypeVar("RV")
 
@@ -87,47 +89,134 @@ def make_engine(url: URL, pool_size: int, timeout: float, application_name: str)
         use_native_hstore=False,
     )
 
+    sessions = _SessionCheck()
+
     @event.listens_for(engine, "do_connect")
     def connect(_dialect: Any, _record: Any, arguments: list[Any], asked: dict[str, Any]) -> BoundedConnection:
-        made = BoundedConnection.connect(*arguments, **_parameters(asked, timeout, application_name))
-        made.timeout = timeout + _GRACE
+        def make() -> BoundedConnection:
+            parameters = _parameters(asked, timeout, application_name)
+            made = BoundedConnection.connect(*arguments, autocommit=True, **parameters)
+            made.timeout = timeout + _GRACE
+            return made
+
+        made = make()
+        try:
+            sessions.require(made, _prepare(made, timeout, asked), make)
+        except BaseException:
+            made.close()
+            raise
         return made
 
-    event.listen(engine, "connect", _prepare)
+    event.listen(engine, "invalidate", lambda *_: sessions.forget())
     event.listen(engine, "checkin", _note_idle)
     event.listen(engine, "checkout", _check_idle)
     return engine
 
 
 def _parameters(asked: dict[str, Any], timeout: float, application_name: str) -> dict[str, Any]:
-    """libpq's parameters: those of the URL, and ours for the rest."""
-    milliseconds = int(timeout * 1000)
+    """libpq's parameters: those of the URL, and ours for the rest.
+
+    The server's own settings are not among them: poolers refuse startup parameters that they do not know.
+    """
     defaults = {
         "application_name": application_name,
+        "client_encoding": "UTF8",  # whatever the database's encoding is: psycopg takes that one otherwise
         "connect_timeout": max(2, math.ceil(timeout)),
-        "tcp_user_timeout": milliseconds,
+        "tcp_user_timeout": int(timeout * 1000),
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 2,
     }
+    return defaults | asked
+
+
+def _prepare(connection: BoundedConnection, timeout: float, asked: dict[str, Any]) -> int:
+    """Set a new session's limits, and make its commits durable. Returns the number of the server's process.
+
+    The URL's `options` win over the limits. Commits are made durable where the database is configured with
+    synchronous_commit = off. It is one exchange, within the connection's own timeout.
+    """
+    milliseconds = int(timeout * 1000)
     bounds = {
         "statement_timeout": milliseconds,
         "lock_timeout": milliseconds,
         # A client that vanishes in a transaction holds up the writers of all nodes. They wait longer than this.
         "idle_in_transaction_session_timeout": milliseconds // 2,
     }
-    options = [f"-c {name}={value}" for name, value in bounds.items()]
-    # Of two values for one setting the last wins.
-    return defaults | asked | {"options": " ".join([*options, str(asked.get("options", ""))]).strip()}
+    # A setting that came with the connection has the source "client".
+    ours = "(SELECT source FROM pg_settings WHERE name = '{}') <> 'client'" if "options" in asked else "true"
+    settings = {"synchronous_commit": ("on", "current_setting('synchronous_commit') = 'off'")}
+    settings |= {name: (str(value), ours.format(name)) for name, value in bounds.items()}
+    columns = [
+        f"CASE WHEN {condition} THEN set_config('{name}', '{value}', false) END"
+        for name, (value, condition) in settings.items()
+    ]
+    row = connection.execute(f"SELECT {', '.join(['pg_backend_pid()', *columns])}").fetchone()
+    assert row is not None
+    return int(row[0])
 
 
-def _prepare(connection: BoundedConnection, _: Any) -> None:
-    """Make commits durable in this session where the database is configured with synchronous_commit = off."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
-        )
-    connection.commit()
+class _SessionCheck:
+    """Refuses a pooler in transaction mode, where what a session sets applies to other clients' transactions.
+
+    Between transactions such a pooler gives the server's process to any client. In session mode a process belongs to
+    one client until it disconnects. A setting that is read back proves nothing: the next transaction often gets the
+    same process. So there is a second client. In session mode it never gets the process of the first one, and that of
+    the first one never changes. In transaction mode one of the two happens in the first round, unless other clients
+    come in between.
+    """
+
+    _ROUNDS = 5
+    _TIMEOUT = 2.0
+    """Seconds that the second client waits for a process. In session mode all may be taken."""
+
+    def __init__(self) -> None:
+        self._passed = False
+
+    def forget(self) -> None:
+        """Check again: a connection was lost, and the pooler may be another one since."""
+        self._passed = False
+
+    def require(self, first: BoundedConnection, process: int, connect: Callable[[], BoundedConnection]) -> None:
+        """Raise PoolerUnsuitable if a pooler gives the server's `process` of a new connection to other clients.
+
+        Nothing is asked without a pooler: a server says the number of its process when a connection is made, and a
+        pooler says a number of its own.
+        """
+        if self._passed or process == first.info.backend_pid:
+            return
+        try:
+            second = connect()
+        except psycopg.Error:
+            return  # the pooler takes no more clients; the check is repeated with the next connection
+        try:
+            with second.within(self._TIMEOUT):
+                for _ in range(self._ROUNDS):
+                    second.execute("BEGIN")
+                    if _process_of(second) == process or _process_of(first) != process:
+                        raise _unsuitable("transaction")
+                    second.execute("ROLLBACK")
+        except psycopg.OperationalError as error:
+            if "statement pooling" in str(error):
+                raise _unsuitable("statement") from error
+            return  # no process is free for the second client
+        finally:
+            second.close()
+        self._passed = True
+
+
+def _unsuitable(mode: str) -> errors.PoolerUnsuitable:
+    return errors.PoolerUnsuitable(
+        f"A pooler in {mode} mode is before the registry's database: it does not keep a session's settings.",
+        fields={"cause": "pooler_mode"},
+    )
+
+
+def _process_of(connection: BoundedConnection) -> int:
+    """The number of the server's process that answers this connection now."""
+    row = connection.execute("SELECT pg_backend_pid()").fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def _note_idle(connection: BoundedConnection | None, record: Any) -> None:

@@ -13,15 +13,16 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from kms_jwks import errors
-from kms_jwks.model import SECOND, Epoch, Id, Worker, new_id
+from kms_jwks.model import SECOND, Epoch, Id, Instant, Worker, new_id
 from kms_jwks.store import Store
+from kms_jwks.store.error_map import unavailable_file
 from kms_jwks.worker.clocks import DatabaseClock
 
 log = structlog.get_logger(__name__)
@@ -30,6 +31,7 @@ MAX_HEARTBEAT_INTERVAL = 5.0
 """Seconds between two heartbeats at most; half a lease where that is less."""
 _REGISTRATION_TIMEOUT = 60.0
 """Seconds after which a dead worker that is not registered will not appear in the registry any more."""
+_NAMESAKE_PAUSE = 0.2
 
 
 class Registration:
@@ -55,9 +57,8 @@ class Registration:
             try:
                 self._registering = worker_id, LivenessLock(self._folder, worker_id)
             except OSError as error:
-                raise errors.StoreUnavailable(
-                    f"This worker cannot create its liveness lock in {self._folder}: {error.strerror}."
-                ) from error
+                what = f"This worker cannot create its liveness lock in {self._folder}"
+                raise unavailable_file(what, error) from error
         worker_id, lock = self._registering
         began = self._boot()
         with self._store.write() as tx:
@@ -151,6 +152,30 @@ def deregister_dead_workers(store: Store, folder: Path) -> list[Worker]:
         if worker in registered or lock_age(folder, worker) > _REGISTRATION_TIMEOUT:
             remove_lock(folder, worker)
     return deregistered
+
+
+def living_namesake(
+    store: Store, node: str, state_dir: Path, pause: Callable[[float], None] = time.sleep
+) -> Worker | None:
+    """A worker that runs under the name of this node and not from its state directory; None where there is none.
+
+    A worker whose last heartbeat is recent may have been killed since, so this waits for another heartbeat of it, for
+    as long as one can take. `pause` sleeps for some seconds. Raises StoreUnavailable.
+    """
+    seen: dict[Id, Instant] = {}
+    waited = 0.0
+    while True:
+        with store.read() as tx:
+            now, workers = tx.now(), [w for w in tx.workers() if w.node == node and w.stopped_at is None]
+        others = [w for w in workers if not _lock_file(lock_folder(state_dir), w.id).exists()]
+        lively = [w for w in others if now - w.heartbeat_at <= (w.lease + 1) * SECOND]
+        for worker in lively:
+            if seen.setdefault(worker.id, worker.heartbeat_at) < worker.heartbeat_at:
+                return worker
+        if not lively or waited > max(min(w.lease / 2, MAX_HEARTBEAT_INTERVAL) for w in lively) + 1:
+            return None
+        pause(_NAMESAKE_PAUSE)
+        waited += _NAMESAKE_PAUSE
 
 
 # --- liveness locks ---------------------------------------------------------------------------------------------------

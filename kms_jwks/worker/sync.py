@@ -84,6 +84,7 @@ class RegistrySync:
         self._last_used_at = self._dead_workers_at = self._confirmed_at = self.clock.boot()
         self._unflushed: dict[Id, Instant] = {}
         self._trouble: str | None = None
+        self._failure: errors.Error | None = None
         self._database_lost_at: int | None = None
         self._went_back = False
         """The registry lost changes: when its epoch reaches the snapshot's again, the contents may differ."""
@@ -141,6 +142,11 @@ class RegistrySync:
     def trouble(self) -> str | None:
         """The error of the last poll, as text; None while the database answers."""
         return self._trouble
+
+    @property
+    def failure(self) -> errors.Error | None:
+        """The error of the last poll, with its cause and the next step; None while the database answers."""
+        return self._failure
 
     def has_lease(self) -> bool:
         """Whether this worker may sign now."""
@@ -239,17 +245,17 @@ class RegistrySync:
 
     def _database_failed(self, error: errors.Error, since: int) -> None:
         """Note a poll that failed; `since`: when it began (boot clock). The loss of the database is logged once."""
-        self._trouble = error.detail
+        self._trouble, self._failure = error.detail, error
         if self._database_lost_at is None:
             self._database_lost_at = since
-            log.warning("database_lost", process="worker", code=error.code, detail=error.detail)
+            log.warning("database_lost", process="worker", **error.explanation)
         self._log_expired_lease(self.clock.boot())
         if self._current.snapshot is None:
             self._serve_from_disk()
 
     def _database_answered(self) -> None:
         """Note that a poll succeeded again."""
-        self._trouble = None
+        self._trouble = self._failure = None
         if self._database_lost_at is not None:
             seconds = round((self.clock.boot() - self._database_lost_at) / SECOND, 3)
             log.info("database_recovered", process="worker", seconds=seconds)

@@ -160,8 +160,8 @@ def test_ml_dsa_keys_sign(server: Server, fake: FakeKms) -> None:
 
 def test_a_healthy_backend(node: Node, server: Server) -> None:
     assert node.findings() == []
-    backends = server.must("GET", "/readyz/sign", token=None)
-    assert ACCOUNT in json.dumps(backends)
+    assert ACCOUNT in json.dumps(server.must("GET", "/readyz/sign"))
+    assert ACCOUNT not in json.dumps(server.must("GET", "/readyz/sign", token=None))
 
 
 # --- what KMS may say -------------------------------------------------------------------------------------------------

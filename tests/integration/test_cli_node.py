@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import structlog.testing
 import urllib3
@@ -567,8 +568,72 @@ def test_serve_takes_what_the_command_line_says(node: Node, processes: list[subp
 
     wait_until(lambda: status("/default/.well-known/jwks.json") == 200)
     assert status("/v1/key-sets") == 404
+    for routes in ("public", "all"):
+        second = node.command("serve", "--routes", routes, "--bind", f"127.0.0.1:{free_port()}", code=2)
+        assert f"Another process ({process.pid}) serves the public routes" in second.stderr
+        assert "state_dir" in second.stderr
+    process.kill()
+    process.wait()
+    processes.append(process := start(node, *words))
+    wait_until(psutil.Process(process.pid).children)  # it has its lock, and waits for no lease of the killed one
+    wait_until(lambda: status("/default/.well-known/jwks.json") == 200)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "custodian"])
+def test_what_every_user_gets_at_is_refused(node: Node, command: str) -> None:
+    for name, mode, said in (
+        ("pin", 0o644, "PIN file of softhsm"),
+        ("registry.sqlite3", 0o604, "registry file"),
+        ("registry.sqlite3", 0o602, "registry file"),
+        (".", 0o777, "folder of the registry file"),
+        ("state", 0o703, "state_dir"),
+    ):
+        path = node.folder / name
+        before = path.stat().st_mode
+        path.chmod(mode)
+        refused = node.command(command, code=2)
+        assert said in refused.stderr
+        assert "Next: " in refused.stderr
+        assert "chmod" in refused.stderr
+        found = node.findings(code=1, module=name == "pin")
+        assert any(state == "failure" and "chmod" in step for _, state, _, step in found)
+        path.chmod(before)
+
+
+def test_a_folder_in_which_only_owners_replace_files_is_no_finding(node: Node) -> None:
+    node.folder.chmod(0o1777)
+    assert node.findings(code=0) == []
+
+
+@pytest.mark.parametrize("words", [("serve",), ("custodian",), ("init",), ("doctor",), ("db", "check")])
+def test_no_registry_is_guessed(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("KMS_JWKS_")]:
+        monkeypatch.delenv(name)
+    refused = CliRunner().invoke(cli, [*words])
+    assert refused.exit_code == 2
+    assert "database_url is not set" in refused.stderr
+    assert "KMS_JWKS_DATABASE_URL" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_public_url_that_verifiers_do_not_reach_over_tls(node: Node) -> None:
+    for bind, url, more, expected in (
+        ("0.0.0.0:80", "http://keys.example", {}, "is not encrypted, and this node listens on 0.0.0.0:80"),
+        ("127.0.0.1:80", "http://keys.example", {}, "is not encrypted"),
+        ("127.0.0.1:80", "https://keys.example", {}, "neither a certificate nor a proxy"),
+        ("127.0.0.1:80", "https://keys.example", {"KMS_JWKS_FORWARDED_ALLOW_IPS": "127.0.0.1"}, None),
+        ("unix:/run/kms-jwks", "https://keys.example", {}, None),
+        ("[::1]:80", "http://[::1]", {}, None),
+        ("localhost:80", "http://localhost", {}, None),
+    ):
+        settings: Any = {"KMS_JWKS_BIND": bind, "KMS_JWKS_PUBLIC_URL": url, **more, "KMS_JWKS_ROUTES": "public"}
+        checks = json.loads(node.command("doctor", "--json", **settings).stdout)["checks"]
+        found = [(c["state"], c["detail"]) for c in checks if c["name"] == "public URL"]
+        assert bool(found) is (expected is not None), (bind, url, found)
+        assert expected is None or (found[0][0] == "warning" and expected in found[0][1])
 
 
 def test_serve_refuses_what_no_setting_can_be(node: Node) -> None:

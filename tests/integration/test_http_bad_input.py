@@ -697,6 +697,10 @@ CONTROL: tuple[tuple[str, str, str, Any, int, str], ...] = (
     ("a token that lives too long", "POST", "/v1/clients/admin-bootstrap/tokens", {"expires_in": 10**9}, 400, "invalid_field"),
     ("a token that is dead at once", "POST", "/v1/clients/admin-bootstrap/tokens", {"expires_in": 0}, 400, "invalid_field"),
     ("a fields for a route without", "POST", "/v1/key-sets/{jwt}/keys/k1/disable", {"why": "x"}, 400, "invalid_field"),
+    ("NUL in a reason", "POST", "/v1/key-sets/{jwt}/keys/k1/versions/{kid}/revoke", {"reason": "a\0b"}, 400, "invalid_field"),
+    ("NUL in a reason of a rotation", "POST", "/v1/key-sets/{jwt}/keys/k1/rotate", {"reason": "\0", "break_glass": True}, 400, "invalid_field"),
+    ("NUL in a kid", "POST", "/v1/key-sets/{jwt}/external-keys", {"kid": "e\0", "alg": "ES256", "remove_at": LATER, "jwk": JWK}, 400, "invalid_field"),
+    ("NUL in a window", "PATCH", "/v1/key-sets/{jwt}/keys/k1", {"policy": {"rotate_window": "\0"}}, 400, "invalid_field"),
     ("malformed JSON", "POST", "/v1/clients", b"{", 400, "malformed_body"),
     ("a body that is too large", "POST", "/v1/clients", {"name": "x" * 70_000}, 413, "body_too_large"),
 )  # fmt: skip

@@ -364,6 +364,10 @@ class TestDescription:
         ready = fetch(server, "/readyz/sign").json
         assert ready["status"] == "ok"
         assert {d["name"]: d["state"] for d in ready["dependencies"]} == {"registry": "ok", "backend:softhsm": "ok"}
+        assert not any(d["detail"] for d in ready["dependencies"]), "callers without a permission see no serial"
+        assert any("serial" in d["detail"] for d in server.must("GET", "/readyz/sign")["dependencies"])
+        one = fetch(server, "/readyz/sign?key_set=default&key=default").json
+        assert [d["name"] for d in one["dependencies"]] == ["registry", "key:default/default", "backend:softhsm"]
 
     def test_nodes_and_backends(self, server: Server) -> None:
         nodes = server.must("GET", "/v1/nodes")["items"]

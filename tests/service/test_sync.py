@@ -73,7 +73,7 @@ def test_without_the_database_documents_are_served_and_signing_ends(world: World
     with pytest.raises(errors.RegistryStale):
         world.sign()
     assert world.kids()
-    readiness = world.service.operation.ready_sign()
+    readiness = world.service.operation.ready_sign(RequestContext())
     assert readiness.status == "failing"
     assert readiness.dependencies[0].state == "registry_stale"
     assert world.service.operation.ready().status == "ok"
@@ -279,3 +279,32 @@ def test_a_first_poll_and_an_orderly_stop_log_no_loss(tmp_path: Path) -> None:
         world.service.sync.poll()
         world.close()
     assert lines(logs) == []
+
+
+# --- another node of the same name
+
+
+def test_a_node_that_runs_under_this_node_s_name_is_found(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    other, here = world.service.sync, tmp_path / "elsewhere"
+    try:
+        assert registration.living_namesake(world.registry, "node-1", here) is None
+        other.poll()
+
+        def live(seconds: float) -> None:
+            world.offset += int(seconds * SECOND)
+            other.poll()
+
+        def be_dead(seconds: float) -> None:
+            world.offset += int(seconds * SECOND)
+
+        found = registration.living_namesake(world.registry, "node-1", here, live)
+        assert found is not None
+        assert found.id == other.worker_id
+        assert registration.living_namesake(world.registry, "node-2", here, live) is None, "another name"
+        assert registration.living_namesake(world.registry, "node-1", tmp_path / "state", live) is None, (
+            "it is this very node"
+        )
+        assert registration.living_namesake(world.registry, "node-1", here, be_dead) is None, "it was killed"
+    finally:
+        world.close()

@@ -23,6 +23,7 @@ from kms_jwks.model import (
     Purpose,
     SigningProfile,
 )
+from kms_jwks.store.error_map import CAUSE_NAMES
 
 ROOT = Path(__file__).parents[2]
 _UNITS = {"s": 1, "min": 60, "minutes": 60, "h": 3600, "hours": 3600, "d": 86_400, "day": 86_400, "days": 86_400}
@@ -128,3 +129,12 @@ def test_a_lease_that_is_not_configured_fits_the_default_policy() -> None:
     """`rotate_every` has to be at least publish_lead + max_token_ttl + clock_skew + lease."""
     policy, lease = Policy(), Settings.model_fields["signing_lease"].default
     assert policy.rotate_every >= policy.publish_lead + policy.max_token_ttl + policy.clock_skew + lease
+
+
+def test_every_cause_of_an_unusable_database_has_its_row() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kms_jwks" / "store").glob("*.py"))
+    assert set(re.findall(r'"cause": "(\w+)"', code)) <= CAUSE_NAMES
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| [^|]+ \| [^|]+ \|$", page("docs/troubleshooting.md"), re.MULTILINE)
+    listed = [cause for row in rows for cause in re.findall(r"`(\w+)`", row) if cause != "cause"]
+    assert sorted(listed) == sorted(CAUSE_NAMES - {"pooler_mode"})
+    assert "its `cause` is `pooler_mode`" in page("docs/troubleshooting.md")

@@ -52,7 +52,7 @@ class FakeService:
         self.versions = SimpleNamespace(public_jwk=self._use)
         self.external_keys = SimpleNamespace(get=self._use)
         self.clients = SimpleNamespace(create=self._use, delete=self._use)
-        self.operation = SimpleNamespace(ready=self._use, ready_sign=self._use)
+        self.operation = SimpleNamespace(ready=self._use, ready_sign=self._use, shown=lambda _, readiness: readiness)
 
     def _use(self, *arguments: Any, **named: Any) -> Any:
         for argument in arguments:
@@ -463,8 +463,16 @@ class TestAnswers:
         assert response.status_code == 503
         assert response.json == {
             "status": "failing",
-            "dependencies": [{"name": "backend:hsm", "state": "backend_unavailable", "detail": ""}],
+            "dependencies": [
+                {"name": "backend:hsm", "state": "backend_unavailable", "cause": "", "detail": "", "next_step": ""}
+            ],
         }
+
+    @pytest.mark.parametrize("query", ["key=k", "key_set=UPPER", "key_set=s&key=a/b", "key_set=s&key="])
+    def test_readiness_of_what_cannot_be_a_key(self, client: Client, service: FakeService, query: str) -> None:
+        response = client.get(f"/readyz/sign?{query}")
+        assert (response.status_code, problem(response)) == (400, "invalid_field")
+        assert service.asked == []
 
     def test_deleted_is_204_without_a_body(self, client: Client, service: FakeService) -> None:
         response = client.delete("/v1/clients/x")

@@ -279,14 +279,16 @@ def test_items_of_a_batch_that_failed_are_counted_by_problem(lines: io.StringIO,
 
 
 def test_readiness_says_what_is_missing(lines: io.StringIO, service: FakeService) -> None:
-    states = {"registry": "ok", "backend:hsm": "backend_unavailable"}
+    states = {"registry": ("ok", ""), "backend:hsm": ("backend_unavailable", "no token of serial 4711")}
     service.answer = wire.Readiness(
-        status="failing", dependencies=[wire.Dependency(name=name, state=state) for name, state in states.items()]
+        status="failing",
+        dependencies=[wire.Dependency(name=name, state=state, detail=d) for name, (state, d) in states.items()],
     )
     client(service).get("/readyz")
     line = only(lines)
     assert (line["status"], line["level"]) == (503, "warning")
     assert line["failing"] == ["backend:hsm: backend_unavailable"]
+    assert line["causes"] == ["backend:hsm: no token of serial 4711"]
 
 
 @pytest.mark.parametrize(("answer", "level"), [(JWKS, "debug"), (errors.KeySetNotFound(), "info")])

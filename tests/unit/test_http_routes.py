@@ -352,3 +352,35 @@ class TestDocs:
         assert "nav { display: none" not in narrow
         assert "table.wide td { display: block" in narrow
         assert 'content="width=device-width, initial-scale=1"' in self.text
+
+
+# --- texts that the registry keeps
+
+
+REQUESTS = sorted(
+    {route.request for route in ROUTES if isinstance(route.request, type) and route.request.stored},
+    key=lambda struct: struct.__name__,
+)
+
+
+@pytest.mark.parametrize("struct", REQUESTS, ids=lambda struct: struct.__name__)
+def test_no_text_that_the_registry_may_keep_holds_nul(struct: type[wire.Request]) -> None:
+    """PostgreSQL cannot store U+0000. What is signed or verified has rules of its own, and problem codes of its own."""
+    for field in struct.__struct_fields__:
+        for value in ("\0", "a\0b", ["\0"], {"x": [{"y": "\0"}]}, {"\0": 1}):
+            with pytest.raises(errors.InvalidField) as refusal:
+                wire.convert({field: value}, struct)
+            assert "U+0000" in refusal.value.detail
+            assert str(refusal.value.fields["field"]).startswith(field)
+
+
+def test_what_is_signed_is_not_kept() -> None:
+    kept = {struct for struct in wire.Request.__subclasses__() if not struct.stored}
+    assert kept == {
+        wire.JwtRequest,
+        wire.SigningInputRequest,
+        wire.JwsRequest,
+        wire.RawSignatureRequest,
+        wire.VerifyRequest,
+    }
+    assert wire.convert({"claims": {"a": "\0"}}, wire.JwtRequest).claims == {"a": "\0"}

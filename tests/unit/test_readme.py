@@ -19,6 +19,7 @@ from kms_jwks import config
 from kms_jwks.cli.app import cli
 from kms_jwks.errors import BY_CODE
 from kms_jwks.http.problems import status_of
+from kms_jwks.store.error_map import CAUSE_NAMES
 from tests.unit.test_imports import LAYERS
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +198,8 @@ def test_every_code_setting_and_log_event_that_it_names_exists() -> None:
     text = re.sub(r"```.*?```", "", TROUBLESHOOTING.read_text(encoding="utf-8"), flags=re.DOTALL)
     settings = {name for found in vars(config).values() for name in getattr(found, "model_fields", ())}
     fields = {"key_set", "next_step", "request_id", "token_id"}
-    others = {"max_connections"}
+    # PostgreSQL's and PgBouncer's.
+    others = {"max_connections", "idle_session_timeout", "default_pool_size", "pool_mode"}
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
-    assert named - BY_CODE.keys() - settings - log_events() - fields - others == set()
+    assert named - BY_CODE.keys() - settings - log_events() - fields - others - CAUSE_NAMES == set()
     assert {"backend_lost", "database_lost", "lease_lost"} <= named
