@@ -22,7 +22,8 @@
     │   ├── TransitionRefused · LimitReached · PurposeMismatch · Immutable · RotationInProgress
     │   └── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties
     ├── RevisionMismatch · RevisionRequired
-    ├── Unavailable               retry later: RegistryStale · StoreUnavailable
+    ├── Unavailable               retry later: RegistryStale · StoreUnavailable (RegistryRolledBack) ·
+    │                             ClocksDisagree
     ├── BackendError              the only errors that leave a backend
     │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
     │   ├── BackendUnavailable · BackendThrottled      (retryable)
@@ -466,6 +467,24 @@ class RegistryStale(Unavailable):
 class StoreUnavailable(Unavailable):
     code = "store_unavailable"
     title = "The registry's database cannot be reached"
+
+
+class RegistryRolledBack(StoreUnavailable):
+    """The registry does not hold what this node has confirmed before: an old copy, or a standby that was behind."""
+
+    code = "registry_rolled_back"
+    title = "The registry has lost changes that this node knows, and is not believed"
+    next_step = (
+        "Bring the newer database back. If its last changes are lost for good, run `kms-jwks db restored` on the node."
+    )
+
+
+class ClocksDisagree(Unavailable):
+    code = "clocks_disagree"
+    title = "The database's clock was set, or this node's stood still: times in tokens would be wrong"
+    next_step = (
+        "Set the database's clock right; signing goes on by itself. If the database is right, restart the service."
+    )
 
 
 # --- backends --------------------------------------------------------------------------------------------------------

@@ -100,12 +100,14 @@ class Guard:
         self._observe = observe
         self._lock = threading.Lock()
         self._used: dict[Id, Instant] = {}
+        self.fallback: Callable[[], Snapshot] | None = None
+        """The last snapshot of this worker; it raises where there is none. Set once, after the worker is assembled."""
 
     # --- before a body is decoded
 
     def authenticate(self, source: Snapshot | ReadTx, context: RequestContext, now: Instant) -> None:
         """Set `context.caller`. What the caller may do is decided by the use case. Raises Unauthenticated."""
-        tokens = _tokens_in(source) if isinstance(source, Snapshot) else _tokens_of(source)
+        tokens = _tokens_in(source) if isinstance(source, Snapshot) else self._tokens_of(source)
         try:
             self._authenticate(tokens, context, now)
         except errors.Unauthenticated as error:
@@ -157,14 +159,14 @@ class Guard:
     def enter(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:
         """Let a call in that concerns the installation as a whole."""
         with _Deciding(self._observe, context, permission):
-            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+            caller = self._authenticate(self._tokens_of(tx), context, tx.now())
             self._authorise(caller, permission, EVERYTHING)
             return caller
 
     def enter_any(self, tx: ReadTx, context: RequestContext, permission: Permission) -> Caller:
         """Let a listing in that shows each caller what its grants cover; it must have the permission somewhere."""
         with _Deciding(self._observe, context, permission):
-            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+            caller = self._authenticate(self._tokens_of(tx), context, tx.now())
             if not any(allow([g], permission, Scope(g.key_set_id, g.key_id)) for g in caller.grants):
                 raise _forbidden(caller, permission)
             return caller
@@ -172,7 +174,7 @@ class Guard:
     def enter_set(self, tx: ReadTx, context: RequestContext, permission: Permission, name: str) -> EnteredSet:
         """Let a call in that names a key set. Raises Unauthenticated, Forbidden, KeySetNotFound."""
         with _Deciding(self._observe, context, permission, name):
-            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+            caller = self._authenticate(self._tokens_of(tx), context, tx.now())
             key_set = tx.key_set(name)
             self._authorise(caller, permission, Scope(key_set.id) if key_set else EVERYTHING)
             if key_set is None:
@@ -182,7 +184,7 @@ class Guard:
     def enter_key(self, tx: ReadTx, context: RequestContext, permission: Permission, key_set: str, key: str) -> Entered:
         """Let a call in that names a key. Raises Unauthenticated, Forbidden, KeySetNotFound, KeyNotFound."""
         with _Deciding(self._observe, context, permission, key_set, key):
-            caller = self._authenticate(_tokens_of(tx), context, tx.now())
+            caller = self._authenticate(self._tokens_of(tx), context, tx.now())
             found_set = tx.key_set(key_set)
             found_key = tx.key(found_set.id, key) if found_set else None
             scope = Scope(found_set.id, found_key.id if found_key else None) if found_set else EVERYTHING
@@ -223,6 +225,21 @@ class Guard:
         self._used[known.id] = now
         context.caller = known.caller
         return known.caller
+
+    def _tokens_of(self, tx: ReadTx) -> TokenSource:
+        """Where a control-plane call looks its token up: in its own transaction.
+
+        A registry that has lost changes is not believed: a token that was revoked since would work again. Its readers
+        are let in by this worker's last snapshot; changes are refused when they begin (`Store.write`). Raises
+        RegistryRolledBack where there is no such snapshot.
+        """
+        try:
+            tx.require_known_history()
+        except errors.RegistryRolledBack:
+            if self.fallback is None:
+                raise
+            return _tokens_in(self.fallback())
+        return _tokens_of(tx)
 
     def _authorise(self, caller: Caller, permission: Permission, scope: Scope) -> None:
         if not allow(caller.grants, permission, scope):

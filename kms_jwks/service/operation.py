@@ -106,8 +106,9 @@ class Operation:
         """Whether signing works on this worker, and if not which dependency is the cause."""
         registry = self._check_registry()
         if not self._sync.has_lease():
-            registry = wire.Dependency(name="registry", state="registry_stale", detail=registry.detail)
-        found = [registry]
+            state = self._sync.trouble_code if self._sync.rolled_back else errors.RegistryStale.code
+            registry = wire.Dependency(name="registry", state=state, detail=registry.detail)
+        found = [registry, *self._check_clock()]
         for name in self._control.backends.names():
             backend = self._check_backend(name)
             found.append(wire.Dependency(name=f"backend:{name}", state=backend.state, detail=backend.detail))
@@ -117,8 +118,21 @@ class Operation:
     def _check_registry(self) -> wire.Dependency:
         trouble = self._sync.trouble
         return wire.Dependency(
-            name="registry", state="ok" if trouble is None else "store_unavailable", detail=trouble or ""
+            name="registry", state="ok" if trouble is None else self._sync.trouble_code, detail=trouble or ""
         )
+
+    def _check_clock(self) -> list[wire.Dependency]:
+        """The database's clock, while an enabled key does not sign because it was set."""
+        try:
+            for key_set in self._sync.snapshot().key_sets.values():
+                for key in key_set.keys.values():
+                    if key.enabled:
+                        self._sync.clock.require_agreement(key.rules.clock_skew)
+        except errors.ClocksDisagree as error:
+            return [wire.Dependency(name="clock", state=error.code, detail=error.detail)]
+        except errors.StoreUnavailable:
+            pass  # `registry` says so
+        return []
 
     def _check_backend(self, name: str) -> wire.Backend:
         probed = self._probed.get(name)

@@ -65,7 +65,7 @@ class Verifiers:
 
         Raises TokenRejected, PurposeMismatch, and RegistryStale where this worker may not know of a revocation.
         """
-        snapshot = self._sync.snapshot()
+        snapshot = self._sync.complete_snapshot()
         now = self._sync.clock.now()
         found = self._guard.admit_set(snapshot, context, Permission.TOKEN_VERIFY, key_set, now)
         self._sync.leased()
@@ -90,4 +90,5 @@ class Verifiers:
             return found
         if found is None and context.authorization is None:
             raise errors.KeySetNotFound(f"There is no public key set {name!r}.")
-        return self._guard.admit_set(snapshot, context, Permission.JWKS_READ, name, self._sync.clock.now())
+        complete = self._sync.complete_snapshot()
+        return self._guard.admit_set(complete, context, Permission.JWKS_READ, name, self._sync.clock.now())

@@ -44,6 +44,7 @@ def _empty_registry() -> bytes:
         store.dispose()
         with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
             connection.execute("DELETE FROM epoch")
+            connection.execute("DELETE FROM history")
             connection.execute("DELETE FROM installation")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return file.read_bytes()
