@@ -62,6 +62,10 @@ def upgrade(connection: Connection, now: Instant) -> None:
     config = alembic_config()
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
+    _write_first_rows(connection, now)
+
+
+def _write_first_rows(connection: Connection, now: Instant) -> None:
     if connection.execute(select(t.installation.c.id)).first() is None:
         name = base64.b32encode(secrets.token_bytes(5)).decode().lower()
         connection.execute(insert(t.installation).values(single=1, id=name, created_at=now))

@@ -67,6 +67,7 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.stack = contextlib.ExitStack()
         self.backup: Any = None
+        self.rollbacks = 0
         self.destroyed_since: set[str] = set()
         """Pairs that a restored registry knows and the module does not: they were destroyed after the backup."""
 
@@ -89,6 +90,7 @@ class Histories(RuleBasedStateMachine):
                     rotations=sum(1 for v in self.plant.versions() if v.deactivated_at is not None),
                     documents=self.oracle.documents,
                     signers=self.oracle.possible,
+                    rollbacks=self.rollbacks,
                 )
         finally:
             self.stack.close()
@@ -306,12 +308,39 @@ class Histories(RuleBasedStateMachine):
         store = self.node(0).store()
         store.away = lambda: False
         with self.oracle.restored(), store.write() as tx:
-            transitions.start_new_incarnation(tx)
+            transitions.start_new_incarnation(tx, self.node(0).record.load())
+        for node in self.plant.nodes:
+            if not self.believes(node):
+                node.record.replace(self.plant.registry.committed.epoch)
         known = {v.ref["id"] for v in self.plant.versions() if v.ref is not None}
         self.destroyed_since |= known - self.plant.backend.keys.keys()
         for node in self.plant.nodes:
             node.down = False
             node.add_worker()
+
+    @precondition(lambda self: self.backup is not None)
+    @rule()
+    def an_old_copy_takes_over_for_a_while(self) -> None:
+        """While everything runs, and without a word. A node that knows no more than the copy may believe it."""
+        newer = self.plant.registry.committed
+        self.plant.registry._committed = self.backup  # type: ignore[attr-defined]
+        if not any(self.believes(node) for node in self.plant.nodes):
+            self.plant.advance(11)
+            hold(self.plant.registry.committed is self.backup, "a process wrote to a registry that had lost changes")
+            for worker in self.plant.workers:
+                hold(not worker.sync.has_lease(), "a worker signs under a registry that has lost changes")
+            self.rollbacks += 1
+        self.plant.registry._committed = newer  # type: ignore[attr-defined]
+
+    def believes(self, node: Node) -> bool:
+        store = node.store()
+        store.away, store.known_epoch = lambda: False, node.record.load
+        with store.read() as tx:
+            try:
+                tx.require_known_history()
+            except errors.RegistryRolledBack:
+                return False
+        return True
 
     # --- signing
 
@@ -384,6 +413,7 @@ def test_every_promise_holds_in_every_history(figure: Callable[[str], None]) -> 
     )
     figure(
         f"model: {played['histories']} histories of up to {STEPS} steps, {played['rotations']} versions deactivated, "
+        f"{played['rollbacks']} times an old copy was refused, "
         f"{played['documents']} documents and {played['signers']} possible signers judged, every promise held"
     )
 

@@ -6,9 +6,7 @@ changes.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,22 +27,7 @@ from kms_jwks.worker.epoch_record import EpochRecord
 from kms_jwks.worker.jwks_cache import JwksCache
 from tests.postgres import Postgres, standby
 from tests.proxy import Proxy
-from tests.service.world import World
-
-
-def back_up(registry: Path, copy: Path) -> None:
-    """A consistent copy, as `sqlite3 registry.sqlite3 ".backup copy"` makes it."""
-    with contextlib.closing(sqlite3.connect(registry)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
-        source.backup(target)
-
-
-def put_back(copy: Path, registry: Path) -> None:
-    """Put a copy in the registry's place, as an operator does: without the newer file's write-ahead log."""
-    for suffix in ("-wal", "-shm"):
-        registry.with_name(registry.name + suffix).unlink(missing_ok=True)
-    placed = registry.with_name("placed")
-    placed.write_bytes(copy.read_bytes())
-    placed.replace(registry)
+from tests.service.world import World, back_up, put_back
 
 
 class Incident:

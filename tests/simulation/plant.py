@@ -97,6 +97,9 @@ class MemoryRecord(EpochRecord):
         self._last = epoch
         return True
 
+    def replace(self, epoch: Epoch) -> None:
+        self._last = epoch
+
 
 class Node:
     """One machine: its boot clock, its way to the registry, its workers and its custodian."""
