@@ -345,7 +345,7 @@ class RegistrySync:
         """Take the registry's present state, and record its epoch on this node before it is confirmed.
 
         Raises RegistryRolledBack, and StoreUnavailable where the epoch cannot be recorded; the new snapshot is in use
-        then, but neither confirmed nor signed under.
+        then (it may hold a revocation), but it is not confirmed, and the lease is not renewed.
         """
         for _ in range(_RECORD_ATTEMPTS):
             with self._store.read() as tx:

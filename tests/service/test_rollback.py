@@ -46,7 +46,7 @@ class Incident:
         service, admin = self.world.service, self.world.admin
         for client in ("signer", "old-admin"):
             (token,) = service.clients.tokens(admin, client, 10, None).items
-            service.clients.revoke_token(admin, client, token.id)  # type: ignore[attr-defined]
+            service.clients.revoke_token(admin, client, token.id)
         service.revocation.revoke_version(admin, "main", "default", "1", wire.RevokeRequest())
         assert self.sign(service, self.sound_signer).kid != self.revoked_kid
 
@@ -113,10 +113,10 @@ def take_the_steps(world: World, save: Callable[[], None], go_back: Callable[[],
     incident = Incident(world)
     save()
     incident.revoke()
-    known = EpochRecord(world.settings.state_dir).load()
-    assert known is not None
     go_back()
     world.until(lambda: world.service.sync.rolled_back)
+    known = EpochRecord(world.settings.state_dir).load()
+    assert known is not None
     incident.nothing_old_works(world.service)
 
     # A worker that is started now knows the documents on the disk alone.
