@@ -23,7 +23,8 @@
     │   ├── ActiveKidMismatch · AdoptionRefused · KeyTaken · CombinedDuties · TokenNotShownAgain
     │   └── AlreadyPublished · KeyRetired · KeySetRetired
     ├── RevisionMismatch · RevisionRequired · IdempotencyKeyReused
-    ├── Unavailable               retry later: RegistryStale · StoreUnavailable (PoolerUnsuitable)
+    ├── Unavailable               retry later: RegistryStale · ClocksDisagree ·
+    │                             StoreUnavailable (PoolerUnsuitable · RegistryRolledBack)
     ├── BackendError              the only errors that leave a backend
     │   ├── KeyExists · BackendKeyNotFound · UnsupportedAlgorithm
     │   ├── BackendUnavailable · BackendThrottled      (retryable)
@@ -513,6 +514,24 @@ class PoolerUnsuitable(StoreUnavailable):
     code = "pooler_unsuitable"
     title = "The pooler before the registry's database does not keep sessions"
     next_step = "Set the pooler to session mode (PgBouncer: pool_mode = session), or name the database in database_url."
+
+
+class RegistryRolledBack(StoreUnavailable):
+    """The registry does not hold what this node has confirmed before: an old copy, or a standby that was behind."""
+
+    code = "registry_rolled_back"
+    title = "The registry has lost changes that this node knows, and is not believed"
+    next_step = (
+        "Bring the newer database back. If its last changes are lost for good, run `kms-jwks db restored` on the node."
+    )
+
+
+class ClocksDisagree(Unavailable):
+    code = "clocks_disagree"
+    title = "The database's clock was set, or this node's stood still: times in tokens would be wrong"
+    next_step = (
+        "Set the database's clock right; signing goes on by itself. If the database is right, restart the service."
+    )
 
 
 # --- backends --------------------------------------------------------------------------------------------------------

@@ -388,6 +388,15 @@ class Epoch:
 
     incarnation: str
     counter: int
+    link: str = field(default="", compare=False)
+    """SHA-256 over the chain of all changes up to this epoch, lower-case hex; empty in a worker's confirmation.
+
+    Two registries that were copies of each other have the same link as long as both hold the same changes.
+    """
+
+    def is_same(self, other: Epoch | None) -> bool:
+        """Whether both are the same epoch of the same history; the numbers alone can be equal after a rollback."""
+        return other is not None and self == other and self.link == other.link
 
     def reaches(self, other: Epoch) -> bool:
         """Whether a worker that confirmed this epoch works under `other` or a later one."""

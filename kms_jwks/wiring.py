@@ -34,6 +34,7 @@ from kms_jwks.service.versions import Versions
 from kms_jwks.store import ConnectionSettings, Store
 from kms_jwks.worker.clocks import DatabaseClock, boot_clock
 from kms_jwks.worker.confirmation import Confirmation
+from kms_jwks.worker.epoch_record import EpochRecord
 from kms_jwks.worker.restart_limit import RestartLimit
 from kms_jwks.worker.sync import RegistrySync
 
@@ -109,6 +110,8 @@ def assemble(
     `boot` is the boot clock in microseconds. A simulation gives a `confirmation` and a `control` that wait in its time.
     """
     store = make_store(settings) if store is None else store
+    record = EpochRecord(settings.state_dir)
+    store.known_epoch = record.load
     backends = make_backends(settings) if backends is None else backends
     guard = Guard()
     sync = RegistrySync(
@@ -121,7 +124,9 @@ def assemble(
         bind=backends.bind,
         backends=lambda: backends.states,
         clock=DatabaseClock(boot),
+        record=record,
     )
+    guard.fallback = sync.complete_snapshot
     if confirmation is None:
         confirmation = make_confirmation(settings, store, kick=sync.kick)
     parts = control(store, guard, confirmation, backends, settings.public_url, settings.default_key_set)
@@ -157,12 +162,14 @@ def assemble_custodian(
 ) -> Custodian:
     """The custodian of this node. `monotonic` is in seconds."""
     store = make_store(settings) if store is None else store
+    record = EpochRecord(settings.state_dir)
+    store.known_epoch = record.load
     backends = make_backends(settings, management=True) if backends is None else backends
     if leader_lease is None:
         leader_lease = LeaderLease(store, node=settings.node_name, on_stuck_step=_exit_at_once)
     if confirmation is None:
         confirmation = make_confirmation(settings, store)
-    return Custodian(store, backends, confirmation, leader_lease, monotonic=monotonic)
+    return Custodian(store, backends, confirmation, leader_lease, record=record, monotonic=monotonic)
 
 
 def _exit_at_once() -> None:

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 
@@ -238,6 +238,61 @@ def pooler(server: Postgres, mode: str, **settings: object) -> Iterator[int]:
 
 def _as(user: pwd.struct_passwd | None) -> dict[str, Any]:
     return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+class Standby(Postgres):
+    """A copy of another server that follows it, until it is cut off or takes over."""
+
+    def __init__(self, primary: Postgres) -> None:
+        self._primary = primary
+        self._owner, self.password = primary._owner, primary.password
+        self.folder = Path(tempfile.mkdtemp(prefix="kms-jwks-standby-"))
+        self.port = free_port()
+        self._process = None
+        if self._owner is not None:
+            os.chown(self.folder, self._owner.pw_uid, self._owner.pw_gid)
+        made = self._run(
+            program("pg_basebackup"),
+            f"--dbname={primary.url()}",
+            f"--pgdata={self.folder}/data",
+            "--write-recovery-conf",
+            "--checkpoint=fast",
+            "--no-sync",
+        )
+        assert made.returncode == 0, made.stdout
+
+    def stop_following(self) -> None:
+        """Hold everything that is committed on the primary now, and nothing that is committed later."""
+        with self._primary.connect() as connection:
+            row = connection.execute("SELECT pg_current_wal_flush_lsn()").fetchone()
+        assert row is not None
+        with self.connect() as connection:
+            self._wait(connection, "SELECT pg_last_wal_replay_lsn() >= %s", row[0])
+            connection.execute("ALTER SYSTEM SET primary_conninfo TO ''")
+            connection.execute("SELECT pg_reload_conf()")
+            self._wait(connection, "SELECT count(*) = 0 FROM pg_stat_wal_receiver")
+
+    def promote(self) -> None:
+        """Take over."""
+        with self.connect() as connection:
+            connection.execute("SELECT pg_promote()")
+
+    def _wait(self, connection: psycopg.Connection, condition: LiteralString, *values: str) -> None:
+        end = time.monotonic() + _SECONDS
+        while connection.execute(condition, values).fetchone() != (True,):
+            assert time.monotonic() < end, self.log
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def standby(primary: Postgres) -> Iterator[Standby]:
+    """Run a standby of `primary` for the block."""
+    server = Standby(primary)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
 
 
 def _children(pid: int) -> list[int]:

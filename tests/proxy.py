@@ -54,6 +54,12 @@ class Proxy:
         self._drop(cut, reset=True)
         self._nudge()
 
+    def redirect(self, target: int) -> None:
+        """Forward to another port, also for those that are connected: their connections end with a reset."""
+        self.cut()
+        self._target = target
+        self.mend()
+
     def mend(self) -> None:
         """Forward again."""
         with self._lock:

@@ -106,6 +106,7 @@ def init(
             raise errors.ConfigurationError(f"{error.filename}: {error.strerror}.") from None
         finally:
             backends.close()
+        _warn_of_rollback(settings, store)
     for line in lines:
         print_line(line)
 
@@ -272,32 +273,56 @@ def upgrade(config: Path | None) -> None:
 @_config_option
 def check(config: Path | None) -> None:
     """Check that the registry can be reached and has the schema this program needs."""
-    with _registry(_settings(config)) as store:
+    settings = _settings(config)
+    with _registry(settings) as store:
         store.check_schema()
         with store.read() as tx:
             epoch = tx.epoch()
         print_line(f"The schema of {store.url} is right; epoch {epoch.counter} of {epoch.incarnation}.")
+        _warn_of_rollback(settings, store)
 
 
 @db.command()
 @_config_option
+@click.option(
+    "--accept",
+    is_flag=True,
+    help="Change nothing in the registry: make this node accept it as it is, although the node knows a later state.",
+)
 @yes_option
-def restored(config: Path | None, sure: bool) -> None:
+def restored(config: Path | None, accept: bool, sure: bool) -> None:
     """Declare that the registry was restored from a backup: disable every key until an operator enables it.
 
-    Run it before the service starts on the restored registry: a backup may hold keys as active that were revoked since.
+    A node refuses a registry that has lost changes which the node confirmed. Run this once, on the node that was up to
+    date last: a backup may hold keys as active, and tokens as valid, that were revoked since. The other nodes accept
+    the registry then. A node that had confirmed even later changes needs `--accept` on it.
     """
     from kms_jwks.custodian import transitions
+    from kms_jwks.worker.epoch_record import EpochRecord
 
     settings = _settings(config)
+    record = EpochRecord(settings.state_dir)
+    if accept:
+        confirm("Accept the registry as it is on this node, with every key and token that it holds?", sure=sure)
+        with _registry(settings) as store:
+            store.check_schema()
+            with store.read() as tx:
+                epoch = tx.epoch()
+        record.replace(epoch)
+        print_line(f"This node accepts the registry at epoch {epoch.counter} of {epoch.incarnation}.")
+        return
     confirm("Begin a new incarnation and disable every key until an operator enables it?", sure=sure)
     with _registry(settings) as store:
         store.check_schema()
+        known = record.load()
         with store.write() as tx:
-            disabled = transitions.start_new_incarnation(tx)
+            disabled = transitions.start_new_incarnation(tx, known)
             names = [f"{tx.key_set_by_id(k.key_set_id).name}/{k.name}" for k in disabled]  # type: ignore[union-attr]
         print_line(f"{len(names)} key(s) are disabled: {', '.join(names) or 'none'}.")
         note("Compare each with the revocations since the backup, then: kms-jwks key enable KEY_SET KEY")
+        if known is None:
+            note("This node had confirmed no epoch. On each other node: kms-jwks db restored --accept")
+        note("API tokens, grants and external keys are those of the backup too: revoke and remove again what had been.")
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
@@ -358,6 +383,8 @@ def _refuse_wrong_schema(settings: Settings) -> None:
         except errors.StoreUnavailable as error:
             note(f"Warning: {clean(error.detail)} The last JWKS is served until the registry is back.")
             note(clean(error.next_step))
+            return
+        _warn_of_rollback(settings, store)
 
 
 def _refuse_taken_name(settings: Settings) -> None:
@@ -375,6 +402,16 @@ def _refuse_taken_name(settings: Settings) -> None:
             f"{other.pid} and another state directory.",
             next_step="Stop it, or give each node a node_name and a state_dir of its own.",
         )
+
+
+def _warn_of_rollback(settings: Settings, store: Store) -> None:
+    """Say that this node refuses the registry, if it does."""
+    from kms_jwks.doctor import find_rollback
+
+    error = find_rollback(settings, store)
+    if error is not None:
+        note(f"Warning: {clean(error.detail)} This node refuses the registry; it only serves the last JWKS.")
+        note(f"Next: {error.next_step}")
 
 
 def _make_registry_folder(settings: Settings) -> None:

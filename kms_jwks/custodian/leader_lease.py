@@ -62,9 +62,11 @@ class LeaderLease:
     def acquire_or_renew(self, on_new_term: Callable[[WriteTx], None]) -> bool:
         """Acquire the lease or keep it; False while another custodian holds it or the clocks disagree.
 
-        `on_new_term` runs in the transaction that begins a new term. Raises StoreUnavailable.
+        `on_new_term` runs in the transaction that begins a new term. Raises StoreUnavailable, also for a registry that
+        has lost changes: every tick begins here.
         """
         with self._store.read() as tx:
+            tx.require_known_history()
             lease = tx.custodian_lease()
             if lease is not None:
                 left, mine = lease.expires_at - tx.now(), self._is_mine(lease)

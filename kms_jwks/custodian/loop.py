@@ -6,6 +6,7 @@ One custodian acts, fenced by its term; those of other nodes stand by. This modu
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from kms_jwks.store import ReadTx, Store, WriteTx
 from kms_jwks.timeline import Step, StepKind
 from kms_jwks.times import format_instant
 from kms_jwks.worker.confirmation import Confirmation
+from kms_jwks.worker.epoch_record import EpochRecord
 
 log = structlog.get_logger(__name__)
 
@@ -54,16 +56,19 @@ class Custodian:
         confirmation: Confirmation,
         leader_lease: LeaderLease,
         *,
+        record: EpochRecord,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._confirmation = confirmation
         self._leader_lease = leader_lease
+        self._record = record
         self._intents = IntentRunner(store, backends, leader_lease)
         self._monotonic = monotonic
         self._boot = leader_lease.boot
         self._database_lost_at: int | None = None
         self._logged_code = ""
+        self._rolled_back_at = 0
         self._planned_epoch: Epoch | None = None
         self._next_plan = self._next_dead_workers = self._next_expiry = self._next_sweep = monotonic()
 
@@ -89,7 +94,12 @@ class Custodian:
 
     def _log_failure(self, error: errors.Error, since: int) -> None:
         """Log a tick's error once, until a tick succeeds. `since`: when the tick began (boot clock)."""
-        if isinstance(error, errors.StoreUnavailable):
+        if isinstance(error, errors.RegistryRolledBack):
+            self._log_recovery(self._logged_code)
+            if error.code != self._logged_code:
+                self._logged_code, self._rolled_back_at = error.code, since
+                log.error("registry_rolled_back", process="custodian", detail=error.detail, next_step=error.next_step)
+        elif isinstance(error, errors.StoreUnavailable):
             if self._database_lost_at is None:
                 self._database_lost_at = since
                 log.warning("database_lost", process="custodian", **error.explanation)
@@ -97,8 +107,12 @@ class Custodian:
             self._logged_code = error.code
             log.warning("custodian_tick_refused", code=error.code, detail=error.detail)
 
-    def _log_recovery(self) -> None:
-        self._logged_code = ""
+    def _log_recovery(self, still: str = "") -> None:
+        """Log that the database answers; `still` is the code of an error that lasts."""
+        if self._logged_code == errors.RegistryRolledBack.code != still:
+            seconds = round((self._boot() - self._rolled_back_at) / SECOND, 3)
+            log.info("registry_accepted", process="custodian", seconds=seconds)
+        self._logged_code = still
         if self._database_lost_at is not None:
             seconds = round((self._boot() - self._database_lost_at) / SECOND, 3)
             log.info("database_recovered", process="custodian", seconds=seconds)
@@ -160,10 +174,15 @@ class Custodian:
 
     def _take_due_steps(self) -> None:
         with self._store.read() as tx:
-            epoch = tx.epoch()
-            if epoch == self._planned_epoch and self._monotonic() < self._next_plan:
+            tx.require_known_history()
+            epoch, known = tx.epoch(), tx.known_epoch
+            if epoch.is_same(self._planned_epoch) and self._monotonic() < self._next_plan:
                 return
             due = _due_steps(tx)
+        # A custodian may run on a node without workers. A disk that is full does not stop it: the record is kept in
+        # memory then, and the workers of this node, which sign, say so.
+        with contextlib.suppress(errors.StoreUnavailable):
+            self._record.advance(known, epoch)
         for key_set, step in due:
             try:
                 with self._leader_lease.fenced_write() as tx:

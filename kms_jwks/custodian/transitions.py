@@ -16,6 +16,7 @@ from kms_jwks.custodian import document_limits
 from kms_jwks.model import (
     Bounds,
     Breach,
+    Epoch,
     ExternalKey,
     Instant,
     Intent,
@@ -420,15 +421,15 @@ def _require_not_started(tx: ReadTx, version: KeyVersion) -> None:
         raise errors.TransitionRefused(f"The destruction of version {version.number} has begun.")
 
 
-def start_new_incarnation(tx: WriteTx) -> list[Key]:
+def start_new_incarnation(tx: WriteTx, superseded: Epoch | None = None) -> list[Key]:
     """Prepare a registry that was restored from a backup for use, and return the keys that were disabled.
 
     It gets a new incarnation, every key is disabled until an operator enables it, every intent is abandoned, and no
     standby counts as visible. The registry does not know what happened after the backup: which version signed last, and
-    which kids left the JWKS.
+    which kids left the JWKS. Nodes that have confirmed at most the epoch `superseded` accept the new incarnation.
     """
     now = tx.now()
-    tx.new_incarnation()
+    tx.new_incarnation(superseded)
     for intent in tx.intents(states={IntentState.PENDING, IntentState.STARTED}):
         tx.save(replace(intent, state=IntentState.ABANDONED, finished_at=now, error="the registry was restored"))
     counter = tx.next_epoch().counter

@@ -17,7 +17,7 @@ from kms_jwks.doctor.certificates import certificates
 from kms_jwks.doctor.checks import Check, State, failed, worst
 from kms_jwks.doctor.files import files, refuse_exposed, registry_file
 from kms_jwks.doctor.modules import Orphan, find_orphans, module, remove_orphan
-from kms_jwks.doctor.registry import Registry
+from kms_jwks.doctor.registry import Registry, find_rollback
 from kms_jwks.model import Instant
 from kms_jwks.store import Store
 
@@ -28,6 +28,7 @@ __all__ = [
     "certificates",
     "examine",
     "find_orphans",
+    "find_rollback",
     "refuse_exposed",
     "registry_file",
     "remove_orphan",
@@ -55,6 +56,7 @@ def examine(
         yield Check(
             "registry", State.OK, f"{store.url}: epoch {registry.epoch.counter} of {registry.epoch.incarnation}"
         )
+        yield registry_checks.history(registry.epoch, find_rollback(settings, store))
         yield from registry_checks.clocks(registry, registry.now - wall())
         yield from registry_checks.custodian(registry)
         yield from registry_checks.intents(registry)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from kms_jwks import timeline
+from kms_jwks import errors, timeline
 from kms_jwks.access import Role, combined_duties
+from kms_jwks.config import Settings
 from kms_jwks.custodian.expiry import Ending, list_ending
 from kms_jwks.doctor.checks import Check, State, some
 from kms_jwks.model import (
@@ -29,6 +30,7 @@ from kms_jwks.model import (
 )
 from kms_jwks.store import Store
 from kms_jwks.times import format_instant
+from kms_jwks.worker.epoch_record import EpochRecord
 
 CLOCK_WARNING = 5
 """Seconds that the database's time may differ from this node's."""
@@ -92,6 +94,25 @@ class Registry:
         key = next((k.name for k in self.keys if k.id == version.key_id), version.key_id)
         key_set = next((s.name for s in self.key_sets if s.id == version.key_set_id), version.key_set_id)
         return f"{key_set} {key} {version.number}"
+
+
+def find_rollback(settings: Settings, store: Store) -> errors.StoreUnavailable | None:
+    """Why this node refuses the registry; None where it accepts it."""
+    try:
+        known = EpochRecord(settings.state_dir).load()
+        with store.read() as tx:
+            tx.known_epoch = known
+            tx.require_known_history()
+    except errors.StoreUnavailable as error:
+        return error
+    return None
+
+
+def history(epoch: Epoch, rollback: errors.StoreUnavailable | None) -> Check:
+    """Whether the registry, at `epoch`, holds what this node has confirmed."""
+    if rollback is not None:
+        return Check("registry history", State.FAILURE, rollback.detail.rstrip("."), rollback.next_step)
+    return Check("registry history", State.OK, f"epoch {epoch.counter} continues what this node has confirmed")
 
 
 def clocks(registry: Registry, difference: int) -> Iterator[Check]:

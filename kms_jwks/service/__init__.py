@@ -76,7 +76,7 @@ class Service:
         StoreUnavailable.
         """
         if data_plane:
-            self.guard.authenticate(self.sync.snapshot(), context, self.sync.clock.now())
+            self.guard.authenticate(self.sync.complete_snapshot(), context, self.sync.clock.now())
         else:
             with self.store.read() as tx:
                 self.guard.authenticate(tx, context, tx.now())

@@ -88,6 +88,8 @@ class Guard:
         self._observe = observe
         self._lock = threading.Lock()
         self._used: dict[Id, Instant] = {}
+        self.fallback: Callable[[], Snapshot] | None = None
+        """The last snapshot of this worker; it raises where there is none. Set once, after the worker is assembled."""
 
     # --- before a body is decoded
 
@@ -224,6 +226,8 @@ class Guard:
             self._observe(context, decision)
 
     def _authenticate(self, source: Snapshot | ReadTx, context: RequestContext, now: Instant) -> Caller:
+        if not isinstance(source, Snapshot):
+            source = self._believed(source)
         if isinstance(source, Snapshot) and not source.complete:
             raise errors.StoreUnavailable("This worker has not read the registry yet.", retry_after=1)
         credential = context.credential
@@ -240,6 +244,21 @@ class Guard:
         self._used[known.id] = now
         context.caller = known.caller
         return known.caller
+
+    def _believed(self, tx: ReadTx) -> Snapshot | ReadTx:
+        """Where a control-plane call looks its token up: in its own transaction.
+
+        A registry that has lost changes is not believed: a token that was revoked since would work again. Its readers
+        are let in by this worker's last snapshot; changes are refused when they begin (`Store.write`). Raises
+        RegistryRolledBack where there is no such snapshot.
+        """
+        try:
+            tx.require_known_history()
+        except errors.RegistryRolledBack:
+            if self.fallback is None:
+                raise
+            return self.fallback()
+        return tx
 
     def _known_to(self, caller: Caller, key_set: PublishedSet | None, name: str) -> PublishedSet:
         """A caller without a grant in a set gets the same answer whether the set exists or not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from kms_jwks import errors, wire
@@ -125,8 +126,9 @@ class Operation:
         """
         registry = self._check_registry()
         if not self._sync.has_lease():
-            registry.state = errors.RegistryStale.code
+            registry.state = errors.RegistryStale.code if not self._sync.rolled_back else errors.RegistryRolledBack.code
         asked, wanted = self._find_keys(context, key_set, key)
+        clock = self._check_clock(signing_key for _, signing_key in wanted)
         needed: dict[str, list[str]] = {}
         for place, signing_key in wanted:
             if signing_key.active is not None:
@@ -142,9 +144,9 @@ class Operation:
                 next_step="Add a [backends.NAME] table to the settings.",
             )
         counted = list(needed) if needed or key_set is not None else list(backends)
-        failing = any(d.state != "ok" for d in (registry, *asked, *(backends[name] for name in counted)))
+        failing = any(d.state != "ok" for d in (registry, *clock, *asked, *(backends[name] for name in counted)))
         return wire.Readiness(
-            status="failing" if failing else "ok", dependencies=[registry, *asked, *backends.values()]
+            status="failing" if failing else "ok", dependencies=[registry, *clock, *asked, *backends.values()]
         )
 
     def shown(self, context: RequestContext, readiness: wire.Readiness) -> wire.Readiness:
@@ -203,10 +205,8 @@ class Operation:
         return [said], [(place, one)]
 
     def _check_registry(self) -> wire.Dependency:
-        if self._sync.trouble is None:
-            return wire.Dependency(name="registry", state="ok")
-        failure = self._sync.failure or errors.InternalError()
-        return _dependency("registry", failure)
+        trouble = self._sync.trouble
+        return wire.Dependency(name="registry", state="ok") if trouble is None else _dependency("registry", trouble)
 
     def _depend_on_backend(self, name: str, keys: list[str]) -> wire.Dependency:
         """The state of a backend that these keys need."""
@@ -221,6 +221,16 @@ class Operation:
         found = self._check_backend(name)
         step = self._next_steps.get(name, "")
         return wire.Dependency(name=f"backend:{name}", state=found.state, detail=found.detail, next_step=step)
+
+    def _check_clock(self, keys: Iterable[SigningKey]) -> list[wire.Dependency]:
+        """The database's clock, while one of the keys does not sign because it was set."""
+        try:
+            for key in keys:
+                if key.enabled:
+                    self._sync.clock.require_agreement(key.rules.clock_skew)
+        except errors.ClocksDisagree as error:
+            return [_dependency("clock", error)]
+        return []
 
     def _check_backend(self, name: str) -> wire.Backend:
         probed = self._probed.get(name)

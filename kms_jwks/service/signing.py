@@ -97,7 +97,7 @@ class Signing:
         the whole call is raised.
         """
         call = _Call(operation, context, key_set, key)
-        snapshot = self._sync.snapshot()
+        snapshot = self._sync.complete_snapshot()
         found_set, found_key = self._admit(call, snapshot)
         self._sync.leased()
         prepare = preparer_of(operation, found_set.purpose)
@@ -119,7 +119,7 @@ class Signing:
         """Which version signs now and which comes next: what a caller that pins the kid needs."""
         now = self._sync.clock.now()
         _, found = self._guard.admit_key(
-            self._sync.snapshot(), context, lambda _: Permission.KEY_READ, key_set, key, now
+            self._sync.complete_snapshot(), context, lambda _: Permission.KEY_READ, key_set, key, now
         )
         signer = active_of(found)
         coming = None
@@ -153,6 +153,7 @@ class Signing:
         """
         context = attempt.call.context
         for last in (False, False, True):
+            self._sync.clock.require_agreement(attempt.key.rules.clock_skew)
             job = attempt.prepare(attempt.key, item, self._sync.clock.now())
             context.backend = job.signer.backend
             signature = self._backends.submit(job.signer, job.what)

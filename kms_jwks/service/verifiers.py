@@ -71,7 +71,7 @@ class Verifiers:
 
         Raises TokenRejected, PurposeMismatch, and RegistryStale where this worker may not know of a revocation.
         """
-        snapshot = self._sync.snapshot()
+        snapshot = self._sync.complete_snapshot()
         now = self._sync.clock.now()
         found = self._guard.admit_set(snapshot, context, Permission.TOKEN_VERIFY, key_set, now)
         self._sync.leased()
@@ -97,8 +97,9 @@ class Verifiers:
         found = snapshot.key_sets.get(name)
         if found is not None and found.public:
             return found
+        complete = self._sync.complete_snapshot()
         try:
-            return self._guard.admit_set(snapshot, context, Permission.JWKS_READ, name, self._sync.clock.now())
+            return self._guard.admit_set(complete, context, Permission.JWKS_READ, name, self._sync.clock.now())
         except errors.CredentialsMissing:
             raise errors.CredentialsMissing(
                 f"There is no public key set {name!r}, and a restricted one asks for credentials.",

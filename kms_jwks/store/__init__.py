@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import select
-
 from kms_jwks import errors
 from kms_jwks.model import Epoch, Instant
-from kms_jwks.store import schema, tables
+from kms_jwks.store import schema
 from kms_jwks.store.database import ConnectionSettings, Database
 from kms_jwks.store.error_map import HOW_TO_CREATE
 from kms_jwks.store.mapping import RegistryContents, snapshot_view
-from kms_jwks.store.transactions import ReadTx, WriteTx
+from kms_jwks.store.transactions import EPOCH, ReadTx, WriteTx
 
 __all__ = ["ConnectionSettings", "ReadTx", "RegistryContents", "Store", "WriteTx", "snapshot_view"]
 
@@ -34,6 +32,9 @@ class Store:
         connection_settings: ConnectionSettings | None = None,
     ) -> None:
         self._database = Database(url, wall, connection_settings)
+        self.known_epoch: Callable[[], Epoch | None] = lambda: None
+        """The highest epoch that this node has confirmed. It is asked for before each transaction: every write, and a
+        read that asks for it, is refused where the registry does not continue that epoch's history."""
 
     @property
     def url(self) -> str:
@@ -43,25 +44,30 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[ReadTx]:
         """One consistent read."""
+        known = self.known_epoch()
         with self._database.begin(write=False) as connection:
-            yield ReadTx(self._database, connection)
+            yield ReadTx(self._database, connection, known)
 
     @contextmanager
     def write(self) -> Iterator[WriteTx]:
-        """One write transaction: committed when the block ends, rolled back when it raises."""
+        """One write transaction: committed when the block ends, rolled back when it raises.
+
+        Raises RegistryRolledBack for a registry that has lost changes which this node knows.
+        """
+        known = self.known_epoch()
         with self._database.begin(write=True) as connection:
-            tx = WriteTx(self._database, connection)
+            tx = WriteTx(self._database, connection, known)
             yield tx
             epoch = tx.advance_epoch()
         tx.committed_epoch = epoch
 
     def poll(self) -> tuple[Epoch, Instant]:
         """The epoch and the database's time, in one exchange."""
-        found = self._database.fetch_first(select(tables.epoch.c.incarnation, tables.epoch.c.counter))
+        found = self._database.fetch_first(EPOCH)
         if found is None:
             raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_CREATE)
         row, now = found
-        return Epoch(row.incarnation, row.counter), now
+        return Epoch(row.incarnation, row.counter, row.link), now
 
     def check_schema(self) -> None:
         """Raise SchemaMismatch unless the schema is the one this program was written for."""

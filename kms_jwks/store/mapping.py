@@ -92,9 +92,10 @@ class Mapper:
 
 
 def _names(cls: type[Any]) -> tuple[str, ...]:
+    """The fields that make up the value: those that are compared. An epoch's link is none of them."""
     found = _NAMES.get(cls)
     if found is None:
-        found = _NAMES[cls] = tuple(f.name for f in fields(cls))
+        found = _NAMES[cls] = tuple(f.name for f in fields(cls) if f.compare)
     return found
 
 

@@ -62,11 +62,17 @@ def upgrade(connection: Connection, now: Instant) -> None:
     config = alembic_config()
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
+    _write_first_rows(connection, now)
+
+
+def _write_first_rows(connection: Connection, now: Instant) -> None:
     if connection.execute(select(t.installation.c.id)).first() is None:
         name = base64.b32encode(secrets.token_bytes(5)).decode().lower()
         connection.execute(insert(t.installation).values(single=1, id=name, created_at=now))
     if connection.execute(select(t.epoch.c.counter)).first() is None:
-        connection.execute(insert(t.epoch).values(single=1, incarnation=str(uuid.uuid4()), counter=1))
+        first = {"incarnation": str(uuid.uuid4()), "counter": 1, "link": secrets.token_hex(32)}
+        connection.execute(insert(t.epoch).values(single=1, **first))
+        connection.execute(insert(t.history).values(**first))
 
 
 def alembic_config() -> Config:

@@ -32,6 +32,7 @@ metadata = MetaData(
 # PostgreSQL compares text by the database's locale unless told otherwise; SQLite's BINARY is its default.
 _TEXT = Text().with_variant(Text(collation="C"), "postgresql")
 _ID = String(36).with_variant(String(36, collation="C"), "postgresql")
+_LINK = String(64)
 
 
 def _id(name: str = "id", *, primary: bool = True) -> Column[str]:
@@ -86,7 +87,20 @@ epoch = Table(
     _single(),
     _id("incarnation", primary=False),
     _number("counter"),
+    Column("link", _LINK, nullable=False),
 )
+
+history = Table(
+    "history",
+    metadata,
+    Column("counter", BigInteger, primary_key=True, autoincrement=False),
+    _id("incarnation", primary=False),
+    Column("link", _LINK, nullable=False),
+    Column("supersedes_incarnation", _ID, nullable=True),
+    _number("supersedes_counter", nullable=True),
+)
+"""The epochs of the past, one row each. A row with `supersedes_…` is the first of an incarnation that was announced to
+every node that had confirmed at most that epoch."""
 
 key_sets = Table(
     "key_sets",

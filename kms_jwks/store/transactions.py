@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import uuid
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, union, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, union, update
 
 from kms_jwks import errors
 from kms_jwks.model import (
@@ -36,14 +38,30 @@ from kms_jwks.store.mapping import MAPPERS, Entity, RegistryContents, snapshot_v
 T = TypeVar("T")
 Where = ColumnElement[bool]
 
+HISTORY_KEPT = 100_000
+"""How many past epochs the registry remembers. A node that was away for more changes is refused until `db restored`."""
+
+
+EPOCH = select(t.epoch.c.incarnation, t.epoch.c.counter, t.epoch.c.link)
+_FORGET_EVERY = 256
+_ACCEPT = (
+    "Compare the keys with the revocations that you know of, then run `kms-jwks db restored --accept` on this node."
+)
+
 
 class ReadTx:
-    """One read transaction. Finders return None for what is not in the registry."""
+    """One read transaction. Finders return None for what is not in the registry.
 
-    def __init__(self, database: Database, connection: Connection) -> None:
+    `known_epoch` is the highest epoch that this node had confirmed before the transaction began.
+    """
+
+    known_epoch: Epoch | None = None
+
+    def __init__(self, database: Database, connection: Connection, known_epoch: Epoch | None = None) -> None:
         self._database = database
         self._connection = connection
         self._now: Instant | None = None
+        self.known_epoch = known_epoch
 
     # --- the registry as a whole
 
@@ -55,10 +73,40 @@ class ReadTx:
 
     def epoch(self) -> Epoch:
         """The epoch this transaction sees."""
-        row = self._connection.execute(select(t.epoch.c.incarnation, t.epoch.c.counter)).first()
-        if row is None:
-            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_CREATE)
-        return Epoch(row.incarnation, row.counter)
+        return self._epoch(EPOCH)
+
+    def past_epoch(self, counter: int) -> Epoch | None:
+        """The epoch of this registry's history with that counter; None for one that is unknown or too long ago."""
+        c = t.history.c
+        row = self._connection.execute(select(c.incarnation, c.link).where(c.counter == counter)).first()
+        return None if row is None else Epoch(row.incarnation, counter, row.link)
+
+    def superseded(self, incarnation: str) -> int | None:
+        """The highest counter of an earlier incarnation that `db restored` has superseded; None where it has not."""
+        c = t.history.c
+        query = select(func.max(c.supersedes_counter)).where(c.supersedes_incarnation == incarnation)
+        found: int | None = self._connection.scalar(query)
+        return found
+
+    def require_known_history(self) -> None:
+        """Raise RegistryRolledBack unless this registry continues the history that this node has confirmed.
+
+        It does where it holds the known epoch itself, with the same link, or where `db restored` began its incarnation
+        and superseded the known epoch. An old copy holds neither: it was made before the known epoch.
+        """
+        if self.known_epoch is not None:
+            self._require_history(self.known_epoch, self.epoch())
+
+    def _require_history(self, known: Epoch, found: Epoch) -> None:
+        if found.is_same(known):
+            return
+        past = self.past_epoch(known.counter)
+        if known.is_same(past):
+            return
+        superseded = self.superseded(known.incarnation) if found.incarnation != known.incarnation else None
+        if superseded is not None and superseded >= known.counter:
+            return
+        raise _rolled_back(known, found, past, superseded)
 
     def installation(self) -> Installation:
         """Which registry this is."""
@@ -271,6 +319,12 @@ class ReadTx:
 
     # --- helpers
 
+    def _epoch(self, query: Select[Any]) -> Epoch:
+        row = self._connection.execute(query).first()
+        if row is None:
+            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_CREATE)
+        return Epoch(row.incarnation, row.counter, row.link)
+
     def _first(self, cls: type[T], *where: Where) -> T | None:
         mapper = MAPPERS[cls]
         row = self._connection.execute(select(mapper.table).where(*where)).mappings().first()
@@ -295,13 +349,16 @@ class WriteTx(ReadTx):
     The commit increments the epoch's counter if what a snapshot holds has changed, and otherwise leaves it.
     """
 
-    def __init__(self, database: Database, connection: Connection) -> None:
-        super().__init__(database, connection)
+    def __init__(self, database: Database, connection: Connection, known_epoch: Epoch | None = None) -> None:
+        """Raises RegistryRolledBack."""
+        super().__init__(database, connection, known_epoch)
         # On SQLite the transaction holds the lock already; on a server the writers queue for this row.
-        if connection.execute(select(t.epoch.c.counter).with_for_update()).first() is None:
-            raise errors.SchemaMismatch("The registry is empty.", next_step=HOW_TO_CREATE)
+        found = self._epoch(EPOCH.with_for_update())
+        if known_epoch is not None:
+            self._require_history(known_epoch, found)
         self._views: dict[tuple[type[object], Id], tuple[object, object]] = {}
         self._incarnation_changed = False
+        self._superseded: Epoch | None = None
         self.committed_epoch: Epoch | None = None
         """After the commit: the new epoch, or None when no snapshot is affected."""
 
@@ -357,17 +414,37 @@ class WriteTx(ReadTx):
         table = t.idempotency_records
         self._connection.execute(delete(table).where(table.c.created_id == created_id))
 
-    def new_incarnation(self) -> None:
-        """Change the epoch's incarnation (a restored backup): earlier confirmations of workers no longer count."""
+    def new_incarnation(self, superseded: Epoch | None = None) -> None:
+        """Change the epoch's incarnation (a restored backup): earlier confirmations of workers no longer count.
+
+        Nodes that have confirmed at most the epoch `superseded` accept it; those that have confirmed more refuse it.
+        """
         self._connection.execute(update(t.epoch).values(incarnation=str(uuid.uuid4())))
         self._incarnation_changed = True
+        self._superseded = superseded
 
     def advance_epoch(self) -> Epoch | None:
         """Called once, just before the commit: the epoch it commits, or None when no view has changed."""
         if not self._incarnation_changed and all(before == after for before, after in self._views.values()):
             return None
-        epoch = self.next_epoch()
-        self._connection.execute(update(t.epoch).values(counter=epoch.counter))
+        current, following = self.epoch(), self.next_epoch()
+        epoch = Epoch(following.incarnation, following.counter, next_link(current.link, following))
+        superseded = self._superseded
+        self._connection.execute(update(t.epoch).values(counter=epoch.counter, link=epoch.link))
+        self._connection.execute(
+            insert(t.history).values(
+                counter=epoch.counter,
+                incarnation=epoch.incarnation,
+                link=epoch.link,
+                supersedes_incarnation=superseded.incarnation if superseded is not None else None,
+                supersedes_counter=superseded.counter if superseded is not None else None,
+            )
+        )
+        if epoch.counter % _FORGET_EVERY == 0:
+            c = t.history.c
+            self._connection.execute(
+                delete(t.history).where(c.counter <= epoch.counter - HISTORY_KEPT, c.supersedes_incarnation.is_(None))
+            )
         return epoch
 
     def _note(self, entity: Entity, before: object) -> None:
@@ -380,6 +457,44 @@ class WriteTx(ReadTx):
             return
         kind = "version" if isinstance(entity, KeyVersion) else "external_key"
         self._connection.execute(insert(t.kids).values(kid=entity.kid, owner_kind=kind, owner_id=entity.id))
+
+
+def next_link(link: str, epoch: Epoch) -> str:
+    """The link of `epoch`, whose predecessor has `link`: random, so that no two histories come to the same one."""
+    parts = (link, secrets.token_hex(16), epoch.incarnation, str(epoch.counter))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _rolled_back(known: Epoch, found: Epoch, past: Epoch | None, superseded: int | None) -> errors.RegistryRolledBack:
+    """What is wrong with a registry at `found` for a node that has confirmed `known`.
+
+    `past` is what the registry has at the counter of `known`; `superseded` is how far `db restored` reached.
+    """
+    if found.incarnation != known.incarnation:
+        if superseded is None:
+            return errors.RegistryRolledBack(
+                f"The registry is another one: its incarnation is {found.incarnation}, and this node last confirmed"
+                f" epoch {known.counter} of {known.incarnation}."
+            )
+        return errors.RegistryRolledBack(
+            f"`kms-jwks db restored` was run on a node that had confirmed epoch {superseded}. This node had confirmed"
+            f" epoch {known.counter}; the changes between are lost.",
+            next_step=_ACCEPT,
+        )
+    if found.counter < known.counter:
+        return errors.RegistryRolledBack(
+            f"The registry went back from epoch {known.counter} to {found.counter}: it has lost changes."
+        )
+    if past is None:
+        return errors.RegistryRolledBack(
+            f"The registry is at epoch {found.counter} and does not remember epoch {known.counter}, which this node"
+            " confirmed last.",
+            next_step=_ACCEPT,
+        )
+    return errors.RegistryRolledBack(
+        f"The registry went back and was changed again: its epoch {known.counter} is not the one that this node"
+        f" confirmed. It has lost changes. It is at epoch {found.counter} now."
+    )
 
 
 def _equal(column: Any, value: str | None) -> list[Where]:

@@ -76,6 +76,7 @@ class Confirmation:
         while True:
             try:
                 with self._store.read() as tx:
+                    tx.require_known_history()
                     waiting, now = self.unconfirmed(tx, epoch), tx.now()
             except errors.StoreUnavailable:
                 # The change is committed, and leases run out without the database too: keep waiting.

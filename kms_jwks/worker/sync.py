@@ -2,7 +2,8 @@
 
 The rules: a worker registers before its first read. The signing lease counts from before the read, on the boot clock,
 and only a read whose epoch equals the snapshot's renews it. An epoch is confirmed once all answers made under older
-snapshots have left. Without a lease the worker does not sign, but keeps serving the last JWKS.
+snapshots have left. Without a lease the worker does not sign, but keeps serving the last JWKS. A registry that has lost
+changes which this node confirmed is refused: no lease, no new snapshot, no confirmation.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import structlog
 
-from kms_jwks import errors
+from kms_jwks import errors, timeline
 from kms_jwks.model import SECOND, Epoch, Id, Instant, KeyVersion
-from kms_jwks.store import Store
+from kms_jwks.store import RegistryContents, Store
 from kms_jwks.worker.clocks import DatabaseClock
+from kms_jwks.worker.epoch_record import EpochRecord
 from kms_jwks.worker.jwks_cache import JwksCache
 from kms_jwks.worker.registration import Registration, deregister_dead_workers, lock_folder
 from kms_jwks.worker.snapshot import Snapshot, compile_snapshot
@@ -31,6 +33,11 @@ _LAST_USED_BATCH = 100
 _DEAD_WORKERS_INTERVAL = SECOND
 OVERDUE = 15 * 60 * SECOND
 """Without a confirmation for so many microseconds, a worker that reaches the database is not ready."""
+
+
+_RECORD_ATTEMPTS = 4
+"""How often one poll reads the registry again because another worker of this node has recorded a later epoch."""
+_DEFECT = errors.StoreUnavailable("defect")
 
 
 class _PinnedSnapshot:
@@ -62,8 +69,10 @@ class RegistrySync:
         bind: Callable[[Sequence[KeyVersion]], None],
         backends: Callable[[], Mapping[str, str]],
         clock: DatabaseClock,
+        record: EpochRecord,
     ) -> None:
         self.clock = clock
+        self._record = record
         self._store = store
         self._lease = lease
         self._poll_interval = poll_interval
@@ -83,11 +92,11 @@ class RegistrySync:
         self._thread: threading.Thread | None = None
         self._last_used_at = self._dead_workers_at = self._confirmed_at = self.clock.boot()
         self._unflushed: dict[Id, Instant] = {}
-        self._trouble: str | None = None
-        self._failure: errors.Error | None = None
+        self._trouble: errors.Error | None = None
         self._database_lost_at: int | None = None
-        self._went_back = False
-        """The registry lost changes: when its epoch reaches the snapshot's again, the contents may differ."""
+        self._rolled_back: errors.RegistryRolledBack | None = None
+        self._rolled_back_at = 0
+        self._departed = False
         self.first_poll = threading.Event()
         """Set after the first attempt to reach the database, successful or not."""
 
@@ -97,6 +106,15 @@ class RegistrySync:
         """The current snapshot, of any age. Raises StoreUnavailable if there is none yet."""
         snapshot = self._current.snapshot
         if snapshot is None:
+            self._require_believed()
+            raise errors.StoreUnavailable("This worker has not read the registry yet.", retry_after=1)
+        return snapshot
+
+    def complete_snapshot(self) -> Snapshot:
+        """The current snapshot, if callers can be authenticated with it. Raises StoreUnavailable."""
+        snapshot = self.snapshot()
+        if not snapshot.complete:
+            self._require_believed()
             raise errors.StoreUnavailable("This worker has not read the registry yet.", retry_after=1)
         return snapshot
 
@@ -106,6 +124,7 @@ class RegistrySync:
         held = self.clock.boot() < self._lease_until
         snapshot = self.snapshot()
         if not held:
+            self._require_believed()
             raise errors.RegistryStale(
                 f"This worker could not confirm the registry within its lease of {self._lease} s.", retry_after=1
             )
@@ -139,14 +158,14 @@ class RegistrySync:
         return worker.id if worker is not None else None
 
     @property
-    def trouble(self) -> str | None:
-        """The error of the last poll, as text; None while the database answers."""
+    def trouble(self) -> errors.Error | None:
+        """The error of the last poll, with its cause and the next step; None while the database answers."""
         return self._trouble
 
     @property
-    def failure(self) -> errors.Error | None:
-        """The error of the last poll, with its cause and the next step; None while the database answers."""
-        return self._failure
+    def rolled_back(self) -> bool:
+        """Whether this worker refuses the registry, which has lost changes."""
+        return self._rolled_back is not None
 
     def has_lease(self) -> bool:
         """Whether this worker may sign now."""
@@ -185,9 +204,9 @@ class RegistrySync:
                 self._deregister_dead_workers()
             except Exception:
                 # A defect must not end the thread: the lease runs out, signing stops, and the log says why, once.
-                if self._trouble != "defect":
+                if self._trouble is not _DEFECT:
                     log.exception("registry_sync_failed")
-                self._trouble = "defect"
+                self._trouble = _DEFECT
             self.first_poll.set()
             self._kick.wait(self._poll_interval)
             self._kick.clear()
@@ -202,12 +221,14 @@ class RegistrySync:
                 self._lease_until = 0
                 self._registration.register()
                 before = self.clock.boot()
+            known = self._record.load()
             epoch, now = self._store.poll()
             self.clock.observe(before, now)
-            if self._current.snapshot is None or self._current.snapshot.epoch != epoch or self._went_back:
-                self._require_no_rollback(epoch)
+            self._note_departure()
+            if not (epoch.is_same(self._current_epoch()) and epoch.is_same(known)):
                 epoch = self._rebuild()
-                self._went_back = False
+            elif self._record.unwritten:
+                self._record.advance(known, epoch)
             try:
                 self._confirm(epoch)
             finally:
@@ -220,12 +241,24 @@ class RegistrySync:
             if self._trouble is not None:
                 self._database_answered()
 
+    def _note_departure(self) -> None:
+        """Log once that the database's clock was set, and once that it agrees with the boot clock again."""
+        departed = abs(self.clock.departure) > timeline.MIN_CLOCK_SKEW * SECOND
+        if departed is not self._departed:
+            seconds = round(self.clock.departure / SECOND, 1)
+            if departed:
+                log.error("database_clock_stepped", seconds=seconds)
+            else:
+                log.info("database_clock_agrees", seconds=seconds)
+        self._departed = departed
+
     def _renew_lease(self, before: int) -> None:
         """Extend the lease, counted from `before` the read and from the last heartbeat, whichever is older.
 
         Reads alone do not renew it: a worker that cannot send heartbeats counts as dead and must not sign.
         """
         now = self.clock.boot()
+        self._rolled_back_ended(now)
         if self._lease_until <= now:
             self._log_expired_lease(now)
         self._lease_until = min(before, self._registration.last_heartbeat) + self._lease * SECOND
@@ -235,7 +268,9 @@ class RegistrySync:
 
     def _log_expired_lease(self, now: int) -> None:
         if 0 < self._lease_until <= now:
-            self._log_lost_lease(self._lease_until, self._trouble or "no poll of the registry ended within the lease")
+            trouble = self._trouble
+            detail = trouble.detail if trouble is not None else "no poll of the registry ended within the lease"
+            self._log_lost_lease(self._lease_until, detail)
 
     def _log_lost_lease(self, at: int, detail: str) -> None:
         """Log once that this worker cannot sign since `at` (boot clock)."""
@@ -245,17 +280,46 @@ class RegistrySync:
 
     def _database_failed(self, error: errors.Error, since: int) -> None:
         """Note a poll that failed; `since`: when it began (boot clock). The loss of the database is logged once."""
-        self._trouble, self._failure = error.detail, error
-        if self._database_lost_at is None:
+        self._trouble = error
+        if isinstance(error, errors.RegistryRolledBack):
+            self._log_database_recovery()
+            self._refuse_registry(error)
+        elif self._database_lost_at is None:
             self._database_lost_at = since
             log.warning("database_lost", process="worker", **error.explanation)
         self._log_expired_lease(self.clock.boot())
         if self._current.snapshot is None:
             self._serve_from_disk()
 
+    def _refuse_registry(self, error: errors.RegistryRolledBack) -> None:
+        """Stop signing at once: the registry has lost changes. It is logged once."""
+        now = self.clock.boot()
+        if self._rolled_back is None:
+            self._rolled_back_at = now
+            log.error("registry_rolled_back", process="worker", detail=error.detail, next_step=error.next_step)
+        self._rolled_back = error
+        if now < self._lease_until:
+            self._log_lost_lease(now, error.detail)
+        self._lease_until = 0
+
+    def _rolled_back_ended(self, now: int) -> None:
+        if self._rolled_back is not None:
+            seconds = round((now - self._rolled_back_at) / SECOND, 3)
+            self._rolled_back = None
+            log.info("registry_accepted", process="worker", seconds=seconds)
+
+    def _require_believed(self) -> None:
+        """Raise RegistryRolledBack while this worker refuses the registry."""
+        error = self._rolled_back
+        if error is not None:
+            raise errors.RegistryRolledBack(error.detail, next_step=error.next_step)
+
     def _database_answered(self) -> None:
         """Note that a poll succeeded again."""
-        self._trouble = self._failure = None
+        self._trouble = None
+        self._log_database_recovery()
+
+    def _log_database_recovery(self) -> None:
         if self._database_lost_at is not None:
             seconds = round((self.clock.boot() - self._database_lost_at) / SECOND, 3)
             log.info("database_recovered", process="worker", seconds=seconds)
@@ -271,21 +335,26 @@ class RegistrySync:
         except errors.Error as error:
             log.warning("dead_workers_not_deregistered", code=error.code, detail=error.detail)
 
-    def _require_no_rollback(self, epoch: Epoch) -> None:
-        """Raise StoreUnavailable if the registry went back (a standby database that was behind, an old file).
-
-        It may have lost a revocation.
-        """
-        known = self._current.snapshot.epoch if self._current.snapshot is not None else None
-        if known is not None and known.incarnation == epoch.incarnation and known.counter > epoch.counter:
-            self._went_back = True
-            raise errors.StoreUnavailable(
-                f"The registry went back from epoch {known.counter} to {epoch.counter}: it has lost changes."
-            )
+    def _current_epoch(self) -> Epoch | None:
+        return self._current.snapshot.epoch if self._current.snapshot is not None else None
 
     def _rebuild(self) -> Epoch:
-        with self._store.read() as tx:
-            contents = tx.contents()
+        """Take the registry's present state, and record its epoch on this node before it is confirmed.
+
+        Raises RegistryRolledBack, and StoreUnavailable where the epoch cannot be recorded; the new snapshot is in use
+        then (it may hold a revocation), but it is not confirmed, and the lease is not renewed.
+        """
+        for _ in range(_RECORD_ATTEMPTS):
+            with self._store.read() as tx:
+                tx.require_known_history()
+                contents, known = tx.contents(), tx.known_epoch
+            if not contents.epoch.is_same(self._current_epoch()):
+                self._use(contents)
+            if self._record.advance(known, contents.epoch):
+                return contents.epoch
+        raise errors.StoreUnavailable("Other workers of this node record epochs faster than this one.", retry_after=1)
+
+    def _use(self, contents: RegistryContents) -> None:
         snapshot = compile_snapshot(contents)
         self._bind(contents.versions)
         with self._lock:
@@ -293,7 +362,6 @@ class RegistrySync:
                 self._older.append(self._current)
             self._current = _PinnedSnapshot(snapshot)
         self._jwks_cache.store(snapshot)
-        return snapshot.epoch
 
     def _serve_from_disk(self) -> None:
         snapshot = self._jwks_cache.snapshot()

@@ -500,6 +500,57 @@ class StoreContract:
             assert tx.client("half") is None
             tx.add(Client(new_id(), "whole", NOW))
 
+    # --- the history
+
+    @pytest.mark.parametrize(
+        ("known", "refusal"),
+        [
+            (lambda past: None, None),
+            (lambda past: past[6], None),
+            (lambda past: past[5], None),
+            (lambda past: past[2], None),
+            (lambda past: Epoch("lost", 9, "aa"), None),
+            (lambda past: Epoch("lost", 3, "aa"), None),
+            (lambda past: Epoch("lost", 10, "aa"), "had confirmed epoch 9. This node had confirmed epoch 10"),
+            (lambda past: Epoch("never-seen", 2, "aa"), "another one"),
+            (lambda past: replace(past[6], link="aa"), "went back and was changed again"),
+            (lambda past: replace(past[5], link="aa"), "went back and was changed again"),
+            (lambda past: replace(past[3], link="aa"), "another one"),
+            (lambda past: Epoch(past[6].incarnation, 7, "aa"), "went back from epoch 7 to 6"),
+            (lambda past: Epoch(past[2].incarnation, 7, past[2].link), "another one"),
+        ],
+    )
+    def test_a_registry_that_lacks_what_a_node_has_confirmed_is_refused(
+        self, store: Store, known: Any, refusal: str | None
+    ) -> None:
+        """Epochs 1 to 4 are of the first incarnation; the second one superseded epoch 9 of another one."""
+        for _ in range(3):
+            change(store)
+        with store.write() as tx:
+            tx.new_incarnation(Epoch("lost", 9, "aa"))
+        change(store)
+        with store.read() as reading:
+            past = {counter: reading.past_epoch(counter) for counter in range(1, 7)}
+        now, _ = store.poll()
+        assert now.is_same(past[6])
+        assert len({epoch.link for epoch in past.values() if epoch is not None}) == 6
+        store.known_epoch = lambda: known(past)
+
+        def look() -> None:
+            with store.read() as tx:
+                tx.require_known_history()
+
+        if refusal is None:
+            look()
+            change(store)
+            return
+        for use in (look, lambda: change(store)):
+            with pytest.raises(errors.RegistryRolledBack, match=refusal) as refused:
+                use()
+            assert "db restored" in refused.value.next_step
+        with store.read() as reading:
+            assert reading.epoch().is_same(now), "a read that does not ask is let in, and nothing was changed"
+
     # --- the custodian's lease
 
     def test_a_term_never_decreases(self, store: Store) -> None:
@@ -523,6 +574,12 @@ class StoreContract:
         filled.check_schema()
         with filled.read() as reading:
             assert (reading.installation(), replace(reading.contents(), now=NOW)) == before
+
+
+def change(store: Store) -> None:
+    """A change that moves the epoch."""
+    with store.write() as tx:
+        tx.add(Client(new_id(), new_id(), NOW))
 
 
 def _write_many(store: Store, number: int) -> None:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, event
 
 from kms_jwks import errors
-from kms_jwks.model import Client, Id
+from kms_jwks.model import Client, Epoch, Id, new_id
 from kms_jwks.store import Store, schema, sqlite
 from kms_jwks.store.tables import metadata
 from tests.contract.schema_suite import MIGRATIONS, SchemaContract
@@ -226,6 +227,32 @@ def test_a_commit_that_fails_has_no_epoch(file: Path) -> None:
     assert tx.committed_epoch is None
     event.remove(opened, "commit", full)
     assert store.poll()[0].counter == 1
+    store.dispose()
+
+
+def test_the_history_is_forgotten_after_many_changes_but_for_announcements(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that was away for so long cannot tell a registry from an older one: an operator does."""
+    monkeypatch.setattr("kms_jwks.store.transactions.HISTORY_KEPT", 3)
+    monkeypatch.setattr("kms_jwks.store.transactions._FORGET_EVERY", 1)
+    store = Store(f"sqlite:///{file}")
+    store.upgrade()
+    known, _ = store.poll()
+    with store.write() as tx:
+        tx.new_incarnation(Epoch("lost", 9, "aa"))
+    second, _ = store.poll()
+    for number in range(3):
+        with store.write() as tx:
+            tx.add(Client(new_id(), f"client-{number}", T0))
+    with store.read() as reading:
+        assert [reading.past_epoch(n) is not None for n in range(1, 6)] == [False, True, True, True, True]
+        assert reading.superseded("lost") == 9
+    for old, refusal in ((known, "another one"), (replace(known, incarnation=second.incarnation), "not remember")):
+        store.known_epoch = lambda old=old: old  # type: ignore[misc]
+        with pytest.raises(errors.RegistryRolledBack, match=refusal) as refused, store.write():
+            pass
+    assert "--accept" in refused.value.next_step
     store.dispose()
 
 

@@ -30,7 +30,8 @@ from kms_jwks.cli.app import cli
 from kms_jwks.config import load_settings
 from tests.children import kms_jwks
 from tests.faults.harness import Faults
-from tests.integration.conftest import free_port, prepare, running, settled, wait_until
+from tests.integration.conftest import Server, free_port, prepare, running, settled, wait_until
+from tests.service.world import back_up, put_back
 from tests.softhsm import make_token
 
 Finding = tuple[str, str, str, str]
@@ -640,3 +641,81 @@ def test_serve_refuses_what_no_setting_can_be(node: Node) -> None:
     refused = node.command("serve", "--bind", "nowhere", code=2)
     assert "bind" in refused.stderr
     assert "Next: " in refused.stderr
+
+
+# --- a registry that was put back to an older state
+
+
+def test_an_old_registry_is_refused_until_the_restore_is_announced(node: Node) -> None:
+    """Put back while the service runs; then the service is started anew on it."""
+    port = int(node.config.read_text().partition("127.0.0.1:")[2].partition('"')[0])
+    key, copy = "/v1/key-sets/default/keys/default", node.folder / "copy.sqlite3"
+    jwks = "/default/.well-known/jwks.json"
+    with running(node.folder, port) as server:
+        stolen = server.client("admin")
+        back_up(node.registry, copy)
+        for client in ("signer-default", server.must("GET", "/v1/clients?limit=200")["items"][-1]["name"]):
+            (token,) = server.must("GET", f"/v1/clients/{client}/tokens")["items"]
+            server.must("DELETE", f"/v1/clients/{client}/tokens/{token['id']}")
+        first = server.must("POST", f"{key}/versions/1/revoke", {"reason": "stolen"})["version"]["kid"]
+        assert first not in server.call("GET", jwks, token=None).body.decode()
+
+        put_back(copy, node.registry)
+        wait_until(lambda: state_of_registry(server, "/readyz") == "registry_rolled_back")
+        check_refusals(server, stolen, first, revoked=(401, "credentials_revoked"))
+        assert server.call("GET", key).status == 200, "an admin whose token the worker knows to be good may look"
+        finding = next(found for found in node.findings(code=1) if found[0] == "registry history")
+        assert "went back from epoch" in finding[2]
+        assert "kms-jwks db restored" in finding[3]
+        wait_until(lambda: server.log.count('"event":"registry_rolled_back"') == 2)  # the worker and the custodian
+
+    with running(node.folder, port, Server.alive) as server:
+        wait_until(lambda: state_of_registry(server, "/readyz") == "registry_rolled_back")
+        check_refusals(server, stolen, first, revoked=(503, "registry_rolled_back"))
+        assert "refuses the registry" in node.command("db", "check").stderr
+        assert "1 key(s) are disabled" in node.command("db", "restored", "--yes").stdout
+        wait_until(lambda: state_of_registry(server, "/readyz/sign") == "ok")
+        refused = server.call("POST", f"{key}/jwt", {"claims": {}}, token=server.signer)
+        assert (refused.status, refused.problem) == (409, "key_disabled")
+        server.must("POST", f"{key}/enable", {})
+        assert server.must("POST", f"{key}/jwt", {"claims": {}}, token=server.signer)["token"]
+        assert "refuses" not in node.command("db", "check").stderr
+
+
+def test_a_node_accepts_another_registry_where_its_operator_says_so(node: Node) -> None:
+    for file in node.folder.glob("registry.sqlite3*"):
+        file.unlink()
+    assert "refuses the registry" in node.command("init").stderr
+    assert "--yes" in node.command("db", "restored", "--accept", code=2).stderr
+    assert "accepts the registry at epoch 1" in node.command("db", "restored", "--accept", "--yes").stdout
+    assert "refuses" not in node.command("init").stderr
+    (node.folder / "state" / "epoch.json").write_text("{")
+    finding = next(found for found in node.findings(code=1) if found[0] == "registry history")
+    assert "is damaged" in finding[2]
+    assert "--accept" in finding[3]
+
+
+def check_refusals(server: Server, stolen: str, first: str, *, revoked: tuple[int, str]) -> None:
+    """Nothing that was revoked works, nothing changes, and the JWKS is the one that verifiers have."""
+    key = "/v1/key-sets/default/keys/default"
+    refused = (503, "registry_rolled_back")
+    for method, path, body, token, wanted in (
+        ("POST", f"{key}/jwt", {"claims": {}}, server.signer, revoked),
+        ("GET", "/v1/clients", None, stolen, revoked),
+        ("POST", "/v1/clients", {"name": "intruder"}, stolen, revoked),
+        ("POST", "/v1/clients", {"name": "intruder"}, server.admin, refused),
+        ("POST", f"{key}/rotate", {}, server.admin, refused),
+    ):
+        answer = server.call(method, path, body, token=token)
+        assert (answer.status, answer.problem) == wanted, (method, path)
+    document = server.call("GET", "/default/.well-known/jwks.json", token=None)
+    assert document.status == 200
+    assert document.json["keys"]
+    assert first not in document.body.decode()
+    assert server.call("GET", "/readyz", token=None).status == 200
+    assert state_of_registry(server, "/readyz/sign") == "registry_rolled_back"
+
+
+def state_of_registry(server: Server, path: str) -> str:
+    found = server.call("GET", path, token=None).json["dependencies"]
+    return next(str(d["state"]) for d in found if d["name"] == "registry")

@@ -69,6 +69,8 @@ class Histories(RuleBasedStateMachine):
         self.backup: Any = None
         self.retired: set[str] = set()
         """Names of keys whose retirement was answered."""
+        self.before_last_change: Any = None
+        self.rollbacks = 0
         self.destroyed_since: set[str] = set()
         """Pairs that a restored registry knows and the module does not: they were destroyed after the backup."""
 
@@ -78,6 +80,7 @@ class Histories(RuleBasedStateMachine):
     def begin(self, keys: int, existing: bool, seed: int, lease: int) -> None:
         self.plant: Plant = self.stack.enter_context(simulated(seed, nodes=2, workers=1, lease=lease))
         self.oracle = Oracle(self.plant)
+        self.plant.on_commit.append(self.remember)
         wanted = [{"name": f"k{n}", "alg": "EdDSA", "policy": HASTY} for n in range(keys)]
         self.plant.create(*wanted, existing_issuer=existing)
 
@@ -90,6 +93,7 @@ class Histories(RuleBasedStateMachine):
                     rotations=sum(1 for v in self.plant.versions() if v.deactivated_at is not None),
                     documents=self.oracle.documents,
                     signers=self.oracle.possible,
+                    rollbacks=self.rollbacks,
                 )
         finally:
             self.stack.close()
@@ -333,7 +337,10 @@ class Histories(RuleBasedStateMachine):
         store = self.node(0).store()
         store.away = lambda: False
         with self.oracle.restored(), store.write() as tx:
-            transitions.start_new_incarnation(tx)
+            transitions.start_new_incarnation(tx, self.node(0).record.load())
+        for node in self.plant.nodes:
+            if not self.believes(node):
+                node.record.replace(self.plant.registry.committed.epoch)
         with self.plant.view.registry_view() as reading:
             self.retired = {key.name for key in reading.keys(None) if key.retired_at is not None}
         known = {v.ref["id"] for v in self.plant.versions() if v.ref is not None}
@@ -341,6 +348,39 @@ class Histories(RuleBasedStateMachine):
         for node in self.plant.nodes:
             node.down = False
             node.add_worker()
+
+    @precondition(lambda self: self.before_last_change is not None)
+    @rule()
+    def the_last_change_is_lost_for_a_while(self) -> None:
+        """While everything runs, and without a word. A node that has not heard of the change may believe the copy."""
+        self.oracle.look()
+        newer, older = self.plant.registry.committed, self.before_last_change
+        self.plant.registry._committed = older  # type: ignore[attr-defined]
+        if not any(self.believes(node) for node in self.plant.nodes):
+            # The oracle asks the registry what was revoked, and this one does not know it.
+            self.plant.watch.remove(self.oracle.look)
+            self.plant.settle(3)
+            self.plant.watch.append(self.oracle.look)
+            hold(self.plant.registry.committed is older, "a process wrote to a registry that had lost changes")
+            for worker in self.plant.workers:
+                reaches_it = not (worker.node.cut or self.plant.registry_down)
+                hold(not (reaches_it and worker.sync.has_lease()), "it signs under a registry that has lost changes")
+            self.rollbacks += 1
+        self.plant.registry._committed = newer  # type: ignore[attr-defined]
+
+    def remember(self, before: Any, after: Any) -> None:
+        if not before.epoch.is_same(after.epoch):
+            self.before_last_change = before
+
+    def believes(self, node: Node) -> bool:
+        store = node.store()
+        store.away, store.known_epoch = lambda: False, node.record.load
+        with store.read() as tx:
+            try:
+                tx.require_known_history()
+            except errors.RegistryRolledBack:
+                return False
+        return True
 
     # --- signing
 
@@ -415,6 +455,7 @@ def test_every_promise_holds_in_every_history(figure: Callable[[str], None]) -> 
     )
     figure(
         f"model: {played['histories']} histories of up to {STEPS} steps, {played['rotations']} versions deactivated, "
+        f"{played['rollbacks']} times a registry that had lost a change was refused, "
         f"{played['documents']} documents and {played['signers']} possible signers judged, every promise held"
     )
 

@@ -30,6 +30,7 @@ from kms_jwks.model import IntentKind, IntentState, VersionState
 from kms_jwks.service.definitions import add_key_set
 from kms_jwks.store import ConnectionSettings, Store
 from kms_jwks.worker.confirmation import Confirmation
+from kms_jwks.worker.epoch_record import EpochRecord
 from tests.children import FRESH
 from tests.memory_backend import MemoryBackend, PrivateKey
 from tests.postgres import Postgres
@@ -96,7 +97,8 @@ def act(url: str, state: Path, keys: Path, name: str, seed: int) -> None:
     store = Store(url, connection_settings=ConnectionSettings(timeout=5.0))
     confirmation = Confirmation(store, node=name, state_dir=state, lease=10, kick=lambda: None)
     backends = Backends({"memory": backend}, default="memory", limits={"memory": CallLimits(timeout=0.5)})
-    Custodian(store, backends, confirmation, LeaderLease(store, node=name, lease=LEASE)).run(stop)
+    lease = LeaderLease(store, node=name, lease=LEASE)
+    Custodian(store, backends, confirmation, lease, record=EpochRecord(state)).run(stop)
     store.dispose()
 
 

@@ -102,28 +102,6 @@ def test_dead_workers_are_deregistered_without_a_custodian(quiet: World) -> None
     late.store.dispose()
 
 
-def test_a_registry_that_went_back_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A standby that took over without the last changes would bring a revoked version back to life."""
-    world.create()
-    world.standby()
-    sync = world.service.sync
-    sync.poll()
-    kids, epoch = world.kids(), sync.snapshot().epoch
-    real = world.service.store.poll
-    with monkeypatch.context() as patched:
-        patched.setattr(world.service.store, "poll", lambda: (Epoch(epoch.incarnation, epoch.counter - 1), real()[1]))
-        sync.poll()
-        assert "went back" in (sync.trouble or "")
-        assert sync.snapshot().epoch == epoch
-        world.offset += 11_000_000
-        with pytest.raises(errors.RegistryStale):
-            sync.leased()
-        assert world.kids() == kids
-    before = sync.snapshot()
-    world.until(sync.has_lease)
-    assert sync.snapshot() is not before, "the same epoch may stand for something else now"
-
-
 def test_a_change_that_was_committed_is_answered_though_the_workers_cannot_be_asked(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

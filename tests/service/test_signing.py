@@ -13,12 +13,14 @@ from typing import Any
 
 import jwt
 import pytest
+import structlog.testing
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
 from kms_jwks import errors, jose, strictjson, wire
 from kms_jwks.access import Role
 from kms_jwks.model import DAY, SECOND, VersionState
+from kms_jwks.service.definitions import add_key_set
 from kms_jwks.service.guard import RequestContext
 from kms_jwks.service.signing import Batch, Steps
 from kms_jwks.service.signing_job import SigningJob, SigningOperation
@@ -33,8 +35,9 @@ def call(
     body: dict[str, Any],
     who: RequestContext | None = None,
     name: str = "main",
+    key: str = "default",
 ) -> Any:
-    return world.service.signing.handle(operation, who or world.signer, name, "default", body)
+    return world.service.signing.handle(operation, who or world.signer, name, key, body)
 
 
 def decode(world: World, token: str, kid: str) -> dict[str, Any]:
@@ -528,3 +531,53 @@ def test_who_signs_with_one_key_may_verify_with_its_set(world: World) -> None:
 def test_a_batch_is_whole_or_stale(world: World) -> None:
     world.create()
     assert isinstance(world.batch([{"claims": {}}] * 256), Batch)
+
+
+# --- the database's clock
+
+
+@pytest.mark.parametrize("step", [-400, 400])
+def test_a_key_does_not_sign_while_the_database_s_clock_is_off_by_more_than_its_clock_skew(
+    quiet: World, step: int
+) -> None:
+    """The custodian has halted by then; the key that allows more signs on, and neither needs a restart."""
+    world, sync = quiet, quiet.service.sync
+    custodian = world.custodian()
+    with world.store().write() as tx:
+        control = world.service.key_sets._control
+        keys = [wire.KeyCreate(name="default", alg="ES256")]
+        keys.append(wire.KeyCreate(name="patient", alg="ES256", policy=wire.PolicyFields(clock_skew=900)))
+        add_key_set(tx, control, wire.KeySetCreate(name="main", keys=keys))
+
+    def both_sign() -> bool:
+        custodian.tick()
+        return [v.state for v in world.versions()].count(VersionState.ACTIVE) == 2
+
+    world.until(both_sign)
+    sync.poll()
+    assert world.sign().token
+
+    def states() -> dict[str, str]:
+        return {d.name: d.state for d in world.service.operation.ready_sign(RequestContext()).dependencies}
+
+    # The wall clock is SQLite's clock; the boot clock stays as it is.
+    real, world.wall_step = world.wall, step * SECOND  # type: ignore[attr-defined]
+    for store in world._stores:
+        store._database._wall = lambda: real() + world.wall_step  # type: ignore[attr-defined]
+    with structlog.testing.capture_logs() as logs:
+        sync.poll()
+        sync.poll()
+        with pytest.raises(errors.ClocksDisagree, match=rf"moved by \{step:+d}\.0 s"):
+            world.sign()
+        with pytest.raises(errors.ClocksDisagree):
+            world.batch([{"claims": {}}])
+        patient = call(world, SigningOperation.JWT, {"claims": {}}, name="main", key="patient")
+        assert patient.token
+        assert states()["clock"] == "clocks_disagree"
+        custodian.tick()
+        world.wall_step = 0  # type: ignore[attr-defined]
+        sync.poll()
+    assert world.sign().token
+    assert "clock" not in states()
+    events = [line["event"] for line in logs if "clock" in line["event"] or "halted" in line["event"]]
+    assert events == ["database_clock_stepped", "custodian_halted", "database_clock_agrees"]

@@ -44,6 +44,7 @@ def _empty_registry() -> bytes:
         store.dispose()
         with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
             connection.execute("DELETE FROM epoch")
+            connection.execute("DELETE FROM history")
             connection.execute("DELETE FROM installation")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return file.read_bytes()
@@ -216,3 +217,21 @@ def world(folder: Path, **options: Any) -> Any:
         yield made.start()
     finally:
         made.close()
+
+
+# --- an older state of a registry
+
+
+def back_up(registry: Path, copy: Path) -> None:
+    """A consistent copy, as `sqlite3 registry.sqlite3 ".backup copy"` makes it."""
+    with contextlib.closing(sqlite3.connect(registry)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+
+
+def put_back(copy: Path, registry: Path) -> None:
+    """Put a copy in the registry's place, as an operator does: without the newer file's write-ahead log."""
+    for suffix in ("-wal", "-shm"):
+        registry.with_name(registry.name + suffix).unlink(missing_ok=True)
+    placed = registry.with_name("placed")
+    placed.write_bytes(copy.read_bytes())
+    placed.replace(registry)

@@ -29,6 +29,7 @@ from kms_jwks.service.clients import add_client, add_grant, add_token
 from kms_jwks.service.control import CUSTODIAN_WAIT, Control
 from kms_jwks.service.guard import RequestContext
 from kms_jwks.worker.confirmation import Confirmation
+from kms_jwks.worker.epoch_record import EpochRecord
 from kms_jwks.worker.snapshot import Snapshot
 from tests.memory_backend import MemoryBackend
 from tests.simulation.store import MemoryStore, Registry
@@ -84,6 +85,22 @@ class Bomb:
                 raise Crash
 
 
+class MemoryRecord(EpochRecord):
+    """A node's record of the highest confirmed epoch, without a file: it outlives the node's processes."""
+
+    def load(self) -> Epoch | None:
+        return self._last
+
+    def advance(self, known: Epoch | None, epoch: Epoch) -> bool:
+        if self._last is not None and not self._last.is_same(known):
+            return False
+        self._last = epoch
+        return True
+
+    def replace(self, epoch: Epoch) -> None:
+        self._last = epoch
+
+
 class Node:
     """One machine: its boot clock, its way to the registry, its workers and its custodian."""
 
@@ -95,6 +112,7 @@ class Node:
         """Cut off from the registry."""
         self.down = False
         self.workers: list[SimWorker] = []
+        self.record = MemoryRecord(NOWHERE)
         self.settings = Settings(
             public_url=URL,
             database_url="sqlite:///nowhere",
@@ -117,7 +135,7 @@ class Node:
         self.bomb = Bomb(lambda point: self.plant.at_point(self, point))
         store = self.store()
         store.before = self.bomb
-        return wiring.assemble_custodian(
+        made = wiring.assemble_custodian(
             self.settings,
             store=store,
             backends=self.plant.backends(),
@@ -125,6 +143,8 @@ class Node:
             leader_lease=SimLeaderLease(store, node=self.name, boot=self.boot),
             monotonic=lambda: self.boot() / SECOND,
         )
+        made._record, store.known_epoch = self.record, self.record.load
+        return made
 
     def add_worker(self) -> SimWorker:
         worker = SimWorker(self)
@@ -196,6 +216,7 @@ class SimWorker:
         self.sync = service.sync
         # A worker's files are not part of the simulation.
         self.sync._jwks_cache = SimpleNamespace(store=lambda _: None, snapshot=lambda: None)  # type: ignore[assignment]
+        self.sync._record, store.known_epoch = node.record, node.record.load
         self.signing = service.signing
         self.key_sets, self.keys, self.versions = service.key_sets, service.keys, service.versions
         self.external_keys = service.external_keys

@@ -6,6 +6,7 @@ which a process can die: reading, writing, and on either side of a commit.
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -45,14 +46,16 @@ class Contents:
     def __init__(self, incarnation: str, now: Instant) -> None:
         self.tables: Tables = {cls: {} for cls in _TABLES}
         self.kids: dict[str, tuple[str, Id]] = {}
-        self.epoch = Epoch(incarnation, 1)
+        self.epoch = Epoch(incarnation, 1, "0")
+        self.history: dict[int, tuple[Epoch, Epoch | None]] = {1: (self.epoch, None)}
+        """By counter: the epoch, and the one that its incarnation superseded."""
         self.lease: CustodianLease | None = None
         self.installation = Installation("memory00", now)
 
     def copy(self) -> Contents:
         made = Contents.__new__(Contents)
         made.tables, made.kids, made.epoch = dict(self.tables), self.kids, self.epoch
-        made.lease, made.installation = self.lease, self.installation
+        made.history, made.lease, made.installation = self.history, self.lease, self.installation
         return made
 
 
@@ -62,6 +65,8 @@ class Registry:
     def __init__(self, wall: Callable[[], int], incarnation: Callable[[], str] = lambda: str(uuid.uuid4())) -> None:
         self.wall = wall
         self.incarnation = incarnation
+        self.links = itertools.count(1)
+        """No two epochs get the same link, whatever was put back between them."""
         self.committed = Contents(incarnation(), Instant(wall()))
 
 
@@ -81,8 +86,9 @@ class MemoryStore(Store):
 
     @contextmanager
     def read(self) -> Iterator[ReadTx]:
+        known = self.known_epoch()
         self._enter("read")
-        yield _Read(self.registry, self.registry.committed)
+        yield _Read(self.registry, self.registry.committed, known)
 
     @contextmanager
     def registry_view(self) -> Iterator[ReadTx]:
@@ -91,8 +97,9 @@ class MemoryStore(Store):
 
     @contextmanager
     def write(self) -> Iterator[WriteTx]:
+        known = self.known_epoch()
         self._enter("write")
-        tx = _Write(self.registry, self.registry.committed.copy())
+        tx = _Write(self.registry, self.registry.committed.copy(), known)
         yield tx
         epoch = tx.advance_epoch()
         self._enter("commit")
@@ -109,10 +116,11 @@ class MemoryStore(Store):
 
 
 class _Read(ReadTx):
-    def __init__(self, registry: Registry, contents: Contents) -> None:
+    def __init__(self, registry: Registry, contents: Contents, known_epoch: Epoch | None = None) -> None:
         self._registry = registry
         self.contents_now = contents
         self._now: Instant | None = None
+        self.known_epoch = known_epoch
 
     def now(self) -> Instant:
         if self._now is None:
@@ -121,6 +129,13 @@ class _Read(ReadTx):
 
     def epoch(self) -> Epoch:
         return self.contents_now.epoch
+
+    def past_epoch(self, counter: int) -> Epoch | None:
+        return self.contents_now.history.get(counter, (None, None))[0]
+
+    def superseded(self, incarnation: str) -> int | None:
+        found = (s for _, s in self.contents_now.history.values() if s is not None and s.incarnation == incarnation)
+        return max((epoch.counter for epoch in found), default=None)
 
     def installation(self) -> Installation:
         return self.contents_now.installation
@@ -318,10 +333,12 @@ class _Read(ReadTx):
 
 
 class _Write(_Read, WriteTx):
-    def __init__(self, registry: Registry, contents: Contents) -> None:
-        _Read.__init__(self, registry, contents)
+    def __init__(self, registry: Registry, contents: Contents, known_epoch: Epoch | None = None) -> None:
+        _Read.__init__(self, registry, contents, known_epoch)
+        self.require_known_history()
         self._views = {}
         self._reborn = False
+        self._superseded = None
         self._own: set[type[Any]] = set()
         self.committed_epoch = None
 
@@ -368,15 +385,19 @@ class _Write(_Read, WriteTx):
             if record.created_id == created_id:
                 del table[record.id]
 
-    def new_incarnation(self) -> None:
+    def new_incarnation(self, superseded: Epoch | None = None) -> None:
+        self._superseded = superseded
         self.contents_now.epoch = Epoch(self._registry.incarnation(), self.contents_now.epoch.counter)
         self._reborn = True
 
     def advance_epoch(self) -> Epoch | None:
         if not self._reborn and all(before == after for before, after in self._views.values()):
             return None
-        self.contents_now.epoch = self.next_epoch()
-        return self.contents_now.epoch
+        following = self.next_epoch()
+        epoch = Epoch(following.incarnation, following.counter, str(next(self._registry.links)))
+        self.contents_now.epoch = epoch
+        self.contents_now.history = self.contents_now.history | {epoch.counter: (epoch, self._superseded)}
+        return epoch
 
     def _table(self, cls: type[Any]) -> dict[str, Any]:
         """This transaction's own copy of a table."""

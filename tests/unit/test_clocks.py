@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from kms_jwks import errors
 from kms_jwks.model import SECOND, Instant
 from kms_jwks.worker.clocks import DatabaseClock
 
@@ -58,6 +59,47 @@ def test_a_clock_that_was_set_is_followed_at_once(step: int) -> None:
     scene.offset += step * SECOND
     scene.poll(500, 500)
     assert -500 <= scene.error <= 0
+
+
+@pytest.mark.parametrize("step", [-3600, -301, 301, 3600])
+def test_by_how_much_a_clock_was_set_shows_until_it_is_set_back(step: int) -> None:
+    scene = Scene()
+    for _ in range(5):
+        scene.poll(500, 500)
+        scene.boot += SECOND // 4
+    scene.clock.require_agreement(60)
+    scene.offset += step * SECOND
+    for _ in range(200):
+        scene.poll(500, 500)
+        scene.boot += SECOND // 4
+        assert abs(scene.clock.departure - step * SECOND) < SECOND, "polls do not make a step the rule"
+    scene.clock.require_agreement(abs(step) + 1)
+    with pytest.raises(errors.ClocksDisagree, match=f"moved by {step / abs(step):+.0f}"[:-1]) as refused:
+        scene.clock.require_agreement(abs(step) - 1)
+    assert f"{abs(step) - 1} s are allowed" in refused.value.detail
+    scene.offset -= step * SECOND
+    scene.poll(500, 500)
+    scene.clock.require_agreement(60)
+
+
+@pytest.mark.parametrize("parts_per_million", [-500, 0, 500])
+def test_drift_and_slow_answers_are_no_step(parts_per_million: int) -> None:
+    scene = Scene()
+    for _ in range(2000):
+        scene.poll(random.randrange(2 * SECOND), random.randrange(2 * SECOND))
+        scene.boot += 60 * SECOND
+        scene.offset += 60 * parts_per_million
+        scene.clock.require_agreement(3)
+
+
+def test_a_long_silence_is_no_step() -> None:
+    scene = Scene()
+    scene.poll(0, 0)
+    scene.boot += 7 * 86_400 * SECOND
+    scene.offset += 60 * SECOND
+    scene.poll(0, 0)
+    scene.poll(0, 0)
+    scene.clock.require_agreement(60)
 
 
 def test_before_the_first_poll_it_is_this_machine_s() -> None:
