@@ -61,7 +61,7 @@ class Keys:
         candidate = ask_backend(control, request)
         with control.store.write() as tx:
             found = control.guard.enter_set(tx, context, permission, key_set)
-            key, version = add_key(tx, control, found.key_set, request, candidate)
+            key, version = add_key(tx, control, found.key_set, request, candidate, who=found.caller.client)
             if candidate is not None:
                 adoption.publish(tx, found.key_set, [candidate])
         complete = control.wait_for_custodian([version.id])

@@ -59,6 +59,7 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
         {"kid": "x", "alg": "ES256", "remove_at": "2001-01-01T00:00:00Z", "jwk": JWK},
     ),
     f"get_{SET}_external_keys_by_kid": (P.KEY_READ, None),
+    f"patch_{SET}_external_keys_by_kid": (P.EXTERNAL_KEY_MANAGE, {"remove_at": "2001-01-01T00:00:00Z"}),
     f"delete_{SET}_external_keys_by_kid": (P.EXTERNAL_KEY_REMOVE, None),
     "get_clients": (P.CLIENT_READ, None),
     "post_clients": (P.CLIENT_MANAGE, {"name": "v1"}),
