@@ -202,6 +202,7 @@ def external_key(tx: ReadTx, value: ExternalKey) -> wire.ExternalKey:
     """An external key, with everything that happened under its kid."""
     records = tx.external_keys(value.key_set_id, include_removed=True, public_jwk=value.public_jwk)
     changes = [change for record in records if record.kid == value.kid for change in record.changes]
+    is_shared = value.removed_at is None and bool(tx.shared_keys([value.public_jwk]))
     return wire.ExternalKey(
         kid=value.kid,
         alg=value.alg,
