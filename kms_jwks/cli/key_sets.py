@@ -151,8 +151,8 @@ def list_external_keys(api: Api, key_set: str) -> None:
     """List the external keys of a key set, removed ones included."""
     api.show_list(
         api.client.external_keys(key_set),
-        (*EXTERNAL_COLUMNS, "REMOVED", "WARNINGS"),
-        lambda e: (*external_row(e), when(e.removed_at), "; ".join(e.warnings) or "-"),
+        (*EXTERNAL_COLUMNS, "WARNINGS", "REMOVED"),
+        lambda e: (*external_row(e), "; ".join(e.warnings) or "-", when(e.removed_at)),
     )
 
 

@@ -211,9 +211,7 @@ def external_key(tx: ReadTx, value: ExternalKey) -> wire.ExternalKey:
         remove_at=to_datetime(value.remove_at),
         removed_at=optional(value.removed_at),
         created_by=value.created_by,
-        warnings=same_key_warnings(tx, value)
-        if value.removed_at is None and tx.shared_keys([value.public_jwk])
-        else [],
+        warnings=same_key_warnings(tx, value) if is_shared else [],
         changes=[
             wire.ExternalKeyChange(what=c.what, at=to_datetime(c.at), remove_at=to_datetime(c.remove_at), who=c.who)
             for c in changes
