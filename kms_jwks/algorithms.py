@@ -6,6 +6,7 @@ module parses an algorithm's name or guesses an algorithm from a key's size.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -97,3 +98,31 @@ COORDINATES: Mapping[str, int] = MappingProxyType({row.crv: row.coordinate for r
 
 PRIVATE_MEMBERS: Final = ("d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv", "seed")
 """Members of a JWK that make it private or secret (RFC 7518 §6, RFC 9964)."""
+JWK_PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"RSA": ("n", "e"), "EC": ("crv", "x", "y"), "OKP": ("crv", "x"), "AKP": ("alg", "pub")}
+)
+"""The members of a public JWK that make up the key, by its `kty` (RFC 7518 §6, RFC 8037 §2, RFC 9964 §3)."""
+
+
+def repair_jwk(jwk: Mapping[str, object]) -> dict[str, object]:
+    """The JWK with its parameters in their canonical encoding; members that cannot be read stay as they are.
+
+    It takes padding and the plain base64 alphabet for base64url (RFC 7515 §2), drops leading zero octets of n and e
+    (RFC 7518 §6.3.1), and brings coordinates to the curve's length (§6.2.1.2). The key itself does not change.
+    """
+    repaired = dict(jwk)
+    kty = str(jwk.get("kty"))
+    for name in JWK_PARAMETERS.get(kty, ()):
+        value = jwk.get(name)
+        if name in ("crv", "alg") or not isinstance(value, str):
+            continue
+        text = "".join(value.split()).replace("+", "-").replace("/", "_").rstrip("=")
+        try:
+            octets = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        except ValueError:
+            continue
+        if octets and kty in ("RSA", "EC"):
+            size = COORDINATES.get(str(jwk.get("crv")), 0) if kty == "EC" else 0
+            octets = octets.lstrip(b"\0").rjust(size, b"\0")
+        repaired[name] = base64.urlsafe_b64encode(octets).rstrip(b"=").decode("ascii")
+    return repaired

@@ -24,7 +24,15 @@ from joserfc.jwk import ECKey, OKPKey, RSAKey
 from joserfc.jwk import thumbprint as _rfc7638
 
 from kms_jwks import strictjson
-from kms_jwks.algorithms import ALGORITHMS, COORDINATES, PRIVATE_MEMBERS, Algorithm, Family
+from kms_jwks.algorithms import (
+    ALGORITHMS,
+    COORDINATES,
+    JWK_PARAMETERS,
+    PRIVATE_MEMBERS,
+    Algorithm,
+    Family,
+    repair_jwk,
+)
 from kms_jwks.errors import InvalidJwk, TokenSignatureInvalid
 
 if TYPE_CHECKING:
@@ -103,9 +111,8 @@ EC_CURVES: Final[Mapping[str, ec.EllipticCurve]] = MappingProxyType(
 )
 """The curves of EC keys by their `crv` value (RFC 7518 §6.2.1.1, RFC 8812 §3.1)."""
 _CRV_OF_CURVE: Final = {curve.name: crv for crv, curve in EC_CURVES.items()}
-_PARAMETERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"RSA": ("n", "e"), "EC": ("crv", "x", "y"), "OKP": ("crv", "x"), "AKP": ("alg", "pub")}
-)
+_SIGNING_USES: Final = ("sig", "jwt-svid")
+"""Values of `use` of keys that verify tokens (RFC 7517 §4.2; SPIFFE Trust Domain and Bundle §4.2.2)."""
 _ML_DSA: Final[Mapping[str, type[MlDsaPublicKey]]] = MappingProxyType(
     {
         "ML-DSA-44": mldsa.MLDSA44PublicKey,
@@ -242,9 +249,26 @@ def check_public_jwk(jwk: Mapping[str, object], alg: Algorithm) -> dict[str, str
     return parameters
 
 
+def ignored_members(jwk: Mapping[str, object]) -> list[str]:
+    """The members of a public JWK that are neither checked nor published, such as x5c, x5t and x5u."""
+    return [name for name in jwk if name not in _TAKEN and name not in JWK_PARAMETERS.get(str(jwk.get("kty")), ())]
+
+
+_TAKEN: Final = frozenset({"kty", "use", "key_ops", "alg", "kid"})
+
+
+_REPAIR: Final = (
+    "Repair the encoding, and send the result: kms-jwks external-key repair --jwk @key.json > repaired.json "
+    "(it takes a JWK or a JWKS, and does not change the key)."
+)
+
+
 def _check_purpose(jwk: Mapping[str, object], alg: Algorithm) -> None:
-    if "use" in jwk and jwk["use"] != "sig":
-        raise InvalidJwk(f"The JWK's use is {_shown(jwk['use'])}, not 'sig'.")
+    if "use" in jwk and jwk["use"] not in _SIGNING_USES:
+        raise InvalidJwk(
+            f"The JWK's use is {_shown(jwk['use'])}, not 'sig'.",
+            next_step="Leave this key out: it is not one that verifies the signatures of tokens.",
+        )
     if "alg" in jwk and jwk["alg"] != alg.name:
         raise InvalidJwk(f"The JWK's alg is {_shown(jwk['alg'])}, not {alg.name!r}.")
     if "key_ops" in jwk:
@@ -260,9 +284,9 @@ def _required(jwk: Mapping[str, object]) -> dict[str, str]:
     kty = jwk.get("kty")
     if kty == "oct":
         raise InvalidJwk("A symmetric key (kty oct) is not a public key.")
-    names = _PARAMETERS.get(kty) if isinstance(kty, str) else None
+    names = JWK_PARAMETERS.get(kty) if isinstance(kty, str) else None
     if names is None or not isinstance(kty, str):
-        raise InvalidJwk(f"The JWK's kty is {_shown(kty)}, not one of {', '.join(_PARAMETERS)}.")
+        raise InvalidJwk(f"The JWK's kty is {_shown(kty)}, not one of {', '.join(JWK_PARAMETERS)}.")
     parameters = {"kty": kty}
     for name in names:
         value = jwk.get(name)
@@ -276,13 +300,24 @@ def _octets(jwk: Mapping[str, str], name: str) -> bytes:
     try:
         return b64u_decode(jwk[name])
     except ValueError as error:
-        raise InvalidJwk(f"The JWK's {name}: {error}.") from None
+        raise InvalidJwk(f"The JWK's {name}: {error}.", next_step=_repair_step(jwk, name)) from None
+
+
+def _repair_step(jwk: Mapping[str, str], name: str) -> str | None:
+    """The next step for a parameter that is not canonical: the command that repairs it, where one can."""
+    repaired = str(repair_jwk(jwk)[name])
+    size = COORDINATES.get(jwk.get("crv", ""))
+    helps = repaired not in ("", jwk[name]) and (size is None or len(repaired) == len(b64u_encode(bytes(size))))
+    return _REPAIR if helps else None
 
 
 def _coordinate(jwk: Mapping[str, str], name: str) -> bytes:
     octets, size = _octets(jwk, name), COORDINATES[jwk["crv"]]
     if len(octets) != size:
-        raise InvalidJwk(f"The JWK's {name} has {len(octets)} octets; {jwk['crv']} needs exactly {size}.")
+        raise InvalidJwk(
+            f"The JWK's {name} has {len(octets)} octets; {jwk['crv']} needs exactly {size}.",
+            next_step=_repair_step(jwk, name),
+        )
     return octets
 
 
@@ -290,7 +325,9 @@ def _unsigned(jwk: Mapping[str, str], name: str) -> int:
     """A Base64urlUInt: no leading zero octet (RFC 7518 §2)."""
     octets = _octets(jwk, name)
     if not octets or octets[0] == 0:
-        raise InvalidJwk(f"The JWK's {name} is empty, zero, or begins with a zero octet.")
+        raise InvalidJwk(
+            f"The JWK's {name} is empty, zero, or begins with a zero octet.", next_step=_repair_step(jwk, name)
+        )
     return int.from_bytes(octets, "big")
 
 
@@ -391,7 +428,7 @@ def _check_rsa_strength(numbers: rsa.RSAPublicNumbers) -> None:
 def published_jwk(public_jwk: Mapping[str, str], *, alg: str, kid: str, x5c: Sequence[str] = ()) -> dict[str, object]:
     """A JWK as a JWKS publishes it: exactly kty, use, alg, kid, the parameters, and x5c where there is a chain."""
     jwk: dict[str, object] = {"kty": public_jwk["kty"], "use": "sig", "alg": alg, "kid": kid}
-    jwk.update((name, public_jwk[name]) for name in _PARAMETERS[public_jwk["kty"]])
+    jwk.update((name, public_jwk[name]) for name in JWK_PARAMETERS[public_jwk["kty"]])
     if x5c:
         jwk["x5c"] = list(x5c)
     return jwk

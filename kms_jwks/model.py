@@ -34,6 +34,14 @@ NAME_RULE: Final = f"1 to {MAX_NAME} of a-z, 0-9 and '-', beginning with a lette
 """`NAME_PATTERN` in words."""
 _NAME: Final = re.compile(NAME_PATTERN)
 
+MAX_KID: Final = 255
+"""Characters of the longest kid."""
+KID_RULE: Final = (
+    f"1 to {MAX_KID} printable characters, no space at the beginning or end, "
+    "and no part between slashes that is '.' or '..'"
+)
+"""The grammar of every kid, in words: `kid_error` checks it."""
+
 DEFAULT_CACHE_LIFETIME: Final = 300
 """Seconds for which verifiers may keep the JWKS of a key set that was created without another value."""
 DEFAULT_STALE_IF_ERROR: Final = 3600
@@ -97,6 +105,23 @@ def name_error(name: str) -> str | None:
         return f"a name is {NAME_RULE}"
     if name in RESERVED_NAMES:
         return f"{name!r} is a word that routes use"
+    return None
+
+
+def kid_error(kid: str) -> str | None:
+    """Why `kid` is not a valid kid; None when it is one.
+
+    The grammar is the same for computed, adopted and external keys: every kid that it allows can be shown in one line
+    and named in a URL, which control characters, outer spaces and dot segments (RFC 3986 §5.2.4) cannot.
+    """
+    if not 1 <= len(kid) <= MAX_KID:
+        return f"a kid has 1 to {MAX_KID} characters, this one {len(kid)}"
+    if not kid.isprintable():
+        return "it holds characters that cannot be printed"
+    if kid != kid.strip(" "):
+        return "it begins or ends with a space"
+    if not {".", ".."}.isdisjoint(kid.split("/")):
+        return "'.' and '..' are no kids, and no parts of one between slashes: a URL drops them"
     return None
 
 
@@ -320,8 +345,24 @@ class KeyVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class ExternalKeyChange:
+    """One change of an external key: what happened, when, by which client, and its date from then on."""
+
+    what: str
+    """`added`, `moved` (its date), `removed`, `expired` (its date came), `adopted` (a version took its place) or
+    `revoked`."""
+    at: Instant
+    remove_at: Instant
+    who: str | None = None
+    """The client; None where the custodian acted."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExternalKey:
-    """A foreign public key that a key set publishes until `remove_at`; verify-only."""
+    """A foreign public key that a key set publishes until `remove_at`; verify-only.
+
+    A key that was removed and is added again is a further record under the same kid.
+    """
 
     id: Id
     key_set_id: Id
@@ -333,6 +374,10 @@ class ExternalKey:
     removed_at: Instant | None = None
     created_by: str | None = None
     """The client that added it; None where it was added before this was recorded."""
+    revoked_at: Instant | None = None
+    """When a revocation withdrew it: the public key is never published again."""
+    revoke_reason: str | None = None
+    changes: tuple[ExternalKeyChange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ padding. An absent optional field of a request keeps its default; `null` is refu
 
 from __future__ import annotations
 
+import base64
 import re
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
@@ -277,13 +278,31 @@ class KeySetSummary(Answer):
 
 
 class ExternalKeyCreate(Request):
-    """Exactly one of `jwk` and `pem`."""
+    """Exactly one of `jwk` and `pem`. `kid` and `alg` may be left out where the JWK names them."""
 
-    kid: Kid
-    alg: Annotated[str, Meta(max_length=32)]
     remove_at: datetime
+    kid: Kid | UnsetType = UNSET
+    alg: Annotated[str, Meta(max_length=32)] | UnsetType = UNSET
     jwk: dict[str, Any] | UnsetType = UNSET
     pem: Annotated[str, Meta(max_length=16_384)] | UnsetType = UNSET
+
+
+class ExternalKeyPatch(Request):
+    """`remove_at` moves the date at which the key leaves the JWKS."""
+
+    remove_at: datetime
+
+
+class ExternalKeyChange(Answer):
+    """What happened to an external key: `added`, `moved`, `removed`, `expired`, `adopted`, `revoked`.
+
+    `remove_at` is its date from then on; `who` is the client, null where the custodian acted.
+    """
+
+    what: str
+    at: datetime
+    remove_at: datetime
+    who: str | None = None
 
 
 class ExternalKey(Answer):
@@ -295,6 +314,12 @@ class ExternalKey(Answer):
     removed_at: datetime | None = None
     created_by: str | None = None
     """The client that added it; null where it was added before this was recorded."""
+    warnings: list[str] = []
+    """Where else the same public key is in use."""
+    changes: list[ExternalKeyChange] = []
+    """Everything that happened under this kid, the oldest first; earlier additions and removals are among it."""
+    ignored: list[str] = []
+    """Members of the given JWK that are not published, such as `x5c`; only the answer to the addition has them."""
 
 
 # --- life cycle -------------------------------------------------------------------------------------------------------
@@ -333,6 +358,8 @@ class RevocationCreate(Request):
     key_set: Name | UnsetType = UNSET
     disable_keys: bool | UnsetType = UNSET
     """Disable the keys that would get new versions from that backend; the default is true with `backend`."""
+    external_keys: bool = False
+    """With `key_set`: withdraw its external keys too, for ever. Those that are a revoked key are withdrawn anyway."""
     dry_run: bool = False
 
 
@@ -385,6 +412,31 @@ class Exposure(Answer):
     verifiers: list[ExposedVerifier]
 
 
+class AffectedExternalKey(Answer):
+    """An external key of a key set that an emergency touches. `withdrawn`: it left the JWKS and never comes back."""
+
+    key_set: str
+    kid: str
+    alg: str
+    remove_at: datetime
+    withdrawn: bool
+    same_key_as: str | None
+    """The kid of the revoked version whose public key it is; null where it is another key."""
+
+
+class SameKey(Answer):
+    """A place where a revoked public key is still in use: another key set, which this revocation did not touch."""
+
+    key_set: str
+    key: str | None
+    """Null for an external key."""
+    kid: str
+    state: str
+    """The version's state, or `external`."""
+    same_key_as: str
+    """The kid that was revoked."""
+
+
 class Revoked(Answer):
     """The effect of a revocation. `successor` signs now; `unconfirmed` workers may still serve the old JWKS."""
 
@@ -400,6 +452,10 @@ class Revoked(Answer):
     exposure: Exposure | None
     """Null for a version that was never published."""
     dry_run: bool = False
+    external_keys: list[AffectedExternalKey] = []
+    """External keys of the set that are the same public key: they were withdrawn with the version."""
+    same_key: list[SameKey] = []
+    """Other key sets that use the same public key: revoke it there too."""
 
 
 class RevokedVersion(Answer):
@@ -435,6 +491,10 @@ class Revocation(Answer):
     unconfirmed: list[UnconfirmedWorker]
     exposures: list[SetExposure]
     dry_run: bool = False
+    external_keys: list[AffectedExternalKey] = []
+    """External keys that were withdrawn, and with `key_set` those that stay published."""
+    same_key: list[SameKey] = []
+    """Other key sets that use a revoked public key: revoke it there too."""
 
 
 class SafetyCheck(Answer):
@@ -459,6 +519,8 @@ class Safety(Answer):
     """The foreign keys that the key set publishes beside the version: the owner of each can sign for its issuer."""
     external_keys_removed: int = 0
     """How many others it published before; `…/external-keys` lists them."""
+    warnings: list[str] = []
+    """Where else its public key is in use."""
 
 
 class TimelineSpan(Answer):
@@ -768,6 +830,45 @@ class Problem(Answer):
     detail: str
     request_id: str
     next_step: str
+
+
+# --- a kid in a URL ---------------------------------------------------------------------------------------------------
+
+_PLAIN_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+def kid_segment(kid: str) -> str:
+    """A kid as one segment of a path: itself, or `~` and the base64url of its UTF-8 where it holds other characters.
+
+    A proxy that decodes, normalises or merges slashes does not change the second form. Raises InvalidField for a kid
+    that is empty or holds a lone surrogate.
+    """
+    if _PLAIN_SEGMENT.fullmatch(kid):
+        return kid
+    try:
+        octets = kid.encode("utf-8")
+    except UnicodeEncodeError:
+        octets = b""
+    if not octets:
+        raise errors.InvalidField("kid: it is empty or no Unicode text", fields={"field": "kid"})
+    return "~" + base64.urlsafe_b64encode(octets).rstrip(b"=").decode("ascii")
+
+
+def kid_of_segment(text: str) -> str:
+    """The kid that a decoded segment names: what stands after `~` is base64url. Raises NotFound."""
+    if not text.startswith("~"):
+        return text
+    try:
+        octets = base64.b64decode(text[1:] + "=" * (-len(text[1:]) % 4), altchars=b"-_", validate=True)
+        kid = octets.decode("utf-8")
+    except ValueError:
+        kid = ""
+    if not kid or "\0" in kid:
+        raise errors.NotFound(
+            "No kid is named: what stands after ~ in the path is not the base64url of one.",
+            next_step="Write the kid itself percent-encoded, or ~ and the unpadded base64url of its UTF-8.",
+        )
+    return kid
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

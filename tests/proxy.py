@@ -1,13 +1,18 @@
-"""A TCP proxy of the tests' own before a server: it cuts connections, or lets every byte vanish without a word."""
+"""Proxies of the tests' own before a server: one cuts connections or lets bytes vanish, one decodes paths."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
+import posixpath
+import re
 import selectors
 import socket
 import threading
 import weakref
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
+from urllib.parse import quote, unquote
 
 _CHUNK = 65_536
 
@@ -149,3 +154,46 @@ class Proxy:
                 if reset:
                     each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 each.close()
+
+
+class DecodingProxy:
+    """An HTTP proxy that decodes the path once, removes dot segments, merges slashes, and forwards what comes out.
+
+    It encodes again only what cannot stand in a request line. A context manager; `url` is its address.
+    """
+
+    def __init__(self, target: int) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                path, mark, query = self.path.partition("?")
+                plain = posixpath.normpath(re.sub("/+", "/", unquote(path)))
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                upstream = http.client.HTTPConnection("127.0.0.1", target, timeout=30)
+                headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+                upstream.request(self.command, quote(plain, safe="/%+=~!$&'()*,;:@") + mark + query, body, headers)
+                reply = upstream.getresponse()
+                content = reply.read()
+                self.send_response(reply.status)
+                for name, value in reply.getheaders():
+                    if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+                upstream.close()
+
+            do_GET = do_POST = do_PATCH = do_DELETE = answer  # noqa: N815 - the names of BaseHTTPRequestHandler
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

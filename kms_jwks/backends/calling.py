@@ -249,7 +249,7 @@ class Backends:
         try:
             if not entry.backend.sign_in_place:
                 return PendingSignature(
-                    entry, entry.pool.submit(key.kid, partial(signed, key, what, deadline), deadline)
+                    entry, entry.pool.submit(key.ref, partial(signed, key, what, deadline), deadline)
                 )
             thread = threading.get_ident()
             entry.in_place[thread] = deadline

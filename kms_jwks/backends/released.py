@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from kms_jwks import jose
-from kms_jwks.backends.base import Backend, Digest, Message, ModuleKey, PublicJwk
+from kms_jwks.backends.base import Backend, Digest, KeyRef, Message, ModuleKey, PublicJwk
 from kms_jwks.errors import (
     BackendError,
     BackendRefused,
@@ -70,7 +70,7 @@ class SignatureChecker:
         self._share = share
         self._chance = chance
         self._ask = ask
-        self._known: dict[str, _Known] = {}
+        self._known: dict[tuple[str, str, KeyRef], _Known] = {}
         self._wary_until = 0.0
         self._lock = threading.Lock()
         self.checked = 0
@@ -84,7 +84,7 @@ class SignatureChecker:
         Raises BackendError: BackendRefused where the module holds another key than the recorded one,
         BackendUnavailable where its signatures are wrong for a reason of its own.
         """
-        known = self._known.get(signer.kid) or self._learn(signer)
+        known = self._known.get(_place(signer)) or self._learn(signer)
         if known.refused_until > time.monotonic():
             raise _another_key(signer)
         backend = self._backend
@@ -118,7 +118,7 @@ class SignatureChecker:
             ) from None
         if len(self._known) >= _KNOWN:
             self._known.clear()
-        return self._known.setdefault(signer.kid, known)
+        return self._known.setdefault(_place(signer), known)
 
     def _is_due(self, signer: ModuleKey, known: _Known) -> bool:
         if signer.alg.is_rsa or known.checked_at is None:
@@ -170,6 +170,11 @@ class SignatureChecker:
         return BackendUnavailable(
             "The module gave two signatures in a row that do not verify. None of them was released.", retry_after=1
         )
+
+
+def _place(signer: ModuleKey) -> tuple[str, str, KeyRef]:
+    """Which verifier is that of `signer`: two key sets may have one kid for two keys, or one key for two algorithms."""
+    return signer.kid, signer.alg.name, signer.ref
 
 
 def _another_key(signer: ModuleKey) -> BackendRefused:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 import click
 
 from kms_jwks import errors, strictjson
+from kms_jwks.algorithms import PRIVATE_MEMBERS
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _DURATION = re.compile(r"([0-9]{1,10})([smhdw]?)")
@@ -202,6 +203,17 @@ def break_glass_options(function: F) -> F:
     return flag(because(yes_option(run)))  # type: ignore[return-value]
 
 
+# --- keys that come from outside --------------------------------------------------------------------------------------
+
+
+def refuse_private(jwk: Mapping[str, Any], pem: str = "") -> None:
+    """Raise UsageError for a private key before it leaves this machine."""
+    if "PRIVATE KEY-----" in pem or not {*PRIVATE_MEMBERS}.isdisjoint(jwk):
+        raise click.UsageError(
+            "That is a private key; nothing was sent. Its public half: openssl pkey -in FILE -pubout -out PUBLIC"
+        )
+
+
 # --- adopting a key pair ----------------------------------------------------------------------------------------------
 
 _WITH_ADOPT = ("kid", "accept", "public_key")
@@ -243,5 +255,7 @@ def group_adopt(fields: Mapping[str, Any]) -> dict[str, Any]:
         return rest
     if "public_key" in details:
         text = content(details["public_key"], "--public-key")
-        details["public_key"] = json_object(text, "--public-key") if text.lstrip().startswith("{") else text
+        is_jwk = text.lstrip().startswith("{")
+        details["public_key"] = json_object(text, "--public-key") if is_jwk else text
+        refuse_private(details["public_key"] if is_jwk else {}, "" if is_jwk else text)
     return {**rest, "adopt": {"locator": locator, **details}}

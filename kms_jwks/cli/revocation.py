@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     default=None,
     help="Make no successors: disable the keys. [default: with --backend, where nothing else could make them]",
 )
+@click.option("--external-keys", is_flag=True, help="With --key-set: withdraw its external keys too, for ever.")
 @dry_run_option
 @yes_option
 def revoke(
@@ -36,24 +37,30 @@ def revoke(
     key_set: str | None,
     reason: str,
     disable_keys: bool | None,
+    external_keys: bool,
     dry_run: bool,
     sure: bool,
 ) -> None:
     """Emergency: revoke every version of a module or a key set at once, all or none.
 
     To revoke one version: `kms-jwks version revoke`. The caller needs the permission for every key that is touched.
+    External keys that are a revoked key are withdrawn with it.
     """
     if (backend is None) == (key_set is None):
         raise click.UsageError("Give exactly one of --backend and --key-set.")
+    if external_keys and key_set is None:
+        raise click.UsageError("--external-keys goes with --key-set.")
     if not dry_run:
         what = f"in backend {backend}" if backend is not None else f"of key set {key_set}"
-        confirm(f"Revoke every version {what}? That cannot be undone.", sure=sure)
+        more = " and withdraw its external keys" if external_keys else ""
+        confirm(f"Revoke every version {what}{more}? That cannot be undone.", sure=sure)
     done = api.client.revoke_everything(
         wire.RevocationCreate(
             reason=reason,
             backend=UNSET if backend is None else backend,
             key_set=UNSET if key_set is None else key_set,
             disable_keys=UNSET if disable_keys is None else disable_keys,
+            external_keys=external_keys,
             dry_run=dry_run,
         )
     )
@@ -79,8 +86,31 @@ def _print_revoked(done: wire.Revoked) -> None:
             note(f"Warning: {breach.invariant} is overridden: {breach.reason}")
     if done.without_successor:
         note("Warning: there is no standby; the key does not sign until its next version is active.")
+    _print_other_keys(done.external_keys, done.same_key, dry_run=done.dry_run)
     if done.exposure is not None:
         _print_exposure(done.exposure)
+
+
+def _print_other_keys(
+    external_keys: Iterable[wire.AffectedExternalKey], same_key: Iterable[wire.SameKey], *, dry_run: bool
+) -> None:
+    """External keys that were withdrawn or stay published, and where else a revoked key is in use."""
+    for external in external_keys:
+        which = f"External key {external.kid} of {external.key_set}"
+        if external.withdrawn:
+            why = f", which is the key of {external.same_key_as}," if external.same_key_as is not None else ""
+            print_line(f"{which}{why} {'would be' if dry_run else 'is'} withdrawn for ever.")
+        else:
+            stays = f"{'would stay' if dry_run else 'stays'} published until {when(external.remove_at)}"
+            note(f"Warning: {which} {stays}; --external-keys withdraws it too.")
+    for place in same_key:
+        kind = "external key" if place.key is None else f"key {place.key}, version"
+        command = "external-key remove" if place.key is None else "version revoke"
+        step = f"`kms-jwks {command}` there as well"
+        note(
+            f"Warning: key set {place.key_set} uses the key of {place.same_key_as} too ({kind} {place.kid}, "
+            f"{place.state}), and was not touched: {step}."
+        )
 
 
 def _print_exposure(found: wire.Exposure) -> None:
@@ -165,6 +195,7 @@ def _print_revocation(done: wire.Revocation) -> None:
         )
     for place in done.without_successor:
         note(f"Warning: key {place.key_set} {place.key} does not sign until its next version is active.")
+    _print_other_keys(done.external_keys, done.same_key, dry_run=done.dry_run)
     for each in done.exposures:
         click.echo()
         print_line(each.key_set)

@@ -148,6 +148,8 @@ def _print_safety(found: wire.Safety) -> None:
         ("INVARIANT", "HOLDS", "LEFT", "RIGHT", "STATEMENT"),
         ((c.invariant, yes(c.holds), when(c.left), when(c.right), c.statement) for c in found.checks),
     )
+    for warning in found.warnings:
+        note(f"Warning: {warning}")
     if bars := check_bars(found, width()):
         click.echo("\n" + "\n".join(bars))
     print_external_keys(found)

@@ -214,15 +214,19 @@ class Administration:
 
     def external_key(self, key_set: str, kid: str) -> wire.ExternalKey:
         """One external key."""
-        return decode(self._get(f"{_set(key_set)}/external-keys/{segment(kid, 'kid')}"), wire.ExternalKey)
+        return decode(self._get(_external_key(key_set, kid)), wire.ExternalKey)
 
     def add_external_key(self, key_set: str, request: wire.ExternalKeyCreate) -> wire.ExternalKey:
-        """Publish a foreign public key until `remove_at`. Raises InvalidJwk, KidTaken, LimitReached."""
+        """Publish a foreign public key until `remove_at`. Raises InvalidJwk, KidTaken, KeyTaken, LimitReached."""
         return decode(self._create(f"{_set(key_set)}/external-keys", request), wire.ExternalKey)
 
+    def update_external_key(self, key_set: str, kid: str, request: wire.ExternalKeyPatch) -> wire.ExternalKey:
+        """Move the date at which an external key leaves the JWKS."""
+        return decode(self._change("PATCH", _external_key(key_set, kid), request), wire.ExternalKey)
+
     def remove_external_key(self, key_set: str, kid: str) -> None:
-        """Stop publishing an external key before its date; its kid stays taken."""
-        self._change("DELETE", f"{_set(key_set)}/external-keys/{segment(kid, 'kid')}")
+        """Stop publishing an external key before its date. The same key may be added again under its kid."""
+        self._change("DELETE", _external_key(key_set, kid))
 
     # --- clients, tokens, grants
 
@@ -362,7 +366,11 @@ def _key(key_set: str, key: str) -> str:
 
 
 def _version(key_set: str, key: str, version: str | int) -> str:
-    return f"{_key(key_set, key)}/versions/{segment(str(version), 'version')}"
+    return f"{_key(key_set, key)}/versions/{wire.kid_segment(str(version))}"
+
+
+def _external_key(key_set: str, kid: str) -> str:
+    return f"{_set(key_set)}/external-keys/{wire.kid_segment(kid)}"
 
 
 def _client(name: str) -> str:

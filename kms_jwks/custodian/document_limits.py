@@ -8,7 +8,7 @@ from kms_jwks import errors, timeline
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.model import Key, KeySet, KeyVersion, VersionState
 from kms_jwks.store import ReadTx
-from kms_jwks.times import optional
+from kms_jwks.times import optional, to_datetime
 from kms_jwks.worker.snapshot import document_entries, in_document, render_jwks
 
 _S = VersionState
@@ -26,9 +26,12 @@ def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, m
     externals = len(timeline.of_document(alg, tx.external_keys(key_set.id))) + more_externals
     problem = timeline.room_problem(keys, externals)
     if problem is not None:
+        room = max(0, timeline.MAX_KIDS - timeline.kids_reserved(keys - more_keys, externals - more_externals))
+        fit = f"; it has room for {room} more external {'key' if room == 1 else 'keys'}" if more_externals else ""
         raise errors.LimitReached(
-            problem,
-            fields={"kids": timeline.kids_reserved(keys, externals), "limit": timeline.MAX_KIDS},
+            f"{problem}{fit}.",
+            next_step=_how_to_make_room(tx, key_set, alg),
+            fields={"kids": timeline.kids_reserved(keys, externals), "limit": timeline.MAX_KIDS, "room": room},
         )
     versions = timeline.of_document(alg, tx.versions(key_set_id=key_set.id))
     # A key with several standbys (adopted ones) uses room that the other keys need to rotate.
@@ -37,6 +40,7 @@ def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, m
     if reserved > timeline.MAX_KIDS:
         raise errors.LimitReached(
             f"With further standbys the set needs {reserved} kids to rotate; a document holds {timeline.MAX_KIDS}.",
+            next_step="Let a standby take over first (kms-jwks version activate), or use another key set.",
             fields={"kids": reserved, "limit": timeline.MAX_KIDS},
         )
     # The document may hold more than is reserved: a key that rotated often has several retiring versions.
@@ -45,8 +49,22 @@ def require_room(tx: ReadTx, key_set: KeySet, alg: str, *, more_keys: int = 0, m
     if coming > timeline.MAX_KIDS:
         raise errors.LimitReached(
             f"The document would come to {coming} kids; it holds {timeline.MAX_KIDS}. Retiring versions make room.",
+            next_step="Wait until a retiring version has left the JWKS (`key timeline` says when), or use another set.",
             fields={"kids": coming, "limit": timeline.MAX_KIDS},
         )
+
+
+def _how_to_make_room(tx: ReadTx, key_set: KeySet, alg: str) -> str:
+    """The next step for a full document: what leaves it first, and what may be taken out of it."""
+    externals = timeline.of_document(alg, tx.external_keys(key_set.id))
+    if not externals:
+        return errors.LimitReached.next_step
+    leaving = sorted(externals, key=lambda e: e.remove_at)
+    listed = ", ".join(f"{e.kid} ({to_datetime(e.remove_at).isoformat()})" for e in leaving)
+    return (
+        "Add a key that no live token names later, or remove an external key whose tokens have expired. "
+        f"These leave by their dates: {listed}."
+    )
 
 
 def require_small_document(tx: ReadTx, key_set: KeySet) -> None:

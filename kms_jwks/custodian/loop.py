@@ -199,7 +199,7 @@ class Custodian:
         match step.kind:
             case StepKind.REMOVE_EXTERNAL:
                 external = next(e for e in tx.external_keys(key_set.id) if e.id == step.subject)
-                tx.save(replace(external, removed_at=tx.now()))
+                transitions.withdraw_external(tx, external, "expired")
             case StepKind.PUBLISH:
                 transitions.publish_ready(tx, key_set)
             case StepKind.CREATE:

@@ -18,6 +18,7 @@ from kms_jwks.model import (
     Breach,
     Epoch,
     ExternalKey,
+    ExternalKeyChange,
     Instant,
     Intent,
     IntentKind,
@@ -281,6 +282,22 @@ def revoke(
     return successor
 
 
+def withdraw_external(
+    tx: WriteTx, external: ExternalKey, what: str, *, who: str | None = None, revoke_reason: str | None = None
+) -> ExternalKey:
+    """Take an external key out of the JWKS; `what` is the change that its record keeps.
+
+    With `what` = `revoked` its public key is never published again.
+    """
+    now = tx.now()
+    change = ExternalKeyChange(what, now, external.remove_at, who)
+    gone = replace(external, removed_at=now, changes=(*external.changes, change))
+    if what == "revoked":
+        gone = replace(gone, revoked_at=now, revoke_reason=revoke_reason or None)
+    tx.save(gone)
+    return gone
+
+
 # --- the end of keys and key sets
 
 
@@ -376,6 +393,7 @@ def schedule_destruction(tx: WriteTx, version: KeyVersion, when: Instant | None,
     if not version.state.may_become(_S.DESTROYED) or version.state is _S.CREATING:
         raise _refused(version, _S.DESTROYED)
     _require_not_started(tx, version)
+    _require_sole_user(tx, version)
     floor = timeline.later(now, timeline.MIN_DESTROY_AFTER)
     ended = max(floor, timeline.retirable_at(version) or floor)
     at = max(timeline.later(now, destroy_after), ended) if when is None else when
@@ -411,6 +429,21 @@ def _abandon_attempts(tx: WriteTx, version: KeyVersion) -> None:
         if intent.kind is not IntentKind.GENERATE:
             tx.save(
                 replace(intent, state=IntentState.ABANDONED, finished_at=tx.now(), error="the destruction was redated")
+            )
+
+
+def _require_sole_user(tx: ReadTx, version: KeyVersion) -> None:
+    """Raise TransitionRefused where another key set has adopted the same pair and may still need it."""
+    assert version.public_jwk is not None
+    for other in tx.versions(public_jwk=version.public_jwk):
+        done = other.state in (_S.RETIRED, _S.REVOKED, _S.DESTROYED)
+        if other.id != version.id and other.backend == version.backend and not done:
+            owner = tx.key_set_by_id(other.key_set_id)
+            assert owner is not None
+            raise errors.TransitionRefused(
+                f"Key set {owner.name!r} uses the same key pair: its version {other.number} is {other.state.value}.",
+                next_step="Destroy it once that version is retired or revoked.",
+                fields={"key_set": owner.name, "kid": other.kid},
             )
 
 

@@ -66,6 +66,7 @@ def examine(
         yield from registry_checks.external_keys(registry)
         yield from registry_checks.duties(registry)
         yield from registry_checks.expiry(registry)
+        yield from registry_checks.same_keys(registry)
     if settings.routes == "public":
         yield Check("modules", State.OK, "this node only publishes and needs no module")
         return

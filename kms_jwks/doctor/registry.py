@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from kms_jwks import errors, timeline
+from kms_jwks import errors, jose, timeline
 from kms_jwks.access import Role, combined_duties
 from kms_jwks.config import Settings
 from kms_jwks.custodian.expiry import Ending, list_ending
@@ -19,6 +19,7 @@ from kms_jwks.model import (
     Epoch,
     ExternalKey,
     Grant,
+    Id,
     Instant,
     Intent,
     IntentState,
@@ -63,6 +64,8 @@ class Registry:
     ending: list[Ending]
     given_up: list[KeyVersion]
     """The latest version of each key in use, where its pair was not made."""
+    revoked_keys: frozenset[str] = frozenset()
+    """The thumbprints of the public keys that were revoked, destroyed ones included."""
 
     @classmethod
     def of(cls, store: Store) -> Registry:
@@ -70,6 +73,9 @@ class Registry:
         with store.read() as tx:
             versions, keys = tx.versions(), tx.keys()
             latest = {v.key_id: v for v in sorted(versions, key=lambda v: v.number)}
+            externals = tx.external_keys(include_removed=True)
+            revoked = [v.public_jwk for v in versions if v.revoked_at is not None and v.public_jwk]
+            revoked += [e.public_jwk for e in externals if e.revoked_at is not None]
             return cls(
                 installation=tx.installation().id,
                 epoch=tx.epoch(),
@@ -82,11 +88,12 @@ class Registry:
                 lease=tx.custodian_lease(),
                 clients=tx.clients(),
                 grants=tx.grants(),
-                external_records=tx.external_keys(include_removed=True),
+                external_records=externals,
                 ending=list_ending(tx),
                 given_up=[
                     v for k in keys if k.retired_at is None and (v := latest.get(k.id)) and v.failure is not None
                 ],
+                revoked_keys=frozenset(jose.thumbprint(jwk) for jwk in revoked),
             )
 
     def name_of(self, version: KeyVersion) -> str:
@@ -321,6 +328,35 @@ def expiry(registry: Registry) -> Iterator[Check]:
     if not registry.ending:
         days = EXPIRY_NOTICE // DAY
         yield Check("expiry", State.OK, f"no API token and no external key ends within {days} days")
+
+
+def same_keys(registry: Registry) -> Iterator[Check]:
+    """Public keys that are in use although they were revoked, and those that several key sets use."""
+    names = {s.id: s.name for s in registry.key_sets}
+    holders: dict[str, list[tuple[Id, str]]] = {}
+    for version in registry.versions:
+        if version.public_jwk is not None and version.revoked_at is None:
+            place = holders.setdefault(jose.thumbprint(version.public_jwk), [])
+            place.append((version.key_set_id, f"version {registry.name_of(version)}"))
+    for external in (e for e in registry.external_records if e.removed_at is None):
+        place = holders.setdefault(jose.thumbprint(external.public_jwk), [])
+        place.append((external.key_set_id, f"external key {names[external.key_set_id]} {external.kid}"))
+    for thumbprint, found in holders.items():
+        listed = some([words for _, words in found])
+        if thumbprint in registry.revoked_keys:
+            yield Check(
+                "same key",
+                State.FAILURE,
+                f"in use although its public key was revoked elsewhere: {listed}",
+                "Revoke it there too: kms-jwks version revoke, or kms-jwks external-key remove.",
+            )
+        elif len({key_set for key_set, _ in found}) > 1:
+            yield Check(
+                "same key",
+                State.WARNING,
+                f"one key pair in several key sets: {listed}",
+                "Rotate or remove all but one: the signer of one set makes tokens that the keys of the other verify.",
+            )
 
 
 def unknown_backends(registry: Registry, backends: Iterable[str]) -> Iterator[Check]:

@@ -204,17 +204,22 @@ def create_external_key(service: Service, request: Request, body: wire.ExternalK
     """Publish a foreign public key until a date."""
     key_set = request.params["key_set"]
     answer = service.external_keys.create(request.context, key_set, body)
-    return added(answer, "v1", "key-sets", key_set, "external-keys", answer.kid)
+    return added(answer, "v1", "key-sets", key_set, "external-keys", wire.kid_segment(answer.kid))
 
 
 def get_external_key(service: Service, request: Request) -> Response:
     """One external key."""
-    return ok(service.external_keys.get(request.context, request.params["key_set"], request.params["kid"]))
+    return ok(service.external_keys.get(request.context, *_external_key(request)))
+
+
+def patch_external_key(service: Service, request: Request, body: wire.ExternalKeyPatch) -> Response:
+    """Move the date at which an external key leaves the JWKS."""
+    return ok(service.external_keys.update(request.context, *_external_key(request), body))
 
 
 def delete_external_key(service: Service, request: Request) -> Response:
     """Stop publishing an external key now."""
-    service.external_keys.delete(request.context, request.params["key_set"], request.params["kid"])
+    service.external_keys.delete(request.context, *_external_key(request))
     return gone()
 
 
@@ -324,4 +329,8 @@ def _key(request: Request) -> tuple[str, str]:
 
 
 def _version(request: Request) -> tuple[str, str, str]:
-    return request.params["key_set"], request.params["key"], request.params["version"]
+    return request.params["key_set"], request.params["key"], wire.kid_of_segment(request.params["version"])
+
+
+def _external_key(request: Request) -> tuple[str, str]:
+    return request.params["key_set"], wire.kid_of_segment(request.params["kid"])

@@ -12,12 +12,13 @@ from urllib.parse import quote, urlsplit
 from flask import Flask, request
 from flask import Response as FlaskResponse
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import BaseConverter
 from werkzeug.wsgi import ClosingIterator
 
 from kms_jwks import errors
 from kms_jwks.http import dispatch, problems
 from kms_jwks.http.exchange import Request, Response, Route, Side
-from kms_jwks.http.routes import served
+from kms_jwks.http.routes import ROUTES, served
 from kms_jwks.issuers import AUTHORIZATION_SERVER
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def create_app(service: Service) -> App:
     app = App(__name__, static_folder=None, template_folder=None)
     app.service = service
     app.url_map.merge_slashes = False
+    app.url_map.converters["kid"] = _KidConverter
     app.url_map.redirect_defaults = False
     adapter = _Adapter(service)
     prefix = urlsplit(service.settings.public_url).path
@@ -117,8 +119,23 @@ def _paths(path: str, prefix: str) -> tuple[str, ...]:
 
 
 def _rule(path: str) -> str:
-    """The template in Werkzeug's syntax. An external key's kid may contain slashes: it takes the rest of the path."""
-    return path.replace("{kid}", "<path:kid>").replace("{", "<").replace("}", ">")
+    """The template in Werkzeug's syntax. A kid may hold slashes, also at its beginning."""
+    kids = path.replace("{kid}", "<kid:kid>").replace("{version}", "<kid:version>")
+    return kids.replace("{", "<").replace("}", ">")
+
+
+_AFTER_A_KID = sorted({tail for route in ROUTES if (tail := route.path.partition("{version}")[2])})
+
+
+class _KidConverter(BaseConverter):
+    """A kid in a path: any text, slashes included. What a route ends with (`/safety`) is not part of it.
+
+    So a wrong method on such a route is 405. A kid that ends in the same way is named in its other form (`wire`).
+    """
+
+    part_isolating = False
+    regex = f"(?:(?!(?:{'|'.join(_AFTER_A_KID)})$).)+?"
+    weight = 200
 
 
 class _Adapter:

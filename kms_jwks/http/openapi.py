@@ -15,7 +15,7 @@ from kms_jwks import errors, wire
 from kms_jwks.http import problems
 from kms_jwks.http.examples import EXAMPLES
 from kms_jwks.http.exchange import CURSOR, JSON, MAX_IDEMPOTENCY_KEY, MAX_PAGE, PROBLEM_JSON, Route, encode
-from kms_jwks.model import NAME_PATTERN
+from kms_jwks.model import MAX_KID, NAME_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,12 +24,17 @@ REF = "#/components/schemas/{name}"
 
 _NAME = {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
 _ID = {"type": "string", "minLength": 1, "maxLength": 64}
-_KID = {"type": "string", "minLength": 1, "maxLength": 255}
+_KID_SEGMENT = {
+    "type": "string",
+    "minLength": 1,
+    "anyOf": [{"maxLength": MAX_KID}, {"pattern": "^~[A-Za-z0-9_-]+$", "maxLength": 1361}],
+}
+_KID_WORDS = "percent-encoded, or `~` and the base64url of its UTF-8, which no proxy changes."
 _PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "key_set": (_NAME, "A key set's name."),
     "key": (_NAME, "A key's name within its key set."),
-    "version": (_KID, "A version's number, or its kid."),
-    "kid": (_KID, "The external key's kid."),
+    "version": (_KID_SEGMENT, f"A version's number, or its kid; {_KID_WORDS}"),
+    "kid": (_KID_SEGMENT, f"The external key's kid; {_KID_WORDS}"),
     "client": (_NAME, "A client's name."),
     "token": (_ID, "The API token's id, never the token itself."),
     "grant": (_ID, "The grant's id."),

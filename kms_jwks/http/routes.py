@@ -370,6 +370,14 @@ ROUTES: tuple[Route, ...] = (
         201,
     ),
     _get(f"{_SET}/external-keys/{{kid}}", admin.get_external_key, P.KEY_READ, wire.ExternalKey),
+    _change(
+        "PATCH",
+        f"{_SET}/external-keys/{{kid}}",
+        admin.patch_external_key,
+        P.EXTERNAL_KEY_MANAGE,
+        wire.ExternalKeyPatch,
+        wire.ExternalKey,
+    ),
     _change("DELETE", f"{_SET}/external-keys/{{kid}}", admin.delete_external_key, P.EXTERNAL_KEY_REMOVE),
     # callers
     _get("/v1/clients", admin.list_clients, P.CLIENT_READ, items=wire.Client),

@@ -6,6 +6,7 @@ registry inside one. The private key never leaves the module: a key that is not 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -15,16 +16,17 @@ from typing import Final
 from msgspec import UNSET
 
 from kms_jwks import errors, jose, wire
-from kms_jwks.algorithms import Algorithm
+from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.base import Backend, GeneratedKey, KeyRef, Message
 from kms_jwks.backends.calling import Backends
 from kms_jwks.custodian import document_limits, transitions
-from kms_jwks.model import Key, KeySet, KeyVersion, Origin, VersionState, new_id
-from kms_jwks.service.control import looks_like_number
+from kms_jwks.model import ExternalKey, Id, Key, KeySet, KeyVersion, Origin, VersionState, new_id
+from kms_jwks.service.control import check_kid, looks_like_number, take_kid
 from kms_jwks.store import ReadTx, WriteTx
 
 PUBLIC_KEY_GIVEN: Final = "its public key was given to us, not read from the module"
 """The weakness of a key whose module does not hold the public half."""
+_ANOTHER_KEY: Final = "No acceptance helps here: adopt another key, or make a new one and rotate to it."
 _FIND_KEY: Final = "Check the label or id of the key in its module, and that this backend uses that module."
 _TRIAL: Final = b"\0kms-jwks: a trial signature\0"
 """Starts the input of every trial signature. A JWS signing input holds no zero byte, so the signature fits no token."""
@@ -44,6 +46,8 @@ class Candidate:
     rsa_bits: int | None
     weaknesses: tuple[str, ...]
     evidence: Mapping[str, object]
+    accept: bool = False
+    """Whether the request accepts weaknesses, those included that only the registry shows."""
 
 
 def examine(
@@ -62,6 +66,7 @@ def examine(
 def _examine(
     backend_name: str, backend: Backend, alg: Algorithm, wanted: wire.Adopt, rsa_bits: int | None
 ) -> Candidate:
+    kid = _wanted_kid(wanted)
     found, is_given = _find_pair(backend, alg, wanted)
     jwk = _check_public_key(alg, found, rsa_bits)
     evidence = backend.attributes(found.ref)
@@ -76,16 +81,27 @@ def _examine(
         backend=backend_name,
         ref=found.ref,
         public_jwk=jwk,
-        kid=jose.thumbprint(jwk) if wanted.kid is UNSET else _check_kid(wanted.kid),
+        kid=jose.thumbprint(jwk) if kid is None else kid,
         rsa_bits=_modulus_bits(jwk) if alg.is_rsa else None,
         weaknesses=weaknesses,
         evidence=evidence.as_dict(),
+        accept=wanted.accept,
     )
 
 
-def add_adopted(tx: WriteTx, key: Key, candidate: Candidate) -> KeyVersion:
-    """Write the candidate as the next version of `key`, to be published by `publish`. Raises KeyTaken, KidTaken."""
-    _require_new(tx, candidate)
+def add_adopted(tx: WriteTx, key: Key, candidate: Candidate, *, who: str | None = None) -> KeyVersion:
+    """Write the candidate as the next version of `key`, to be published by `publish`.
+
+    It takes the place of an external key that the set publishes under the same kid; `who` is the client, for that
+    key's record. Raises KeyTaken, KidTaken, AdoptionRefused.
+    """
+    _require_free(tx, key.key_set_id, candidate)
+    weaknesses = (*candidate.weaknesses, *_find_sharers(tx, key.key_set_id, candidate))
+    if weaknesses and not candidate.accept:
+        raise errors.AdoptionRefused(
+            f"About this key pair: {'; '.join(weaknesses)}.", fields={"weaknesses": [*weaknesses]}
+        )
+    _replace_external(tx, key.key_set_id, candidate, who)
     version = KeyVersion(
         id=new_id(),
         key_set_id=key.key_set_id,
@@ -101,7 +117,7 @@ def add_adopted(tx: WriteTx, key: Key, candidate: Candidate) -> KeyVersion:
         public_jwk=dict(candidate.public_jwk),
         evidence=candidate.evidence,
         origin=Origin.ADOPTED,
-        weaknesses=candidate.weaknesses,
+        weaknesses=weaknesses,
     )
     tx.add(version)
     return version
@@ -115,26 +131,89 @@ def publish(tx: WriteTx, key_set: KeySet, candidates: Iterable[Candidate]) -> No
     document_limits.require_small_document(tx, key_set)
 
 
-def _require_new(tx: ReadTx, candidate: Candidate) -> None:
-    """Raise KeyTaken where a version of any key, in any state and under any kid, is or was this key pair.
+def _require_free(tx: ReadTx, key_set_id: Id, candidate: Candidate) -> None:
+    """Raise KeyTaken where the pair may not become a version of this key set, under any kid.
 
     Versions are compared by public key first: a module may show one pair under several names, and a copy of a pair is
-    the same key. An external key may be the same key, but its kid stays its own: raise KidTaken for the same kid.
+    the same key. A pair is one version of a set for ever. Another set may adopt it too, unless it was made here, was
+    revoked, or is going to be destroyed.
     """
+    require_not_revoked(tx, candidate.public_jwk)
     ref = candidate.ref.as_dict()
     for version in tx.versions():
         same_key = version.public_jwk is not None and dict(version.public_jwk) == dict(candidate.public_jwk)
-        if same_key or (version.backend == candidate.backend and version.ref == ref):
+        same_place = version.backend == candidate.backend and version.ref == ref
+        if not same_key and not same_place:
+            continue
+        fields = {"kid": version.kid}
+        if not same_key or version.key_set_id == key_set_id or version.origin is Origin.GENERATED:
+            raise errors.KeyTaken(f"The key pair is or was a key version, with kid {version.kid}.", fields=fields)
+        if version.destroy_at is not None or version.state is VersionState.DESTROYED:
             raise errors.KeyTaken(
-                f"The key pair is or was a key version, with kid {version.kid}.", fields={"kid": version.kid}
+                f"The key pair is destroyed, or is to be: it is a version of another key set, with kid {version.kid}.",
+                next_step="Cancel that destruction first (kms-jwks version cancel-destroy), or make a new key.",
+                fields=fields,
             )
-    for external in tx.external_keys():
-        if external.kid == candidate.kid:
-            raise errors.KidTaken(
-                "The kid belongs to an external key; a version needs a kid of its own.",
-                next_step="Adopt the key under another kid. Tokens with the old kid verify with the external key until "
-                "that is removed.",
+
+
+def require_not_revoked(tx: ReadTx, public_jwk: Mapping[str, str]) -> None:
+    """Raise KeyTaken for a public key that was revoked, in any key set: no verifier may trust it again."""
+    versions = tx.versions(public_jwk=public_jwk)
+    externals = tx.external_keys(include_removed=True, public_jwk=public_jwk)
+    holders: list[KeyVersion | ExternalKey] = [*versions, *externals]
+    for holder in holders:
+        if holder.revoked_at is not None:
+            kind = "a revoked version" if isinstance(holder, KeyVersion) else "a revoked external key"
+            raise errors.KeyTaken(
+                f"The public key is that of {kind}, with kid {holder.kid}.",
+                next_step="Use another key: this one may be in the wrong hands.",
+                fields={"kid": holder.kid},
             )
+
+
+def _find_sharers(tx: ReadTx, key_set_id: Id, candidate: Candidate) -> list[str]:
+    """What else has the candidate's public key, in words: weaknesses that have to be accepted.
+
+    Two issuers with one key: each one's signer makes tokens that the other's verifiers accept, if they look at the
+    signature alone. Two kids of one key in a set: tokens go on verifying under the other kid.
+    """
+    found = [
+        f"key set {_set_name(tx, version.key_set_id)!r} has the same key, with kid {version.kid}"
+        for version in tx.versions(public_jwk=candidate.public_jwk)
+    ]
+    for external in tx.external_keys(public_jwk=candidate.public_jwk):
+        if external.key_set_id != key_set_id:
+            name = _set_name(tx, external.key_set_id)
+            found.append(f"key set {name!r} publishes the same key as its external key {external.kid}")
+        elif external.kid != candidate.kid:
+            found.append(
+                f"the key set publishes the same key as its external key {external.kid} (adopted with that kid, the "
+                "version takes its place)"
+            )
+    return found
+
+
+def _replace_external(tx: WriteTx, key_set_id: Id, candidate: Candidate, who: str | None) -> None:
+    """Let the version take the place of the external key with its kid, so that verifiers find the kid all the time."""
+    external = tx.external_key(key_set_id, candidate.kid)
+    if external is None:
+        return
+    if dict(external.public_jwk) != dict(candidate.public_jwk):
+        raise errors.KidTaken("The kid belongs to an external key, which is another key.")
+    if external.alg != candidate.alg.name:
+        raise errors.KidTaken(
+            f"The kid belongs to an external key with the same public key and alg {external.alg}, "
+            f"not {candidate.alg.name}: verifiers would refuse its tokens.",
+            next_step=f"Adopt it with alg {external.alg}, or under another kid.",
+        )
+    transitions.withdraw_external(tx, external, "adopted", who=who)
+
+
+def _set_name(tx: ReadTx, key_set_id: Id) -> str:
+    """The name of a key set."""
+    found = tx.key_set_by_id(key_set_id)
+    assert found is not None
+    return found.name
 
 
 def _find_pair(backend: Backend, alg: Algorithm, wanted: wire.Adopt) -> tuple[GeneratedKey, bool]:
@@ -152,11 +231,12 @@ def _find_pair(backend: Backend, alg: Algorithm, wanted: wire.Adopt) -> tuple[Ge
                 raise
             return backend.adopt(wanted.locator, given), True
     except (errors.BackendRefused, errors.BackendKeyNotFound, errors.UnsupportedAlgorithm) as error:
-        step = _FIND_KEY if isinstance(error, errors.BackendKeyNotFound) else error.next_step
-        raise errors.AdoptionRefused(error.detail, next_step=step, fields={"weaknesses": []}) from None
+        raise _refused(error) from None
     if given is not None and dict(found.public_jwk) != given:
         raise errors.InvalidField(
-            "public_key: it is not the one that the module holds", fields={"field": "adopt.public_key"}
+            "public_key: it is not the one that the module holds",
+            next_step="Leave it out: the module holds the public half. Check the locator where you expected this key.",
+            fields={"field": "adopt.public_key"},
         )
     return found, False
 
@@ -167,19 +247,44 @@ def _read_public_jwk(given: str | dict[str, object], alg: Algorithm) -> dict[str
 
 def _check_public_key(alg: Algorithm, found: GeneratedKey, rsa_bits: int | None) -> dict[str, str]:
     """The public key, if it is a valid one for `alg`. Raises AdoptionRefused, which no `accept` overrides."""
-    step = "Name the algorithm that the key is made for, or another key."
     try:
         jwk = jose.check_public_jwk(found.public_jwk, alg)
     except errors.InvalidJwk as error:
+        step = _name_another_algorithm(found.public_jwk)
         raise errors.AdoptionRefused(error.detail, next_step=step, fields={"weaknesses": []}) from None
     allowed = alg.rsa_bits if rsa_bits is None else (rsa_bits,)
     if alg.is_rsa and _modulus_bits(jwk) not in allowed:
+        bits = _modulus_bits(jwk)
+        fits = bits in alg.rsa_bits
         raise errors.AdoptionRefused(
-            f"The modulus has {_modulus_bits(jwk)} bits; allowed are {', '.join(map(str, allowed))}.",
-            next_step=step,
+            f"The modulus has {bits} bits; allowed are {', '.join(map(str, allowed))}.",
+            next_step=f"Leave rsa_bits out, or give {bits}." if fits else _ANOTHER_KEY,
             fields={"weaknesses": []},
         )
     return jwk
+
+
+def _name_another_algorithm(jwk: Mapping[str, str]) -> str:
+    """The next step for a key that does not fit the algorithm of the request: those that it fits, if there are any."""
+    fitting = []
+    for alg in ALGORITHMS.values():
+        with contextlib.suppress(errors.InvalidJwk):
+            jose.check_public_jwk(jwk, alg)
+            if not alg.is_rsa or _modulus_bits(jwk) in alg.rsa_bits:
+                fitting.append(alg.name)
+    if not fitting:
+        return _ANOTHER_KEY
+    return f"Name the algorithm that the key is made for ({', '.join(fitting)}), or another key."
+
+
+def _refused(error: errors.BackendError) -> errors.AdoptionRefused:
+    """A backend's refusal as that of the adoption, with its own next step where that is about this key."""
+    if isinstance(error, errors.BackendKeyNotFound):
+        step = _FIND_KEY
+    else:
+        # The classes' own next steps are about keys that the service made.
+        step = _ANOTHER_KEY if error.next_step == type(error).next_step else error.next_step
+    return errors.AdoptionRefused(error.detail, next_step=step, fields={"weaknesses": []})
 
 
 def _make_trial_signature(backend: Backend, alg: Algorithm, ref: KeyRef, jwk: Mapping[str, str]) -> None:
@@ -193,16 +298,27 @@ def _make_trial_signature(backend: Backend, alg: Algorithm, ref: KeyRef, jwk: Ma
             next_step="Check which public key belongs to it; two pairs may share a label or a CKA_ID.",
             fields={"weaknesses": []},
         ) from None
+    except (errors.BackendRefused, errors.UnsupportedAlgorithm, errors.BackendKeyNotFound) as error:
+        raise _refused(error) from None
 
 
 def _modulus_bits(jwk: Mapping[str, str]) -> int:
     return int.from_bytes(jose.b64u_decode(jwk["n"]), "big").bit_length()
 
 
-def _check_kid(kid: str) -> str:
-    if not kid.isprintable():
-        raise errors.InvalidField("kid: it holds characters that cannot be printed", fields={"field": "adopt.kid"})
+def _wanted_kid(wanted: wire.Adopt) -> str | None:
+    """The kid that the request gives, itself or in the JWK of the public key; None for the computed one."""
+    own = wanted.public_key.get("kid") if isinstance(wanted.public_key, dict) else None
+    kid = take_kid(wanted.kid, own, "adopt.kid")
+    if kid is None:
+        return None
+    check_kid(kid, "adopt.kid")
     if looks_like_number(kid):
         # A request names a version by its number or its kid: in an emergency it would revoke the wrong version.
-        raise errors.InvalidField("kid: it could be read as the number of a version", fields={"field": "adopt.kid"})
+        raise errors.InvalidField(
+            "kid: it could be read as the number of a version",
+            next_step="Adopt the pair without a kid, and publish its public key under this kid as an external key, for "
+            "the tokens that carry it.",
+            fields={"field": "adopt.kid"},
+        )
     return kid

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
+from msgspec import UNSET, UnsetType
+
 from kms_jwks import errors, wire
 from kms_jwks.access import Permission, Scope
 from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.calling import Backends
-from kms_jwks.model import Epoch, Id, Instant, Key, KeyVersion, VersionState, name_error
+from kms_jwks.model import KID_RULE, MAX_KID, Epoch, Id, Instant, Key, KeyVersion, VersionState, kid_error, name_error
 from kms_jwks.service.guard import Entered, Guard, RequestContext
 from kms_jwks.store import ReadTx, Store, WriteTx
 from kms_jwks.times import to_instant
@@ -142,6 +144,36 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_kid(kid: str, field: str = "kid") -> str:
+    """A kid that is given to a key. Raises InvalidField, which names `field`."""
+    problem = kid_error(kid)
+    if problem is not None:
+        raise errors.InvalidField(
+            f"kid: {problem}",
+            next_step=f"A kid has {KID_RULE}.",
+            fields={"field": field},
+        )
+    return kid
+
+
+def take_kid(given: str | UnsetType, own: object, field: str = "kid") -> str | None:
+    """The kid that is given, or the JWK's `own` one; None where there is neither.
+
+    Raises InvalidField where they differ: it is not known which of them the tokens carry.
+    """
+    if own is not None and not isinstance(own, str):
+        raise errors.InvalidField("kid: the JWK's own kid is not a string", fields={"field": field})
+    if given is UNSET:
+        return own
+    if own is not None and own != given:
+        raise errors.InvalidField(
+            f"kid: the JWK's own kid is {own[:MAX_KID]!r}, the one beside it {given!r}",
+            next_step="Leave out the kid that the tokens do not carry in their header.",
+            fields={"field": field},
+        )
+    return given
+
+
 def find_algorithm(name: str) -> Algorithm:
     """The algorithm of that name. Raises UnsupportedAlgorithmRequested."""
     alg = ALGORITHMS.get(name)
@@ -170,7 +202,7 @@ def find_version(tx: ReadTx, key: Key, version: str) -> KeyVersion:
     if looks_like_number(version):
         value = tx.version_by_number(key.id, int(version))
     if value is None:
-        by_kid = tx.version_by_kid(version)
+        by_kid = tx.version_by_kid(key.key_set_id, version)
         value = by_kid if by_kid is not None and by_kid.key_id == key.id else None
     if value is None:
         raise errors.VersionNotFound(f"Key {key.name!r} has no such version.")

@@ -121,7 +121,13 @@ def ask_backend(control: Control, request: wire.KeyCreate) -> Candidate | None:
 
 
 def add_key(
-    tx: WriteTx, control: Control, key_set: KeySet, request: wire.KeyCreate, candidate: Candidate | None = None
+    tx: WriteTx,
+    control: Control,
+    key_set: KeySet,
+    request: wire.KeyCreate,
+    candidate: Candidate | None = None,
+    *,
+    who: str | None = None,
 ) -> tuple[Key, KeyVersion]:
     """Write a key and its first version, `creating`: the custodian makes its pair, or the caller publishes an adopted
     one.
@@ -148,7 +154,7 @@ def add_key(
     tx.add(key)
     if candidate is None:
         return key, transitions.add_version(tx, key)
-    return key, adoption.add_adopted(tx, key, candidate)
+    return key, adoption.add_adopted(tx, key, candidate, who=who)
 
 
 def choose_backend(control: Control, request: wire.KeyCreate) -> str:

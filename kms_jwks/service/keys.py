@@ -84,7 +84,7 @@ class Keys:
             if earlier is not None:
                 key, first = earlier, tx.version_by_number(earlier.id, 1)
             else:
-                key, first = add_key(tx, control, found.key_set, request, candidate)
+                key, first = add_key(tx, control, found.key_set, request, candidate, who=found.caller.client)
                 if candidate is not None:
                     adoption.publish(tx, found.key_set, [candidate])
                 record_created(tx, context, request, key.id, key_set)

@@ -217,7 +217,7 @@ class Signing:
         if snapshot is attempt.snapshot:
             return
         self._admit(attempt.call, snapshot)
-        found = snapshot.signers.get(job.signer.kid)
+        found = snapshot.signers.get((attempt.key.id, job.signer.kid))
         if found is None:
             raise errors.KidNotActive("The version was withdrawn while its signature was being made.")
         key, signer = found

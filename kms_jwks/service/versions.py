@@ -89,7 +89,7 @@ class Versions:
             made = find_created(tx, context, request, tx.version, key_set, key)
             if made is None:
                 require_enabled(found.key)
-                made = adoption.add_adopted(tx, found.key, candidate)
+                made = adoption.add_adopted(tx, found.key, candidate, who=found.caller.client)
                 adoption.publish(tx, found.key_set, [candidate])
                 record_created(tx, context, request, made.id, key_set, key)
         return self._await_creation(found, made)
@@ -118,6 +118,7 @@ class Versions:
             value = find_version(tx, found.key, version)
             externals = views.external_keys(tx, found.key_set)
             removed = tx.count_removed_external_keys(found.key_set.id)
+            warnings = views.same_key_warnings(tx, value)
         report = timeline.safety(value, found.key, found.key_set, found.now)
         return wire.Safety(
             kid=value.kid,
@@ -128,6 +129,7 @@ class Versions:
             next_at=optional(report.next_at),
             external_keys=externals,
             external_keys_removed=removed,
+            warnings=warnings,
         )
 
     def attributes(self, context: RequestContext, key_set: str, key: str, version: str) -> wire.Attributes:

@@ -175,6 +175,7 @@ def key(tx: ReadTx, owner: KeySet, value: Key) -> wire.Key:
             *timeline.policy_warnings(p, cache_lifetime=owner.cache_lifetime),
             *(f"version {v.number} was adopted although {', '.join(v.weaknesses)}" for v in versions if v.weaknesses),
             *(_not_made(latest) if latest is not None and value.retired_at is None else ()),
+            *(f"version {v.number}: {words}" for v in _shared(tx, versions) for words in same_key_warnings(tx, v)),
         ],
         created_at=to_datetime(value.created_at),
         updated_at=to_datetime(value.updated_at),
@@ -285,8 +286,11 @@ def exposure(case: exposures.Case, rows: Sequence[exposures.Exposed]) -> wire.Ex
     )
 
 
-def external_key(value: ExternalKey) -> wire.ExternalKey:
-    """An external key."""
+def external_key(tx: ReadTx, value: ExternalKey) -> wire.ExternalKey:
+    """An external key, with everything that happened under its kid."""
+    records = tx.external_keys(value.key_set_id, include_removed=True, public_jwk=value.public_jwk)
+    changes = [change for record in records if record.kid == value.kid for change in record.changes]
+    is_shared = value.removed_at is None and bool(tx.shared_keys([value.public_jwk]))
     return wire.ExternalKey(
         kid=value.kid,
         alg=value.alg,
@@ -295,12 +299,51 @@ def external_key(value: ExternalKey) -> wire.ExternalKey:
         remove_at=to_datetime(value.remove_at),
         removed_at=optional(value.removed_at),
         created_by=value.created_by,
+        warnings=same_key_warnings(tx, value) if is_shared else [],
+        changes=[
+            wire.ExternalKeyChange(what=c.what, at=to_datetime(c.at), remove_at=to_datetime(c.remove_at), who=c.who)
+            for c in changes
+        ],
     )
+
+
+def _shared(tx: ReadTx, versions: Sequence[KeyVersion]) -> list[KeyVersion]:
+    """The versions whose public key has a second kid somewhere: one query for all of them, since most have none."""
+    made = [(v, v.public_jwk) for v in versions if v.public_jwk is not None]
+    shared = tx.shared_keys([jwk for _, jwk in made]) if made else frozenset()
+    return [v for v, jwk in made if shared and jose.thumbprint(jwk) in shared]
+
+
+def same_key(tx: ReadTx, value: KeyVersion | ExternalKey) -> list[KeyVersion | ExternalKey]:
+    """The other versions and external keys with the same public key: published ones, ones in use, and revoked ones."""
+    if value.public_jwk is None:
+        return []
+    externals = tx.external_keys(public_jwk=value.public_jwk, include_removed=True)
+    found: list[KeyVersion | ExternalKey] = [
+        *(v for v in tx.versions(public_jwk=value.public_jwk) if v.revoked_at or v.state is not VersionState.DESTROYED),
+        *(e for e in externals if e.removed_at is None or e.revoked_at is not None),
+    ]
+    return [other for other in found if other.id != value.id]
+
+
+def same_key_warnings(tx: ReadTx, value: KeyVersion | ExternalKey) -> list[str]:
+    """Where else the public key is, in words."""
+    return [f"the same public key {_use(tx, other, value)}" for other in same_key(tx, value)]
+
+
+def _use(tx: ReadTx, other: KeyVersion | ExternalKey, value: KeyVersion | ExternalKey) -> str:
+    owner = tx.key_set_by_id(other.key_set_id)
+    where = "this key set" if other.key_set_id == value.key_set_id else f"key set {owner.name if owner else '?'!r}"
+    if other.revoked_at is not None:
+        return f"was revoked in {where}, with kid {other.kid}"
+    if isinstance(other, ExternalKey):
+        return f"is an external key of {where}, with kid {other.kid}"
+    return f"is version {other.number} of a key in {where}, with kid {other.kid} ({other.state.value})"
 
 
 def external_keys(tx: ReadTx, owner: KeySet) -> list[wire.ExternalKey]:
     """The external keys that a key set publishes."""
-    return [external_key(e) for e in tx.external_keys(owner.id)]
+    return [external_key(tx, e) for e in tx.external_keys(owner.id)]
 
 
 def client(value: Client) -> wire.Client:

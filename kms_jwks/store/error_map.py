@@ -16,7 +16,8 @@ from kms_jwks import errors
 # By the constraint's name (PostgreSQL) or its columns (SQLite).
 _CONFLICTS: tuple[tuple[tuple[str, ...], type[errors.Conflict]], ...] = (
     (("pk_kids", "kids.kid"), errors.KidTaken),
-    (("uq_versions_kid", "versions.kid"), errors.KidTaken),
+    (("uq_versions_key_set_id_kid", "uq_versions_generated_kid", "versions.kid"), errors.KidTaken),
+    (("uq_external_keys_published", "external_keys.kid"), errors.KidTaken),
     (("uq_versions_active", "versions.key_id"), errors.TransitionRefused),
     (("uq_key_sets_name", "key_sets.name"), errors.NameTaken),
     (("uq_key_sets_issuer", "key_sets.issuer"), errors.IssuerTaken),

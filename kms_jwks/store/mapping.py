@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from kms_jwks.model import (
     CustodianLease,
     Epoch,
     ExternalKey,
+    ExternalKeyChange,
     Grant,
     Id,
     IdempotencyRecord,
@@ -109,13 +110,17 @@ def _to_json(value: object) -> str:
 
 
 def _plain(item: object) -> object:
-    if isinstance(item, Breach):
-        return {"invariant": item.invariant, "at": item.at, "reason": item.reason, "who": item.who}
+    if isinstance(item, Breach | ExternalKeyChange):
+        return asdict(item)
     return item
 
 
 def _breaches(value: list[dict[str, Any]]) -> tuple[Breach, ...]:
     return tuple(Breach(**item) for item in value)
+
+
+def _changes(value: list[dict[str, Any]]) -> tuple[ExternalKeyChange, ...]:
+    return tuple(ExternalKeyChange(**item) for item in value)
 
 
 # --- what a snapshot holds --------------------------------------------------------------------------------------------
@@ -151,6 +156,7 @@ def _comparable(value: object) -> object:
 
 
 _PUBLISHED_VIEW = _all_but("destroy_at", "destroy_told", "evidence", "published_epoch", "absence")
+_EXTERNAL_VIEW = _all_but("revoke_reason", "changes")
 _WHOLE = _all_but()
 _DEFINITION = _all_but("revision", "updated_at")
 
@@ -165,6 +171,12 @@ def _version_view(version: KeyVersion) -> tuple[object, ...] | None:
     if version.revoked_at is not None:
         return (version.id, version.key_set_id, version.kid, version.revoked_at)
     return _PUBLISHED_VIEW(version) if version.state.in_jwks else None
+
+
+def _external_view(external: ExternalKey) -> tuple[object, ...] | None:
+    if external.revoked_at is not None:
+        return (external.id, external.key_set_id, external.kid, external.revoked_at)
+    return _EXTERNAL_VIEW(external) if external.removed_at is None else None
 
 
 def snapshot_view(entity: Entity) -> tuple[object, ...] | None:
@@ -208,8 +220,8 @@ MAPPERS: Mapping[type[Any], Mapper] = MappingProxyType(
             Mapper(
                 ExternalKey,
                 tables.external_keys,
-                documents={"public_jwk": dict},
-                view=lambda e: None if e.removed_at is not None else _WHOLE(e),
+                documents={"public_jwk": dict, "changes": _changes},
+                view=_external_view,
             ),
             Mapper(Client, tables.clients, view=lambda c: None if c.deleted_at is not None else _WHOLE(c)),
             Mapper(ApiToken, tables.tokens, view=_all_but("last_used_at")),

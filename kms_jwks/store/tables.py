@@ -195,7 +195,7 @@ versions = Table(
     _text("absence", nullable=True),
     _text("failure", nullable=True),
     UniqueConstraint("key_id", "number"),
-    UniqueConstraint("kid"),
+    UniqueConstraint("key_set_id", "kid"),
     _one_of("state", VersionState),
     _one_of("origin", Origin),
     Index("ix_versions_state", "state"),
@@ -210,6 +210,15 @@ ONE_ACTIVE = Index(
     postgresql_where=versions.c.state == VersionState.ACTIVE.value,
 )
 
+# The kid of a pair that was made here is unique over the whole installation, in every state of its version.
+GENERATED_KID = Index(
+    "uq_versions_generated_kid",
+    versions.c.kid,
+    unique=True,
+    sqlite_where=versions.c.origin == Origin.GENERATED.value,
+    postgresql_where=versions.c.origin == Origin.GENERATED.value,
+)
+
 
 def _unique_unless_deleted(table: Table, *columns: str) -> Index:
     """An index that keeps a name unique among the rows that are no tombstones."""
@@ -222,12 +231,16 @@ _unique_unless_deleted(key_sets, "name")
 _unique_unless_deleted(key_sets, "issuer")
 _unique_unless_deleted(keys, "key_set_id", "name")
 
+# Every kid that a key set ever had, and the one public key that it is bound to for ever.
 kids = Table(
     "kids",
     metadata,
+    Column("key_set_id", _ID, ForeignKey("key_sets.id"), primary_key=True, nullable=False),
     Column("kid", _TEXT, primary_key=True),
-    _text("owner_kind"),
-    _id("owner_id", primary=False),
+    _text("thumbprint"),
+    _flag("computed"),
+    Index("ix_kids_kid", "kid"),
+    Index("ix_kids_thumbprint", "thumbprint"),
 )
 
 external_keys = Table(
@@ -242,7 +255,19 @@ external_keys = Table(
     _instant("remove_at"),
     _instant("removed_at", nullable=True),
     _text("created_by", nullable=True),
+    _instant("revoked_at", nullable=True),
+    _text("revoke_reason", nullable=True),
+    _text("changes"),
     Index("ix_external_keys_key_set_id", "key_set_id"),
+)
+# A key set publishes one external key under a kid at a time.
+PUBLISHED_EXTERNAL = Index(
+    "uq_external_keys_published",
+    external_keys.c.key_set_id,
+    external_keys.c.kid,
+    unique=True,
+    sqlite_where=external_keys.c.removed_at.is_(None),
+    postgresql_where=external_keys.c.removed_at.is_(None),
 )
 
 clients = Table(

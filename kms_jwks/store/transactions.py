@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, union, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, tuple_, union, update
 
-from kms_jwks import errors
+from kms_jwks import errors, jose
 from kms_jwks.model import (
     ApiToken,
     Client,
@@ -27,6 +27,7 @@ from kms_jwks.model import (
     Key,
     KeySet,
     KeyVersion,
+    Origin,
     VersionState,
     Worker,
 )
@@ -124,7 +125,9 @@ class ReadTx:
             key_sets=self._viewed(KeySet, t.key_sets.c.deleted_at.is_(None)),
             keys=self._viewed(Key, t.keys.c.deleted_at.is_(None)),
             versions=self._viewed(KeyVersion, v.state.in_(shown) | v.revoked_at.is_not(None)),
-            external_keys=self._viewed(ExternalKey, t.external_keys.c.removed_at.is_(None)),
+            external_keys=self._viewed(
+                ExternalKey, t.external_keys.c.removed_at.is_(None) | t.external_keys.c.revoked_at.is_not(None)
+            ),
             clients=self._viewed(Client, t.clients.c.deleted_at.is_(None)),
             tokens=self._viewed(ApiToken),
             grants=self._viewed(Grant, t.grants.c.deleted_at.is_(None)),
@@ -163,9 +166,9 @@ class ReadTx:
         """The version of that id."""
         return self._first(KeyVersion, t.versions.c.id == entity_id)
 
-    def version_by_kid(self, kid: str) -> KeyVersion | None:
-        """The version that a kid is bound to."""
-        return self._first(KeyVersion, t.versions.c.kid == kid)
+    def version_by_kid(self, key_set_id: Id, kid: str) -> KeyVersion | None:
+        """The version of a key set that has the kid."""
+        return self._first(KeyVersion, t.versions.c.key_set_id == key_set_id, t.versions.c.kid == kid)
 
     def version_by_number(self, key_id: Id, number: int) -> KeyVersion | None:
         """A key's version of that number."""
@@ -178,16 +181,22 @@ class ReadTx:
         key_id: Id | None = None,
         states: Collection[VersionState] | None = None,
         unseen: bool = False,
+        public_jwk: Mapping[str, str] | None = None,
         after: Id | None = None,
         limit: int | None = None,
     ) -> list[KeyVersion]:
-        """Versions, of one set or key, in some states; `unseen` selects those that were never visible everywhere."""
+        """Versions, of one set or key, in some states, with one public key (its parameters alone).
+
+        `unseen` selects those that were never visible everywhere.
+        """
         c = t.versions.c
         where = [*_equal(c.key_set_id, key_set_id), *_equal(c.key_id, key_id)]
         if states is not None:
             where.append(c.state.in_([s.value for s in states]))
         if unseen:
             where.append(c.visible_since.is_(None))
+        if public_jwk is not None:
+            where.append(self._has_key(c, public_jwk))
         return self._list(KeyVersion, *where, after=after, limit=limit)
 
     def external_key(self, key_set_id: Id, kid: str) -> ExternalKey | None:
@@ -200,12 +209,15 @@ class ReadTx:
         key_set_id: Id | None = None,
         *,
         include_removed: bool = False,
+        public_jwk: Mapping[str, str] | None = None,
         after: Id | None = None,
         limit: int | None = None,
     ) -> list[ExternalKey]:
-        """External keys, of one set or of all."""
+        """External keys, of one set or of all, with one public key (its parameters alone)."""
         c = t.external_keys.c
         where = [*_equal(c.key_set_id, key_set_id), *([] if include_removed else [c.removed_at.is_(None)])]
+        if public_jwk is not None:
+            where.append(self._has_key(c, public_jwk))
         return self._list(ExternalKey, *where, after=after, limit=limit)
 
     def count_removed_external_keys(self, key_set_id: Id) -> int:
@@ -221,10 +233,21 @@ class ReadTx:
         externals = select(e.key_set_id, e.alg).where(*_equal(e.key_set_id, key_set_id))
         return frozenset((Id(row[0]), row[1]) for row in self._connection.execute(union(versions, externals)))
 
-    def kid_owner(self, kid: str) -> tuple[str, Id] | None:
-        """What a kid is bound to for ever: ("version" or "external_key", its id)."""
-        row = self._connection.execute(select(t.kids).where(t.kids.c.kid == kid)).first()
-        return None if row is None else (row.owner_kind, Id(row.owner_id))
+    def shared_keys(self, public_jwks: Collection[Mapping[str, str]]) -> frozenset[str]:
+        """The thumbprints (RFC 7638) of those public keys that more than one kid is bound to, in any key set."""
+        c = t.kids.c
+        wanted = {jose.thumbprint(jwk) for jwk in public_jwks}
+        query = select(c.thumbprint).where(c.thumbprint.in_(wanted)).group_by(c.thumbprint).having(func.count() > 1)
+        return frozenset(self._connection.execute(query).scalars())
+
+    def kid_binding(self, key_set_id: Id, kid: str) -> str | None:
+        """The public key that a kid of a key set is bound to for ever: its thumbprint (RFC 7638); None for a free kid.
+
+        A free kid can still be refused: where it is the computed kid of a pair that was made for another set.
+        """
+        query = select(t.kids.c.thumbprint).where(t.kids.c.key_set_id == key_set_id, t.kids.c.kid == kid)
+        found: str | None = self._connection.execute(query).scalar()
+        return found
 
     # --- callers
 
@@ -339,6 +362,13 @@ class ReadTx:
             query = query.limit(limit)
         return [mapper.from_row(row) for row in self._connection.execute(query).mappings()]
 
+    def _has_key(self, columns: Any, public_jwk: Mapping[str, str]) -> Where:
+        """The condition that a version or external key has this public key, by the kids that are bound to it."""
+        c = t.kids.c
+        query = select(c.key_set_id, c.kid).where(c.thumbprint == jose.thumbprint(public_jwk))
+        bound = [tuple(row) for row in self._connection.execute(query)]
+        return tuple_(columns.key_set_id, columns.kid).in_(bound)
+
     def _viewed(self, cls: type[T], *where: Where) -> tuple[T, ...]:
         return tuple(entity for entity in self._list(cls, *where) if snapshot_view(entity) is not None)  # type: ignore[arg-type]
 
@@ -387,6 +417,8 @@ class WriteTx(ReadTx):
             return
         if "kid" in changed and old["kid"] is not None:
             raise errors.InternalError("A kid that is bound to a key cannot be changed or removed.")
+        if "public_jwk" in changed and old["kid"] is not None:
+            raise errors.InternalError("The public key that a kid is bound to cannot be changed.")
         with translate_errors(), self._connection.begin_nested():
             if "kid" in changed:
                 self._bind_kid(entity)
@@ -453,10 +485,24 @@ class WriteTx(ReadTx):
         self._views[key] = (first, snapshot_view(entity))
 
     def _bind_kid(self, entity: Entity) -> None:
+        """Bind a kid to its public key within its key set. Raises KidTaken.
+
+        Write transactions run one after the other, so nothing is bound between the check and the insert.
+        """
         if not isinstance(entity, KeyVersion | ExternalKey) or entity.kid is None:
             return
-        kind = "version" if isinstance(entity, KeyVersion) else "external_key"
-        self._connection.execute(insert(t.kids).values(kid=entity.kid, owner_kind=kind, owner_id=entity.id))
+        assert entity.public_jwk is not None
+        thumbprint = jose.thumbprint(entity.public_jwk)
+        computed = isinstance(entity, KeyVersion) and entity.origin is Origin.GENERATED
+        bound = self._connection.execute(select(t.kids).where(t.kids.c.kid == entity.kid)).all()
+        here = next((row for row in bound if row.key_set_id == entity.key_set_id), None)
+        if here is not None and (computed or here.thumbprint != thumbprint):
+            raise errors.KidTaken("The kid is bound to another public key of this key set, for ever.")
+        if any(computed or row.computed for row in bound if row is not here):
+            raise errors.KidTaken("The kid is that of a key pair that was made for another key set.")
+        if here is None:
+            values = {"key_set_id": entity.key_set_id, "kid": entity.kid}
+            self._connection.execute(insert(t.kids).values(**values, thumbprint=thumbprint, computed=computed))
 
 
 def next_link(link: str, epoch: Epoch) -> str:

@@ -110,8 +110,8 @@ class Snapshot:
     key_sets: Mapping[str, PublishedSet]
     tokens: Mapping[str, KnownToken]
     """By the SHA-256 of the token, lower-case hex."""
-    signers: Mapping[str, tuple[SigningKey, Signer]] = field(default_factory=dict)
-    """Every version that may sign, by kid; checked again before an answer leaves."""
+    signers: Mapping[tuple[Id, str], tuple[SigningKey, Signer]] = field(default_factory=dict)
+    """Every version that may sign, by its key's id and its kid; checked again before an answer leaves."""
     complete: bool = True
     """False for documents from disk: they can be served, but no caller can be authenticated."""
 
@@ -120,7 +120,7 @@ def compile_snapshot(contents: RegistryContents) -> Snapshot:
     """Build the snapshot of a consistent read of the registry."""
     sets = [_published_set(key_set, contents) for key_set in contents.key_sets]
     signers = {
-        signer.kid: (key, signer)
+        (key.id, signer.kid): (key, signer)
         for key_set in sets
         for key in key_set.keys.values()
         for signer in (*key.pinned.values(), *((key.active,) if key.active else ()))
@@ -136,7 +136,9 @@ def _published_set(key_set: KeySet, contents: RegistryContents) -> PublishedSet:
     ordinary, post_quantum = in_document(listed, False), in_document(listed, True)
     known = {is_post_quantum(alg) for owner, alg in contents.ever_published if owner == key_set.id}
     verify_keys = {kid: VerifyKey(alg=alg, jwk=jwk) for kid, alg, jwk, _ in listed}
-    verify_keys |= {v.kid: VerifyKey(alg="", jwk=None, revoked=True) for v in versions if v.kid and v.revoked_at}
+    # Within a set a kid has one public key for ever, so a kid that was revoked is none that is published.
+    revoked = [v.kid for v in versions if v.kid and v.revoked_at] + [e.kid for e in externals if e.revoked_at]
+    verify_keys |= {kid: VerifyKey(alg="", jwk=None, revoked=True) for kid in revoked}
     return PublishedSet(
         id=key_set.id,
         name=key_set.name,

@@ -16,7 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, Table, create_engine, inspect, text
 
-from kms_jwks import errors
+from kms_jwks import errors, jose
 from kms_jwks.model import ApiToken, Client, Epoch, Grant, Id, Intent, IntentKind, IntentState, VersionState, Worker
 from kms_jwks.store import Store, schema
 from kms_jwks.store.mapping import MAPPERS
@@ -127,8 +127,10 @@ class SchemaContract:
         """Revision after revision; entities that were written under the first are read under the last."""
         revisions = sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("0*.py"))
         assert revisions[-1] == schema.needed_revision()
-        upgrade, active = command.upgrade, version(1, VersionState.ACTIVE)
-        things = (key_set(), key(), active, _WORKER, _INTENT, external(), _CLIENT, _TOKEN, _GRANT)
+        # A kid that no longer can be given: what has it must be found, to be removed.
+        active, old = version(1, VersionState.ACTIVE), external(kid="old-2024\n")
+        upgrade = command.upgrade
+        things = (key_set(), key(), active, _WORKER, _INTENT, old, _CLIENT, _TOKEN, _GRANT)
         for revision in revisions:
             with monkeypatch.context() as patched:
                 patched.setattr(command, "upgrade", lambda config, _, to=revision: upgrade(config, to))
@@ -151,7 +153,12 @@ class SchemaContract:
             assert len(epoch.link) == 64
             found = (*tx.key_sets(), *tx.keys(), *tx.versions(), *tx.workers(), *tx.intents())
             more = (*tx.external_keys(), *tx.clients(), *tx.tokens(), *tx.grants())
+            bound = {holder.kid: tx.kid_binding(holder.key_set_id, str(holder.kid)) for holder in (active, old)}
+            assert tx.external_key(old.key_set_id, old.kid) == old
         assert (*found, *more) == things
+        assert bound == {holder.kid: jose.thumbprint(holder.public_jwk or {}) for holder in (active, old)}
+        with pytest.raises(errors.KidTaken), store.write() as writing:
+            writing.add(external(id=Id("external-2"), kid="kid-1", public_jwk={**old.public_jwk, "y": "other"}))
 
     def test_a_migration_that_fails_changes_nothing(
         self, store: Store, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from kms_jwks import errors
+from kms_jwks import errors, jose
 from kms_jwks.model import (
     SECOND,
     Breach,
     Client,
     CustodianLease,
     Epoch,
+    ExternalKey,
     Grant,
     Id,
     IdempotencyRecord,
@@ -28,6 +29,8 @@ from kms_jwks.model import (
     Intent,
     IntentKind,
     IntentState,
+    KeyVersion,
+    Origin,
     VersionState,
     Worker,
     new_id,
@@ -59,6 +62,14 @@ def fill(tx: WriteTx) -> None:
     tx.add(Grant(Id("grant-1"), Id("client-1"), "signer", NOW, Id("set-1"), Id("key-1")))
     tx.add(Worker(Id("worker-1"), "node", 7, 10, NOW, NOW))
     tx.add(Intent(Id("intent-1"), IntentKind.GENERATE, Id("version-1"), "softhsm", "kj-1", IntentState.DONE, NOW, NOW))
+
+
+OTHER = {"kty": "EC", "crv": "P-256", "x": "AA", "y": "another"}
+
+
+def thumbprint(holder: KeyVersion | ExternalKey) -> str:
+    assert holder.public_jwk is not None
+    return jose.thumbprint(holder.public_jwk)
 
 
 class StoreContract:
@@ -110,7 +121,7 @@ class StoreContract:
             assert tx.key_set("main") == tx.key_set_by_id(Id("set-1")) == key_set()
             assert tx.key(Id("set-1"), "default") == tx.key_by_id(Id("key-1")) == key()
             found = tx.version(Id("version-1"))
-            assert found == tx.version_by_kid("kid-1") == tx.version_by_number(Id("key-1"), 1)
+            assert found == tx.version_by_kid(Id("set-1"), "kid-1") == tx.version_by_number(Id("key-1"), 1)
             assert found is not None
             assert found.breaches == (Breach("I1", at(1), "emergency", "alice"),)
             assert found.evidence == {"attributes": {"CKA_LOCAL": True}}
@@ -120,15 +131,20 @@ class StoreContract:
             assert tx.grants(Id("client-1")) == [tx.grant(Id("grant-1"))]
             assert [w.confirmed for w in tx.workers()] == [None]
             assert tx.intents(states={IntentState.DONE}) == [tx.intent(Id("intent-1"))]
-            assert tx.kid_owner("kid-1") == ("version", "version-1")
-            assert tx.kid_owner("old") == ("external_key", "external-1")
+            assert tx.kid_binding(Id("set-1"), "kid-1") == thumbprint(version(1, S.ACTIVE))
+            assert tx.kid_binding(Id("set-1"), "old") == thumbprint(external())
 
     def test_finders_return_none_for_what_is_not_in_the_registry(self, store: Store) -> None:
         nobody = Id("nobody")
         with store.read() as tx:
             found: list[Any] = [tx.key_set("x"), tx.key_set_by_id(nobody), tx.key(nobody, "x"), tx.key_by_id(nobody)]
-            found += [tx.version(nobody), tx.version_by_kid("x"), tx.version_by_number(nobody, 1)]
-            found += [tx.external_key(nobody, "x"), tx.kid_owner("x"), tx.client("x"), tx.client_by_id(nobody)]
+            found += [tx.version(nobody), tx.version_by_kid(nobody, "x"), tx.version_by_number(nobody, 1)]
+            found += [
+                tx.external_key(nobody, "x"),
+                tx.kid_binding(nobody, "x"),
+                tx.client("x"),
+                tx.client_by_id(nobody),
+            ]
             found += [tx.token(nobody), tx.token_by_sha256("x"), tx.grant(nobody), tx.worker(nobody), tx.intent(nobody)]
             found += [tx.custodian_lease()]
         assert found == [None] * len(found)
@@ -136,7 +152,7 @@ class StoreContract:
     def test_names_and_kids_are_compared_byte_by_byte(self, filled: Store) -> None:
         with filled.read() as tx:
             assert tx.key_set("MAIN") is None
-            assert tx.version_by_kid("KID-1") is None
+            assert tx.version_by_kid(Id("set-1"), "KID-1") is None
 
     def test_lists_are_filtered_and_paged_in_the_order_of_creation(self, filled: Store) -> None:
         with filled.write() as tx:
@@ -179,7 +195,7 @@ class StoreContract:
             assert [reading.count_removed_external_keys(Id(name)) for name in ("set-1", "set-2")] == [1, 0]
             assert len(reading.grants(include_deleted=True)) == len(reading.workers(include_stopped=True)) == 1
             assert reading.client_by_id(Id("client-1")) is not None
-            assert reading.kid_owner("old") == ("external_key", "external-1")
+            assert reading.kid_binding(Id("set-1"), "old") == thumbprint(external())
             assert reading.contents().tokens == tuple(reading.tokens(Id("client-1")))
 
     def test_lists_are_filtered_by_owner(self, filled: Store) -> None:
@@ -238,13 +254,13 @@ class StoreContract:
             with pytest.raises(error), filled.write() as tx:
                 tx.add(same)
 
-    def test_a_kid_is_never_bound_again(self, filled: Store) -> None:
+    def test_a_kid_is_never_bound_to_another_key_of_its_set(self, filled: Store) -> None:
         with filled.write() as tx:
             tx.save(replace(external(), removed_at=NOW))
         for thing in (
             version(2, S.PUBLISHED, kid="old"),
             external(id=Id("external-2"), kid="kid-1"),
-            external(id=Id("external-2")),
+            external(id=Id("external-2"), public_jwk=OTHER),
         ):
             with pytest.raises(errors.KidTaken), filled.write() as tx:
                 tx.add(thing)
@@ -253,12 +269,58 @@ class StoreContract:
         with pytest.raises(errors.KidTaken), filled.write() as tx:
             tx.save(version(2, S.CREATING, kid="kid-1"))
 
+    def test_an_identical_external_key_comes_back_once_it_was_removed(self, filled: Store) -> None:
+        again = external(id=Id("external-2"), created_at=at(1))
+        with pytest.raises(errors.KidTaken), filled.write() as tx:
+            tx.add(again)
+        with filled.write() as tx:
+            tx.save(replace(external(), removed_at=NOW))
+            tx.add(again)
+        with filled.read() as reading:
+            assert reading.external_keys() == [again]
+            assert reading.external_key(Id("set-1"), "old") == again
+
+    def test_another_set_may_have_the_same_foreign_kid_and_no_generated_one(self, filled: Store) -> None:
+        adopted: dict[str, Any] = {"key_set_id": Id("set-2"), "key_id": Id("key-2"), "origin": Origin.ADOPTED}
+        with filled.write() as tx:
+            tx.add(key_set(id=Id("set-2"), name="other", issuer="https://other.example"))
+            tx.add(key(id=Id("key-2"), key_set_id=Id("set-2")))
+            tx.add(external(id=Id("external-2"), key_set_id=Id("set-2"), public_jwk=OTHER))
+            tx.add(version(2, S.ACTIVE, kid="theirs", **adopted))
+            tx.add(version(3, S.PUBLISHED, kid="theirs", origin=Origin.ADOPTED))
+        for thing in (
+            external(id=Id("external-3"), key_set_id=Id("set-2"), kid="kid-1"),
+            version(4, S.PUBLISHED, kid="kid-1", **adopted),
+            version(5, S.PUBLISHED, kid="theirs"),
+            version(6, S.PUBLISHED, kid="old", key_set_id=Id("set-2"), key_id=Id("key-2")),
+        ):
+            with pytest.raises(errors.KidTaken), filled.write() as tx:
+                tx.add(thing)
+        with filled.read() as reading:
+            kids = {s: reading.kid_binding(Id(s), "theirs") for s in ("set-1", "set-2")}
+            assert kids == {n: thumbprint(version(i, S.ACTIVE)) for n, i in (("set-1", 3), ("set-2", 2))}
+            numbers = [v.number for s in kids if (v := reading.version_by_kid(Id(s), "theirs"))]
+            assert numbers == [3, 2]
+
+    def test_holders_of_a_public_key_are_found_in_every_set(self, filled: Store) -> None:
+        shared = version(1, S.ACTIVE).public_jwk
+        assert shared is not None
+        with filled.write() as tx:
+            tx.add(key_set(id=Id("set-2"), name="other", issuer="https://other.example"))
+            tx.add(external(id=Id("external-2"), key_set_id=Id("set-2"), kid="copy", public_jwk=shared))
+        with filled.read() as reading:
+            assert [v.number for v in reading.versions(public_jwk=shared)] == [1]
+            assert [e.kid for e in reading.external_keys(public_jwk=shared)] == ["copy"]
+            assert reading.external_keys(Id("set-1"), public_jwk=shared) == []
+            assert reading.versions(public_jwk=OTHER) == []
+            assert reading.shared_keys([shared, OTHER, external().public_jwk]) == {jose.thumbprint(shared)}
+
     def test_a_kid_that_a_version_gains_is_bound_to_it(self, filled: Store) -> None:
         with filled.write() as tx:
             tx.add(version(2, S.CREATING, kid=None, ref=None, public_jwk=None))
         with filled.write() as tx:
             tx.save(version(2, S.PUBLISHED))
-            assert tx.kid_owner("kid-2") == ("version", "version-2")
+            assert tx.kid_binding(Id("set-1"), "kid-2") == thumbprint(version(2, S.PUBLISHED))
         with pytest.raises(errors.KidTaken), filled.write() as tx:
             tx.add(external(id=Id("external-2"), kid="kid-2"))
         with filled.write() as tx:
@@ -270,8 +332,10 @@ class StoreContract:
         for kid in ("another", None):
             with pytest.raises(errors.InternalError), filled.write() as tx:
                 tx.save(version(1, S.ACTIVE, kid=kid))
+        with pytest.raises(errors.InternalError), filled.write() as tx:
+            tx.save(version(1, S.ACTIVE, public_jwk=OTHER))
         with filled.read() as reading:
-            assert reading.version_by_kid("kid-1") == reading.version(Id("version-1"))
+            assert reading.version_by_kid(Id("set-1"), "kid-1") == reading.version(Id("version-1"))
 
     def test_an_entity_that_was_not_added_cannot_be_saved(self, store: Store) -> None:
         with pytest.raises(errors.InternalError), store.write() as tx:
@@ -300,7 +364,7 @@ class StoreContract:
             tx.add(Client(Id("client-9"), "after", NOW))
         with filled.read() as reading:
             after = reading.contents()
-            assert reading.kid_owner("free") is None
+            assert reading.kid_binding(Id("set-1"), "free") is None
         assert after.epoch.counter == before.epoch.counter + 1
         assert {c.name for c in after.clients} == {"issuer", "after"}
         assert replace(after, epoch=before.epoch, now=before.now, clients=before.clients) == before

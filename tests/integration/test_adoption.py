@@ -78,6 +78,12 @@ def test_a_key_is_adopted_with_its_kid_and_signs(server: Server, labels: tuple[s
         assert server.must("POST", f"/v1/key-sets/{name}/verify", body)["kid"] == signed["kid"]
     shown = server.must("GET", f"/v1/key-sets/{name}/keys/k1/versions/1/attributes")
     assert shown["attributes"]["CKA_NEVER_EXTRACTABLE"] is True
+    versions = f"/v1/key-sets/{name}/keys/k1/versions"
+    for way in (kid, kid.replace("/", "%2F")):
+        assert server.must("GET", f"{versions}/{way}")["number"] == 1
+        assert server.must("GET", f"{versions}/{way}/safety")["kid"] == kid
+    with Client(server.url, server.admin) as admin:
+        assert admin.version(name, "k1", kid).kid == admin.public_jwk(name, "k1", kid)["kid"] == kid
     # Its successor is made here, as for any key.
     wait_until(lambda: len(server.must("GET", f"/v1/key-sets/{name}/keys/k1")["versions"]) == 2)
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from kms_jwks import jose
 from kms_jwks.client import administration
 from tests.integration.conftest import Run, Server, fresh, wait_until
 
@@ -203,6 +205,79 @@ def test_external_keys(run: Run, server: Server) -> None:
         "-",
         input=pem,
     )
+
+
+def test_a_whole_jwks_is_taken_key_by_key(run: Run, server: Server, tmp_path: Path) -> None:
+    name = server.key_set(None)
+    keys = [public_jwk(kid=f"k{number}", alg="ES256") for number in range(12)]
+    keys[1] |= {"x5c": ["AA=="], "use": "jwt-svid"}
+    keys[2] |= {"use": "enc"}
+    del keys[3]["alg"]
+    del keys[4]["kid"]
+    keys[5] |= {"y": keys[5]["y"] + "="}
+    file = tmp_path / "jwks.json"
+    file.write_text(json.dumps({"keys": keys}))
+    add = ("external-key", "add", name, "--remove-at", "30d", "--jwks", f"@{file}")
+
+    some = run(*add, "--kid", "k0", "--kid", "k1")
+    assert [line.split()[-1] for line in some.stdout.splitlines()[1:]] == ["published"] * 2
+    assert "Not published of k1: x5c." in some.stderr
+    assert "Nothing was sent" in run(*add, "--kid", "k0", "--kid", "nobody", code=2).stderr
+
+    rest = run(*add, "--alg", "ES256", code=1)
+    results = {line.split()[0]: line for line in rest.stdout.splitlines()[1:]}
+    for kid, words in (
+        ("k0", "this very key"),
+        ("k2", "use is 'enc'"),
+        ("-", "kid: missing"),
+        ("k5", "no padding"),
+        ("k3", "published"),
+        ("k11", "published"),
+    ):
+        assert words in results[kid], (kid, rest.stdout)
+    assert "external-key repair" in rest.stderr
+    assert len(server.must("GET", f"/v1/key-sets/{name}/external-keys")["items"]) == 9
+
+    file.write_text(json.dumps({"keys": [keys[5], public_jwk(kid="k12", alg="ES256")]}))
+    repaired = run("external-key", "repair", "--jwk", f"@{file}").stdout
+    full = run("external-key", "add", name, "--remove-at", "30d", "--jwks", "-", "--json", code=1, input=repaired)
+    items = json.loads(full.stdout)["items"]
+    assert [(i["kid"], i["added"]) for i in items] == [("k5", True), ("k12", False)]
+    assert items[1]["problem"]["room"] == 0
+    said = run("external-key", "add", name, "--remove-at", "30d", "--jwks", "-", code=1, input=repaired).stderr
+    assert "there was no room for k12" in said
+
+    moved = run("external-key", "update", name, "k5", "--remove-at", "2031-02-03").stdout
+    assert "moved" in moved
+    assert "2031-02-03 00:00:00Z" in moved
+    run("external-key", "remove", name, "k5", "--yes")
+    jwk = json.dumps(json.loads(repaired)["keys"][0])
+    assert "removed" in run("external-key", "add", name, "--remove-at", "30d", "--jwk", jwk).stdout
+    private = json.dumps({"keys": [{**keys[0], "d": "AA"}]})
+    for form in ("--jwks", "--jwk"):
+        run("external-key", "add", name, "--remove-at", "30d", form, private, code=2)
+
+
+def public_jwk(**more: Any) -> dict[str, Any]:
+    return {**jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key()), **more}
+
+
+def test_an_emergency_names_the_external_keys_that_stay(run: Run, server: Server) -> None:
+    name = server.key_set(None, "ES256", standby=True)
+    jwk = json.dumps(public_jwk(kid="old", alg="ES256"))
+    run("external-key", "add", name, "--remove-at", "30d", "--jwk", jwk)
+    revoke = ("revoke", "--key-set", name, "--reason", "stolen")
+    said = run(*revoke, "--dry-run")
+    assert f"External key old of {name} would stay published" in said.stderr
+    assert "--external-keys" in said.stderr
+    said = run(*revoke, "--dry-run", "--external-keys")
+    assert f"External key old of {name} would be withdrawn" in said.stdout
+    run("external-key", "show", name, "old")
+    done = run(*revoke, "--yes", "--external-keys")
+    assert f"External key old of {name} is withdrawn for ever" in done.stdout
+    run("external-key", "show", name, "old", code=1)
+    assert "revoked" in run("external-key", "add", name, "--remove-at", "30d", "--jwk", jwk, code=1).stderr
+    run("revoke", "--backend", "softhsm", "--reason", "x", "--external-keys", "--dry-run", code=2)
 
 
 def test_callers(run: Run, server: Server) -> None:

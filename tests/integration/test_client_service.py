@@ -7,13 +7,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from kms_jwks import errors, jose, wire
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.client import Client
 from tests.integration.conftest import Server, fresh, wait_until
+from tests.proxy import DecodingProxy
 
 
 @pytest.fixture
@@ -205,3 +208,43 @@ def test_external_keys(admin: Client, server: Server) -> None:
     admin.remove_external_key(name, kid)
     with pytest.raises(errors.ExternalKeyNotFound):
         admin.external_key(name, kid)
+
+
+KIDS = ("a/b", "/a//b/", "a+b=", "50%", "%2F", "Schlüssel-ключ", "a b", "~x", "a?#;&", "'\"<>")
+
+
+def test_every_kid_that_can_be_added_can_be_named_and_removed(admin: Client, server: Server) -> None:
+    """By the client directly and through a proxy that decodes the path; over plain HTTP percent-encoded."""
+    name = server.key_set(None)
+    jwk = jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
+    path = f"/v1/key-sets/{name}/external-keys"
+    body = {"alg": "ES256", "jwk": jwk, "remove_at": "2031-02-03T00:00:00Z"}
+    later = wire.ExternalKeyPatch(remove_at=datetime(2032, 1, 1, tzinfo=UTC))
+    with DecodingProxy(server.port) as proxy, Client(proxy.url, server.admin) as through:
+        for kid in KIDS:
+            added = server.call("POST", path, {**body, "kid": kid})
+            assert added.status == 201, (kid, added.body)
+            named = {f"{path}/{quote(kid, safe='')}"} if not kid.startswith("~") else set()
+            named.add(added.headers["Location"])
+            for way in named:
+                assert server.must("GET", way)["kid"] == kid
+            for client in (admin, through):
+                assert client.external_key(name, kid).kid == kid
+            assert through.update_external_key(name, kid, later).remove_at == later.remove_at
+            through.remove_external_key(name, kid)
+            with pytest.raises(errors.ExternalKeyNotFound):
+                admin.external_key(name, kid)
+        # What the proxy makes of an encoded slash is the kid all the same.
+        server.must("POST", path, {**body, "kid": "a/b"})
+        reply = server.pool.request(
+            "GET", f"{proxy.url}{path}/a%2Fb", headers={"Authorization": f"Bearer {server.admin}"}
+        )
+        assert (reply.status, reply.json()["kid"]) == (200, "a/b")
+    assert server.call("GET", f"{path}/~!").problem == "not_found"
+
+
+def test_what_a_set_never_published_is_not_reached_by_another_spelling(server: Server) -> None:
+    name = server.key_set(None, "ES256")
+    for way in ("external-keys/..%2F..%2Fclients", "keys/k1/versions/..", "keys/k1/versions/1%2Fsafety%2Fx"):
+        assert server.call("GET", f"/v1/key-sets/{name}/{way}").status == 404
+    assert server.call("GET", f"/v1/key-sets/{name}/keys/k1/versions/1/safety").status == 200

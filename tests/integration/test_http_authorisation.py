@@ -61,6 +61,7 @@ EXPECTED: dict[str, tuple[Permission, Any]] = {
         {"kid": "x", "alg": "ES256", "remove_at": "2001-01-01T00:00:00Z", "jwk": JWK},
     ),
     "get_external_key": (P.KEY_READ, None),
+    "patch_external_key": (P.EXTERNAL_KEY_MANAGE, {"remove_at": "2001-01-01T00:00:00Z"}),
     "delete_external_key": (P.EXTERNAL_KEY_REMOVE, None),
     "list_clients": (P.CLIENT_READ, None),
     "create_client": (P.CLIENT_MANAGE, {"name": "v1"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -40,6 +41,11 @@ PAIRS: list[Pair] = [
     ("pkcs11:é;%", b"\x13", EC, P256, {}),
     ("unknown curve", b"\x14", EC, BRAINPOOL, {}),
     ("half", b"\x15", EC, P256, {}),
+    ("first of three", b"\x16", EC, P256, {}),
+    ("second of three", b"\x16", EC, P256, {}),
+    ("third of three", b"\x16", EC, P384, {}),
+    ("clones", b"\x17", EC, P256, {}),
+    ("clones", b"\x17", EC, P256, {}),
 ]
 
 
@@ -125,6 +131,47 @@ def refuse_locators(hsm: SoftHsm) -> None:
         with pytest.raises(error, match=words) as refusal:
             backend.adopt(locator)
         assert "4711" not in refusal.value.detail + refusal.value.next_step
+
+
+def tell_apart(hsm: SoftHsm) -> None:
+    """What the next step names is one key each, and signs; where no locator can, it says so."""
+    backend = hsm.backend()
+    for locator, count in (("id=16", 3), ("pkcs11:id=%16", 3), ("twins", 2)):
+        with pytest.raises(BackendRefused) as refusal:
+            backend.adopt(locator)
+        named = re.findall(r"pkcs11:[^ ,]*[^ ,.]", refusal.value.next_step)
+        assert len(named) == count
+        keys = [backend.adopt(name) for name in named]
+        assert len({str(key.public_jwk) for key in keys}) == count
+        for key in keys:
+            proves(backend, key, "ES384" if key.public_jwk["crv"] == "P-384" else "ES256")
+    for locator in ("id=17", "clones"):
+        with pytest.raises(BackendRefused, match="2 private keys") as refusal:
+            backend.adopt(locator)
+        assert "No locator tells 2 of them apart" in refusal.value.next_step
+        assert "pkcs11:" not in refusal.value.next_step
+    for locator in ("id=nothex", "id=", "pkcs11:token=a", "pkcs11:object=good?module-name=opensc"):
+        with pytest.raises(BackendRefused) as refusal:
+            backend.adopt(locator)
+        assert refusal.value.next_step != BackendRefused.next_step
+
+
+def test_several_keys_that_fit_are_told_apart_by_the_next_step(hsm: SoftHsm) -> None:
+    in_child(tell_apart, hsm)
+
+
+def choose_wrongly(hsm: SoftHsm) -> None:
+    """A wrong label, serial or slot: the next step shows all three of the token that is there."""
+    facts = hsm.backend().ping().facts
+    shown = f"'{hsm.label}' (serial {facts['token_serial']}, slot {facts['slot']})"
+    for wrong in ({"token_serial": "0000"}, {"slot": 99999}, {"token_label": "nobody"}):
+        with pytest.raises(BackendUnavailable, match="no token with") as refusal:
+            hsm.backend(**wrong).ping()
+        assert shown in refusal.value.next_step
+
+
+def test_a_wrong_token_s_next_step_lists_label_serial_and_slot(hsm: SoftHsm) -> None:
+    in_child(choose_wrongly, hsm)
 
 
 def test_a_locator_that_fits_nothing_or_too_much_is_refused(hsm: SoftHsm) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from kms_jwks import errors, jose, wire
 from kms_jwks.access import Role
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.backends.base import Digest, GeneratedKey, KeyRef, Message
+from kms_jwks.doctor.checks import State
+from kms_jwks.doctor.registry import Registry, same_keys
 from kms_jwks.model import DAY, Origin, VersionState
 from kms_jwks.service.adoption import PUBLIC_KEY_GIVEN
 from kms_jwks.service.guard import RequestContext
+from kms_jwks.service.signing_job import SigningOperation
 from kms_jwks.timeline import later
 from kms_jwks.times import to_datetime
 from tests.service.world import World
@@ -261,7 +265,7 @@ def test_an_adoption_from_a_failing_module_raises_its_error_and_writes_nothing(w
         world.service.key_sets.get(world.admin, "main")
 
 
-@pytest.mark.parametrize("kid", ["", "k" * 256, "line\nbreak"])
+@pytest.mark.parametrize("kid", ["", "k" * 256, "line\nbreak", " outer", "..", "a/./b"])
 def test_a_kid_outside_its_bounds_is_refused(world: World, kid: str) -> None:
     foreign(world)
     with pytest.raises(errors.InvalidField):
@@ -271,15 +275,13 @@ def test_a_kid_outside_its_bounds_is_refused(world: World, kid: str) -> None:
 # --- twice
 
 
-def test_one_pair_is_one_version_only(world: World) -> None:
+def test_one_pair_is_one_version_of_a_set_only(world: World) -> None:
     pair = foreign(world)
     world.create(keys=[adopt(world)])
-    for more in ({}, {"kid": "another"}):
+    for more in ({}, {"kid": "another"}, {"accept": True}):
         with pytest.raises(errors.KeyTaken) as refusal:
-            world.create("second", keys=[adopt(world, **more)])
-        assert refusal.value.fields["kid"] == world.version(1).kid
-        with pytest.raises(errors.KeyTaken):
             create_version(world, None, **more)
+        assert refusal.value.fields["kid"] == world.version(1).kid
     # The same key under another reference: a copy.
     world.backend.keys["copy"] = ("copy", world.backend.keys[pair.ref["id"]][1])
     with pytest.raises(errors.KeyTaken):
@@ -292,6 +294,8 @@ def test_a_generated_pair_is_not_adopted(world: World) -> None:
     assert standby.ref is not None
     with pytest.raises(errors.KeyTaken):
         create_version(world, locator=standby.ref["label"])
+    with pytest.raises(errors.KeyTaken):
+        world.create("second", keys=[adopt(world, standby.ref["label"], accept=True)])
 
 
 def test_a_revoked_pair_is_not_adopted_again(world: World) -> None:
@@ -300,6 +304,8 @@ def test_a_revoked_pair_is_not_adopted_again(world: World) -> None:
     world.service.revocation.revoke_version(world.admin, "main", "default", "1", wire.RevokeRequest())
     with pytest.raises(errors.KeyTaken):
         create_version(world, kid="under another name")
+    with pytest.raises(errors.KeyTaken, match="revoked"):
+        world.create("second", keys=[adopt(world, accept=True)])
 
 
 def test_of_two_simultaneous_adoptions_of_one_pair_one_succeeds(world: World) -> None:
@@ -328,19 +334,169 @@ def test_one_pair_twice_in_one_call_is_refused_and_nothing_is_written(world: Wor
         world.service.key_sets.get(world.admin, "main")
 
 
+def publish_external(world: World, kid: str, jwk: Any, key_set: str = "main", alg: str = "ES256") -> wire.ExternalKey:
+    request = wire.ExternalKeyCreate(kid=kid, alg=alg, remove_at=to_datetime(later(world.now(), DAY)), jwk=dict(jwk))
+    return world.service.external_keys.create(world.admin, key_set, request)
+
+
 def test_a_kid_stays_with_what_it_was_given_to(world: World) -> None:
-    pair = foreign(world)
+    foreign(world, label="other")
     world.create()
-    request = wire.ExternalKeyCreate(
-        kid="known", alg="ES256", remove_at=to_datetime(later(world.now(), DAY)), jwk=dict(pair.public_jwk)
-    )
-    world.service.external_keys.create(world.admin, "main", request)
+    publish_external(world, "known", foreign(world).public_jwk)
     with pytest.raises(errors.KidTaken, match="external key"):
-        create_version(world, kid="known")
+        create_version(world, locator="other", kid="known")
     with pytest.raises(errors.KidTaken):
-        create_version(world, kid=world.version(1).kid)
-    made = create_version(world)  # the same key, under its thumbprint
+        create_version(world, locator="other", kid=world.version(1).kid)
+
+
+def test_a_version_takes_the_place_of_the_external_key_with_its_kid(world: World) -> None:
+    world.create()
+    publish_external(world, "known", foreign(world).public_jwk)
+    made = create_version(world, kid="known")
+    assert (made.kid, made.weaknesses) == ("known", [])
+    assert world.kids().count("known") == 1
+    with pytest.raises(errors.ExternalKeyNotFound):
+        world.service.external_keys.get(world.admin, "main", "known")
+
+
+def test_under_another_kid_than_its_external_key_a_pair_is_adopted_only_if_that_is_accepted(world: World) -> None:
+    world.create()
+    publish_external(world, "known", foreign(world).public_jwk)
+    with pytest.raises(errors.AdoptionRefused, match="known"):
+        create_version(world)
+    made = create_version(world, accept=True)  # under its thumbprint
     assert {"known", made.kid} <= set(world.kids())
+    assert len(made.weaknesses) == 1
+    revoked = world.service.revocation.revoke_version(
+        world.admin, "main", "default", str(made.kid), wire.RevokeRequest(reason="stolen")
+    )
+    assert [(e.kid, e.withdrawn, e.same_key_as) for e in revoked.external_keys] == [("known", True, made.kid)]
+    assert not {"known", made.kid} & set(world.kids())
+    with pytest.raises(errors.KeyTaken, match="revoked"):
+        publish_external(world, "known", made.public_jwk and {k: made.public_jwk[k] for k in ("kty", "crv", "x", "y")})
+
+
+def test_one_pair_behind_two_issuers_is_a_weakness_that_is_accepted_and_seen(world: World) -> None:
+    """Two domains with one key: both keep the kid, and an emergency reaches both, or says that it does not."""
+    foreign(world)
+    world.create(keys=[adopt(world, kid="1a")])
+    with pytest.raises(errors.AdoptionRefused) as refusal:
+        world.create("second", keys=[adopt(world, kid="1a")])
+    assert refusal.value.fields["weaknesses"] == ["key set 'main' has the same key, with kid 1a"]
+    made = world.create("second", keys=[adopt(world, kid="1a", accept=True)])
+    assert made.keys[0].versions[0].weaknesses == refusal.value.fields["weaknesses"]
+    assert "key set 'second'" in world.service.key_sets.get(world.admin, "main").keys[0].warnings[0]
+    assert "second" in world.service.versions.safety(world.admin, "main", "default", "1a").warnings[0]
+    signed = {name: sign_in(world, name) for name in ("main", "second")}
+    assert {name: s.kid for name, s in signed.items()} == {"main": "1a", "second": "1a"}
+    for name, token in signed.items():
+        assert verify_in(world, name, token.token) == "1a"
+        with pytest.raises(errors.TokenIssuerMismatch):
+            verify_in(world, "second" if name == "main" else "main", token.token)
+    assert [c.state for c in same_keys(Registry.of(world.registry))] == [State.WARNING]
+
+    world.standby()
+    said = revoke(world, "main", "1a", dry_run=True)
+    assert [(p.key_set, p.kid, p.state) for p in said.same_key] == [("second", "1a", "active")]
+    done = revoke(world, "main", "1a")
+    assert done.same_key == said.same_key
+    assert sign_in(world, "second").kid == "1a"
+    assert [c.state for c in same_keys(Registry.of(world.registry))] == [State.FAILURE]
+    with world.registry.write() as tx:
+        second = tx.key_set("second")
+        assert second is not None
+        copy = tx.version_by_kid(second.id, "1a")
+        assert copy is not None
+        tx.save(replace(copy, backend="elsewhere"))  # a copy in another module is the same key
+    everything = world.service.revocation.revoke_scope(
+        world.admin, wire.RevocationCreate(reason="stolen", backend="memory")
+    )
+    assert {v.version.kid for v in everything.versions if v.key_set == "second"} >= {"1a"}
+    assert list(same_keys(Registry.of(world.registry))) == []
+
+
+def test_a_pair_that_two_sets_use_is_not_destroyed(world: World) -> None:
+    foreign(world)
+    world.create(keys=[adopt(world)])
+    world.create("second", keys=[adopt(world, accept=True)])
+    revoke(world, "main", "1")
+    with pytest.raises(errors.TransitionRefused, match="'second' uses the same key pair"):
+        world.service.versions.destroy(world.admin, "main", "default", "1", wire.DestroyRequest())
+    revoke(world, "second", "1")
+    world.service.versions.destroy(world.admin, "main", "default", "1", wire.DestroyRequest())
+
+
+SPECIAL = "2024/ключ+=%2F ~"
+
+
+def test_two_sets_with_one_kid_for_two_pairs_sign_with_their_own(world: World) -> None:
+    """Nothing that is kept by kid mixes them up: the check of signatures, the last check, `versions/{kid}`."""
+    for name in ("main", "second"):
+        foreign(world, label=name)
+        world.create(name, keys=[adopt(world, name, kid=SPECIAL)])
+    for name in ("main", "second", "main"):
+        for _ in range(3):
+            assert verify_in(world, name, sign_in(world, name).token) == SPECIAL
+    shown = [world.service.versions.get(world.admin, n, "default", SPECIAL).public_jwk for n in ("main", "second")]
+    assert shown[0] != shown[1]
+    world.standby()
+    revoke(world, "second", SPECIAL)
+    assert sign_in(world, "main").kid == SPECIAL
+    assert sign_in(world, "second").kid != SPECIAL
+
+
+def revoke(world: World, key_set: str, version: str, *, dry_run: bool = False) -> wire.Revoked:
+    request = wire.RevokeRequest(reason="stolen", dry_run=dry_run)
+    return world.service.revocation.revoke_version(world.admin, key_set, "default", version, request)
+
+
+def sign_in(world: World, key_set: str) -> wire.SignedJwt:
+    answer = world.service.signing.handle(
+        SigningOperation.JWT, world.signer, key_set, "default", {"claims": {"aud": "a"}}
+    )
+    assert isinstance(answer, wire.SignedJwt)
+    return answer
+
+
+def verify_in(world: World, key_set: str, token: str) -> str:
+    return world.service.verifiers.verify_token(world.admin, key_set, wire.VerifyRequest(token=token, audience="a")).kid
+
+
+def test_each_refusal_has_a_next_step_that_can_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for made, wanted in (("ES256", "ES384"), ("EdDSA", "ES256"), ("ML-DSA-44", "ML-DSA-65")):
+        foreign(world, made, label=made)
+        with pytest.raises(errors.AdoptionRefused) as refusal:
+            world.create(keys=[adopt(world, made, alg=wanted)])
+        assert made in refusal.value.next_step
+        assert "accept" not in refusal.value.next_step
+    for error, step in (
+        (errors.UnsupportedAlgorithm("a curve that JOSE does not sign with"), "No acceptance helps"),
+        (errors.BackendRefused("in vain"), "No acceptance helps"),
+        (errors.BackendRefused("in vain", next_step="Enable it."), "Enable it."),
+        (errors.BackendKeyNotFound("none"), "Check the label or id"),
+    ):
+
+        def refuse(*_: object, error: errors.BackendError = error) -> GeneratedKey:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(world.backend, "adopt", refuse)
+            with pytest.raises(errors.AdoptionRefused) as refusal:
+                world.create(keys=[adopt(world)])
+        assert refusal.value.next_step.startswith(step)
+    pair = foreign(world)
+    monkeypatch.setattr(world.backend, "sign", refuse)  # CKA_SIGN is false, or the key's policy forbids it
+    with pytest.raises(errors.AdoptionRefused):
+        world.create(keys=[adopt(world)])
+    assert pair.ref["id"] in world.backend.keys
+
+
+def test_a_public_key_with_a_kid_of_its_own_is_not_contradicted(world: World) -> None:
+    pair = foreign(world)
+    jwk = {**pair.public_jwk, "kid": "theirs-1"}
+    with pytest.raises(errors.InvalidField, match="theirs-1"):
+        world.create(keys=[adopt(world, kid="theirs-2", public_key=jwk)])
+    assert world.create(keys=[adopt(world, public_key=jwk)]).keys[0].active_kid == "theirs-1"
 
 
 # --- permissions, destruction, limits

@@ -14,7 +14,7 @@ from kms_jwks import errors, jose
 from kms_jwks.algorithms import ALGORITHMS, Algorithm
 from kms_jwks.backends.base import Digest, KeyRef, Message
 from kms_jwks.backends.calling import Backends, CallLimits
-from kms_jwks.backends.released import SignatureChecker
+from kms_jwks.backends.released import SignatureChecker, _place
 from kms_jwks.worker.snapshot import Signer
 from tests.memory_backend import MemoryBackend
 
@@ -136,7 +136,7 @@ def test_another_key_in_the_module_is_found_out(name: str) -> None:
     assert len(backend.made) == asked, "refused for a while without asking again"
     assert checker.signed(other, Message(b"x"), soon()), "the other key's own signatures are good"
     backend.keys[signer.ref["id"]] = held
-    checker._known[signer.kid].refused_until = 0.0
+    checker._known[_place(signer)].refused_until = 0.0
     assert checker.signed(signer, Message(b"x"), soon())
 
 
@@ -223,8 +223,8 @@ def test_all_are_checked_in_the_second_after_an_opening_and_each_keys_first_even
     backend.recovered_at = time.monotonic() + 0.2  # so that even a slow machine is within the second
     assert checked_of(checker, signer, 10) == 10
     backend.recovered_at = time.monotonic() - 1.1
-    checker._known[signer.kid].checked_at = time.monotonic()
-    checker._known[idle.kid].checked_at = backend.recovered_at - 5
+    checker._known[_place(signer)].checked_at = time.monotonic()
+    checker._known[_place(idle)].checked_at = backend.recovered_at - 5
     assert checked_of(checker, signer, 10) == 0
     assert [checked_of(checker, idle, 1), checked_of(checker, idle, 9)] == [1, 0]
 

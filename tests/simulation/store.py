@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from kms_jwks import errors
+from kms_jwks import errors, jose
 from kms_jwks.model import (
     ApiToken,
     Client,
@@ -29,6 +30,7 @@ from kms_jwks.model import (
     Key,
     KeySet,
     KeyVersion,
+    Origin,
     VersionState,
     Worker,
 )
@@ -45,7 +47,7 @@ class Contents:
 
     def __init__(self, incarnation: str, now: Instant) -> None:
         self.tables: Tables = {cls: {} for cls in _TABLES}
-        self.kids: dict[str, tuple[str, Id]] = {}
+        self.kids: dict[tuple[Id, str], tuple[str, bool]] = {}
         self.epoch = Epoch(incarnation, 1, "0")
         self.history: dict[int, tuple[Epoch, Epoch | None]] = {1: (self.epoch, None)}
         """By counter: the epoch, and the one that its incarnation superseded."""
@@ -203,8 +205,8 @@ class _Read(ReadTx):
     def version(self, thing_id: Id) -> KeyVersion | None:
         return self._by_id(KeyVersion, thing_id)
 
-    def version_by_kid(self, kid: str) -> KeyVersion | None:
-        return self._only(KeyVersion, lambda v: v.kid == kid)
+    def version_by_kid(self, key_set_id: Id, kid: str) -> KeyVersion | None:
+        return self._only(KeyVersion, lambda v: v.key_set_id == key_set_id and v.kid == kid)
 
     def version_by_number(self, key_id: Id, number: int) -> KeyVersion | None:
         return self._only(KeyVersion, lambda v: v.key_id == key_id and v.number == number)
@@ -216,6 +218,7 @@ class _Read(ReadTx):
         key_id: Id | None = None,
         states: Collection[VersionState] | None = None,
         unseen: bool = False,
+        public_jwk: Mapping[str, str] | None = None,
         after: Id | None = None,
         limit: int | None = None,
     ) -> list[KeyVersion]:
@@ -226,6 +229,7 @@ class _Read(ReadTx):
             and (key_id is None or v.key_id == key_id)
             and (states is None or v.state in states)
             and not (unseen and v.visible_since is not None)
+            and (public_jwk is None or v.public_jwk == public_jwk)
         ]
         return self._page(found, after, limit)
 
@@ -237,21 +241,30 @@ class _Read(ReadTx):
         key_set_id: Id | None = None,
         *,
         include_removed: bool = False,
+        public_jwk: Mapping[str, str] | None = None,
         after: Id | None = None,
         limit: int | None = None,
     ) -> list[ExternalKey]:
         found = [
             e
             for e in self._all(ExternalKey)
-            if key_set_id in (None, e.key_set_id) and (include_removed or e.removed_at is None)
+            if key_set_id in (None, e.key_set_id)
+            and (include_removed or e.removed_at is None)
+            and (public_jwk is None or e.public_jwk == public_jwk)
         ]
         return self._page(found, after, limit)
 
     def count_removed_external_keys(self, key_set_id: Id) -> int:
         return sum(e.key_set_id == key_set_id and e.removed_at is not None for e in self._all(ExternalKey))
 
-    def kid_owner(self, kid: str) -> tuple[str, Id] | None:
-        return self.contents_now.kids.get(kid)
+    def shared_keys(self, public_jwks: Collection[Mapping[str, str]]) -> frozenset[str]:
+        wanted = {jose.thumbprint(jwk) for jwk in public_jwks}
+        counted = Counter(thumbprint for thumbprint, _ in self.contents_now.kids.values())
+        return frozenset(thumbprint for thumbprint in wanted if counted[thumbprint] > 1)
+
+    def kid_binding(self, key_set_id: Id, kid: str) -> str | None:
+        found = self.contents_now.kids.get((key_set_id, kid))
+        return found and found[0]
 
     def client(self, name: str) -> Client | None:
         return self._only(Client, lambda c: c.name == name and c.deleted_at is None)
@@ -361,6 +374,8 @@ class _Write(_Read, WriteTx):
         kid = getattr(before, "kid", None)
         if kid is not None and thing.kid != kid:
             raise errors.InternalError("A kid that is bound cannot be taken off its key.")
+        if kid is not None and thing.public_jwk != before.public_jwk:
+            raise errors.InternalError("The public key of a kid stays the same.")
         self._check(thing)
         if kid is None:
             self._bind(thing)
@@ -410,10 +425,13 @@ class _Write(_Read, WriteTx):
         kid = getattr(thing, "kid", None)
         if kid is None:
             return
-        if kid in self.contents_now.kids:
-            raise errors.KidTaken
-        kind = "version" if isinstance(thing, KeyVersion) else "external_key"
-        self.contents_now.kids = self.contents_now.kids | {kid: (kind, thing.id)}
+        place, mine = (thing.key_set_id, kid), jose.thumbprint(thing.public_jwk)
+        computed = isinstance(thing, KeyVersion) and thing.origin is Origin.GENERATED
+        for (key_set_id, other), (thumbprint, was_computed) in self.contents_now.kids.items():
+            if other == kid and (computed or (thumbprint != mine if key_set_id == place[0] else was_computed)):
+                raise errors.KidTaken
+        if place not in self.contents_now.kids:
+            self.contents_now.kids = self.contents_now.kids | {place: (mine, computed)}
 
     def _check(self, thing: Any) -> None:
         """The constraints of the schema that key life depends on."""
@@ -421,6 +439,14 @@ class _Write(_Read, WriteTx):
             others = (v for v in self._all(KeyVersion) if v.key_id == thing.key_id and v.id != thing.id)
             if any(v.state is _S.ACTIVE for v in others):
                 raise errors.TransitionRefused("One version of a key is active.")
+        if isinstance(thing, ExternalKey) and thing.removed_at is None:
+            found = self.external_key(thing.key_set_id, thing.kid)
+            if found is not None and found.id != thing.id:
+                raise errors.KidTaken("The set publishes this external key already.")
+        if isinstance(thing, KeyVersion) and thing.kid is not None:
+            same = self.version_by_kid(thing.key_set_id, thing.kid)
+            if same is not None and same.id != thing.id:
+                raise errors.KidTaken("Another version of the set has this kid.")
         taken: dict[type[Any], tuple[tuple[str, ...], type[errors.Conflict]]] = {
             KeySet: (("name",), errors.NameTaken),
             Key: (("key_set_id", "name"), errors.NameTaken),

@@ -73,7 +73,7 @@ def version(number: int, state: VersionState, **changes: Any) -> KeyVersion:
         "created_at": T0,
         "kid": f"kid-{number}",
         "ref": {"label": f"label-{number}"},
-        "public_jwk": {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"},
+        "public_jwk": {"kty": "EC", "crv": "P-256", "x": "AA", "y": f"AA{number}"},
         "bounds": Bounds(3600, 300, 60, 10, 300),
     }
     return KeyVersion(**(fields | changes))

@@ -23,12 +23,12 @@ from kms_jwks.cli.local import _print_check
 from kms_jwks.cli.options import confirm
 from kms_jwks.client.transport import Reply, Transport
 from kms_jwks.doctor import Check, State
-from tests.unit.test_cli import LEAVES, NODE_LOCAL
+from tests.unit.test_cli import LEAVES, NODE_LOCAL, OFFLINE
 
 BAD = "a\x1b[31m\x1b]0;title\x07b\nError: forged\rc\x7f\x9b2J\u202e\u2066d\u200f"
 """Escape sequences of C0 and C1, a bell, a line of its own, DEL, and controls that reverse the direction of text."""
 ASCII = BAD.encode("ascii", "ignore").decode()
-OVER_API = sorted(set(LEAVES) - NODE_LOCAL)
+OVER_API = sorted(set(LEAVES) - NODE_LOCAL - OFFLINE)
 
 
 def assert_clean(text: str) -> None:
@@ -84,6 +84,7 @@ MORE = {
     "key create": ["--alg", "ES256"],
     "key update": ["--typ", "JWT"],
     "external-key add": ["--alg", "ES256", "--remove-at", "30d", "--jwk", "{}"],
+    "external-key update": ["--remove-at", "30d"],
     "grant create": ["--everything"],
     "revoke": ["--key-set", "a", "--reason", BAD],
     "sign": ["--claims", "{}"],

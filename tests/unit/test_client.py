@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from kms_jwks import errors
+from kms_jwks import errors, wire
 from kms_jwks.client import Client, token_file
 
 TOKEN = "kj_this-is-secret"
@@ -134,3 +135,39 @@ def test_an_encrypted_key_is_refused_and_never_asked_for(tmp_path: Path) -> None
     crt, key = certificate(tmp_path, password=b"secret")
     with pytest.raises(errors.ConfigurationError, match="KMS_JWKS_CLIENT_CERT"):
         Client("https://a", TOKEN, client_cert=crt, client_key=key)
+
+
+KIDS = [
+    "plain",
+    "a.b-c_d",
+    "a/b",
+    "/a",
+    "a//b/",
+    "a+b=",
+    "50%",
+    "%2F",
+    "ключ",
+    "a b",
+    "~x",
+    "~",
+    "-x",
+    "old\n",
+    "..",
+    "?#",
+]
+
+
+@pytest.mark.parametrize("kid", KIDS)
+def test_a_kid_in_a_path_holds_no_character_that_a_proxy_touches(kid: str) -> None:
+    segment = wire.kid_segment(kid)
+    assert re.fullmatch(r"[A-Za-z0-9._~-]+", segment)
+    assert segment not in (".", "..")
+    assert wire.kid_of_segment(segment) == kid
+
+
+@pytest.mark.parametrize("text", ["~", "~!", "~A", "~gA", "~AA"])
+def test_a_segment_that_is_no_kid_is_refused(text: str) -> None:
+    with pytest.raises(errors.NotFound, match="base64url"):
+        wire.kid_of_segment(text)
+    with pytest.raises(errors.InvalidField):
+        wire.kid_segment("\ud800")

@@ -47,6 +47,8 @@ GET /v1/key-sets/{key_set}/keys/{key}/versions/{version}/safety
 GET /v1/key-sets/{key_set}/keys/{key}/versions/{version}/attributes
 GET /v1/key-sets/{key_set}/external-keys
 POST /v1/key-sets/{key_set}/external-keys
+PATCH /v1/key-sets/{key_set}/external-keys/{kid}
+DELETE /v1/key-sets/{key_set}/external-keys/{kid}
 POST /v1/key-sets/{key_set}/keys/{key}/rotate
 POST /v1/key-sets/{key_set}/keys/{key}/disable
 POST /v1/key-sets/{key_set}/keys/{key}/enable

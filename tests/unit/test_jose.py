@@ -1,5 +1,6 @@
 """base64url, JWS assembly, public JWKs in and out, thumbprints, and signatures of every algorithm."""
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kms_jwks import jose
-from kms_jwks.algorithms import ALGORITHMS, Algorithm
+from kms_jwks.algorithms import ALGORITHMS, Algorithm, repair_jwk
 from kms_jwks.errors import InvalidJwk, TokenSignatureInvalid
 
 CURVES: dict[str, Callable[[], ec.EllipticCurve]] = {
@@ -594,3 +595,57 @@ def test_no_random_bytes_are_a_signature(signature: bytes, alg: Algorithm) -> No
         verifier.verify(MESSAGE, signature)
     with pytest.raises(TokenSignatureInvalid):
         verifier.verify_digest(hashlib.new(alg.hash or "sha256", MESSAGE).digest(), signature)
+
+
+# --- keys as other issuers publish them
+
+
+@pytest.mark.parametrize("use", ["sig", "jwt-svid"])
+def test_the_uses_of_keys_that_verify_tokens(use: str) -> None:
+    jwk = jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
+    assert jose.check_public_jwk({**jwk, "use": use}, ALGORITHMS["ES256"]) == jwk
+    with pytest.raises(InvalidJwk, match="use") as refusal:
+        jose.check_public_jwk({**jwk, "use": "x509-svid"}, ALGORITHMS["ES256"])
+    assert "Leave this key out" in refusal.value.next_step
+
+
+def test_members_that_are_not_published_are_named() -> None:
+    jwk = {**jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key()), "use": "sig", "kid": "a"}
+    assert jose.ignored_members(jwk) == []
+    assert jose.ignored_members({**jwk, "x5c": [], "x5t": "", "exp": 1}) == ["x5c", "x5t", "exp"]
+
+
+def _with_zero_in_front() -> dict[str, str]:
+    """An EC key whose x begins with a zero octet: d = 148 of P-256 is the first of them."""
+    for secret in range(1, 2000):
+        jwk = jose.public_jwk(ec.derive_private_key(secret, ec.SECP256R1()).public_key())
+        if jose.b64u_decode(jwk["x"])[0] == 0:
+            return jwk
+    raise AssertionError
+
+
+def test_an_encoding_that_is_not_canonical_is_refused_with_the_command_that_repairs_it() -> None:
+    rsa_jwk = jose.public_jwk(rsa.generate_private_key(65537, 2048).public_key())
+    ec_jwk = _with_zero_in_front()
+    x = jose.b64u_decode(ec_jwk["x"])
+    for alg, good, changes in (
+        ("RS256", rsa_jwk, {"n": jose.b64u_encode(b"\0" + jose.b64u_decode(rsa_jwk["n"]))}),
+        ("RS256", rsa_jwk, {"e": "AAEAAQ"}),
+        ("RS256", rsa_jwk, {"n": base64.b64encode(jose.b64u_decode(rsa_jwk["n"])).decode()}),
+        ("ES256", ec_jwk, {"x": jose.b64u_encode(x.lstrip(b"\0"))}),
+        ("ES256", ec_jwk, {"x": jose.b64u_encode(b"\0" + x)}),
+        ("ES256", ec_jwk, {"y": base64.urlsafe_b64encode(jose.b64u_decode(ec_jwk["y"])).decode()}),
+    ):
+        bad: dict[str, object] = {**good, **changes, "kid": "old"}
+        with pytest.raises(InvalidJwk) as refusal:
+            jose.check_public_jwk(bad, ALGORITHMS[alg])
+        assert "kms-jwks external-key repair" in refusal.value.next_step, changes
+        assert repair_jwk(bad) == {**good, "kid": "old"}
+
+
+@pytest.mark.parametrize("changes", [{"x": "AA AA!"}, {"x": jose.b64u_encode(bytes(range(1, 40)))}, {"x": ""}])
+def test_what_no_repair_mends_names_no_repair(changes: dict[str, str]) -> None:
+    jwk = jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
+    with pytest.raises(InvalidJwk) as refusal:
+        jose.check_public_jwk({**jwk, **changes}, ALGORITHMS["ES256"])
+    assert "repair" not in refusal.value.next_step

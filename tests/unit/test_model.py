@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kms_jwks.model import (
     IN_JWKS,
+    MAX_KID,
     RESERVED_NAMES,
     TRANSITIONS,
     Bounds,
@@ -17,6 +18,7 @@ from kms_jwks.model import (
     Policy,
     SigningProfile,
     VersionState,
+    kid_error,
     name_error,
     new_id,
 )
@@ -132,3 +134,35 @@ def test_widening_never_shrinks(one: Bounds, other: Bounds) -> None:
     names = Bounds.__slots__
     assert all(getattr(wide, name) == max(getattr(one, name), getattr(other, name)) for name in names)
     assert wide.widened(one) == wide == other.widened(one)
+
+
+@pytest.mark.parametrize(
+    "kid",
+    ["1", "a/b", "//", "a+b=", "50%", "%2F", "Schlüssel-ключ-鍵", "a b", "~x", "-x", "...", "a/.b/..c", "x" * MAX_KID],
+)
+def test_a_kid_is_anything_that_can_be_shown_and_named(kid: str) -> None:
+    assert kid_error(kid) is None
+
+
+@pytest.mark.parametrize(
+    "kid",
+    [
+        "",
+        "x" * (MAX_KID + 1),
+        "a\n",
+        "\ta",
+        "\x1b[0m",
+        "\0",
+        "\u202e",
+        "\ud800",
+        "\u00a0",
+        " a",
+        "a ",
+        ".",
+        "..",
+        "a/..",
+        "./a",
+    ],
+)
+def test_what_is_no_kid(kid: str) -> None:
+    assert kid_error(kid) is not None

@@ -116,7 +116,10 @@ class AwsKmsBackend:
         ref = keys.make_reference(metadata, own or metadata["AWSAccountId"])
         found = client.read_public_key(ref["arn"], deadline).jwk
         if public_jwk is not None and dict(public_jwk) != dict(found):
-            raise BackendRefused("The given public key is not the one that KMS holds.")
+            raise BackendRefused(
+                "The given public key is not the one that KMS holds.",
+                next_step="Leave public_key out: KMS holds the public half.",
+            )
         return GeneratedKey(ref, found)
 
     def ping(self) -> Health:
@@ -258,7 +261,16 @@ def _check_adoptable(metadata: Mapping[str, Any]) -> None:
             f"The key has KeyUsage {usage}; only SIGN_VERIFY keys sign.", next_step="Name a signing key."
         )
     if state != "Enabled":
-        raise BackendRefused(f"The key is in state {state}.", next_step="Enable it in KMS first.")
+        step = _STATE_STEPS.get(str(state), "Wait until KMS shows it as Enabled, or name another key.")
+        raise BackendRefused(f"The key is in state {state}.", next_step=step)
+
+
+_STATE_STEPS: Final = {
+    "Disabled": "Enable it in KMS first (EnableKey).",
+    "PendingDeletion": "Cancel its deletion in KMS (CancelKeyDeletion) and enable it (EnableKey).",
+    "PendingReplicaDeletion": "Cancel its deletion in KMS (CancelKeyDeletion) and enable it (EnableKey).",
+    "PendingImport": "Import its key material in KMS first, or name another key.",
+}
 
 
 def _read_deadline() -> float:

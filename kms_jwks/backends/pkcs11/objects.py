@@ -170,7 +170,8 @@ def read_jwk(pooled: PooledSession, ref: KeyRef, private: Object) -> PublicJwk:
 def _without_public_half() -> BackendRefused:
     return BackendRefused(
         "The token holds the private key without its public key.",
-        next_step="Import the public key beside it, with the same CKA_ID and CKA_LABEL.",
+        next_step="Import the public key beside it, with the same CKA_ID and CKA_LABEL. To adopt the pair as it is, "
+        "give its public key in the request (public_key, with accept).",
     )
 
 
@@ -184,8 +185,8 @@ def _public_half(pooled: PooledSession, ref: KeyRef, private: Object) -> PublicJ
     halves = find(pooled, {Attribute.ID: b"", **template})
     if not halves and (not has_id or template.pop(Attribute.LABEL, None)):
         halves = find(pooled, template)
-        if not has_id and len(halves) > 1:
-            halves = []  # none of several with the same label is known to be the half
+        if len(halves) > 1:
+            halves = []  # none of several with the same label or CKA_ID is known to be the half
     kind = private[Attribute.KEY_TYPE]
     if kind == KeyType.RSA:
         modulus = _first([*halves, private], Attribute.MODULUS)
@@ -231,9 +232,13 @@ def parse_locator(text: str, module: Path) -> Locator:
     try:
         id_ = bytes.fromhex(text[3:])
     except ValueError:
-        raise BackendRefused(f"The locator {text!r} is no label and no id=<hexadecimal CKA_ID>.") from None
+        raise BackendRefused(
+            f"The locator {text!r} is no label and no id=<hexadecimal CKA_ID>.",
+            next_step="Write the CKA_ID in hexadecimal (id=0a1b), or a label that begins like this as a URI: "
+            f"{uri.Uri({'object': text})}",
+        ) from None
     if not id_:
-        raise BackendRefused("The locator names an empty CKA_ID, which is none.")
+        raise BackendRefused("The locator names an empty CKA_ID, which is none.", next_step=_HOW_TO_NAME)
     return Locator(text, {Attribute.ID: id_})
 
 
@@ -247,16 +252,24 @@ def _parse_key_uri(text: str, module: Path) -> Locator:
             next_step="Write it as pkcs11:token=…;object=… or with id=%…; without a PIN.",
         ) from None
     if parsed.text.get("type", "private") != "private":
-        raise BackendRefused("The PKCS#11 URI names no private key: its type is another.")
+        raise BackendRefused(
+            "The PKCS#11 URI names no private key: its type is another.",
+            next_step="Leave its type out, or write type=private.",
+        )
     if problem := uri.module_mismatch(parsed, module):
-        raise BackendRefused(f"The PKCS#11 URI is not of this backend: {problem}.")
+        raise BackendRefused(
+            f"The PKCS#11 URI is not of this backend: {problem}.",
+            next_step="Name the backend that uses that module, or leave module-path and module-name out.",
+        )
     template: Template = {}
     if parsed.id is not None:
         template[Attribute.ID] = parsed.id
     if "object" in parsed.text:
         template[Attribute.LABEL] = parsed.text["object"]
     if not any(template.values()):
-        raise BackendRefused("The PKCS#11 URI names no key: it has neither an object nor an id.")
+        raise BackendRefused(
+            "The PKCS#11 URI names no key: it has neither an object nor an id.", next_step=_HOW_TO_NAME
+        )
     return Locator(str(parsed), template, parsed)
 
 
@@ -277,7 +290,7 @@ def adopt(pooled: PooledSession, locator: Locator, public_jwk: PublicJwk | None)
     if len(found) > 1:
         raise BackendRefused(
             f"The token holds {len(found)} private keys that fit {locator.text!r}.",
-            next_step="Name one of them by id=…",
+            next_step=_how_to_tell_apart(found),
         )
     if not found:
         raise BackendKeyNotFound(f"The token with serial {connection.serial} holds no private key {locator.text!r}.")
@@ -286,15 +299,48 @@ def adopt(pooled: PooledSession, locator: Locator, public_jwk: PublicJwk | None)
     half = _public_half(pooled, ref, private)
     if half is not None:
         if public_jwk is not None and dict(half) != dict(public_jwk):
-            raise BackendRefused("The public key that was given is not the one that the token holds.")
+            raise BackendRefused(
+                "The public key that was given is not the one that the token holds.",
+                next_step="Leave public_key out: the token holds the public half.",
+            )
         return GeneratedKey(ref, half)
     if public_jwk is None:
         raise _without_public_half()
     if not _may_belong(private, public_jwk):
-        raise BackendRefused("The public key that was given cannot be that of the private key.")
+        raise BackendRefused(
+            "The public key that was given cannot be that of the private key.",
+            next_step="Give the public key of this very pair, or check the label or id of the pair.",
+        )
     # The token cannot show it later, so it is kept in the reference.
     text = strictjson.dumps(dict(sorted(public_jwk.items()))).decode("ascii")
     return GeneratedKey(KeyRef.of(**ref.as_dict(), public=text), public_jwk)
+
+
+_HOW_TO_NAME: Final = "Write a label, id=<hexadecimal CKA_ID>, or a URI: pkcs11:object=…;id=%…"
+
+
+def _how_to_tell_apart(found: list[Object]) -> str:
+    """The next step where a locator fits several private keys: the URI of each one that a URI can name alone."""
+    names = [
+        (bytes(read_optional(k, Attribute.ID) or b""), str(read_optional(k, Attribute.LABEL) or "")) for k in found
+    ]
+    uris = []
+    for id_, label in names:
+        text = {"object": label} if label and "\ufffd" not in label else {}
+        fitting = [n for n in names if n[0] == id_ and (not text or n[1] == label)]
+        if id_ and len(fitting) == 1:
+            uris.append(str(uri.Uri(text, id_)))
+    rest = len(found) - len(uris)
+    steps = []
+    if uris:
+        steps.append(f"Name one of them: {', '.join(uris[:_SHOWN])}{', …' if len(uris) > _SHOWN else ''}")
+    if rest:
+        steps.append(f"No locator tells {rest} of them apart: give each a CKA_ID of its own with the vendor's tool")
+    return ". ".join(steps) + "."
+
+
+_SHOWN: Final = 8
+"""Keys that a next step names at most."""
 
 
 def _may_belong(private: Object, jwk: PublicJwk) -> bool:

@@ -166,10 +166,13 @@ class TokenOpener:
         if not fitting:
             raise _Transient(f"The module shows no token with {self.selection}.", _other_tokens(tokens))
         if len(fitting) > 1:
-            serials = ", ".join(serial_of(token) for token in fitting)
+            serials = [serial_of(token) for token in fitting]
+            by_slot = len(set(serials)) < len(serials) or not all(serials)
             raise BackendRefused(
-                f"The module shows {len(fitting)} tokens with {self.selection}: serials {serials}.",
-                next_step="Choose one of them by token_serial.",
+                f"The module shows {len(fitting)} tokens with {self.selection}: serials {', '.join(serials)}.",
+                next_step=f"Choose one of them by slot: {', '.join(str(t.slot.slot_id) for t in fitting)}."
+                if by_slot
+                else f"Choose one of them by token_serial: {', '.join(serials)}.",
             )
         return fitting[0]
 
@@ -218,8 +221,12 @@ class TokenOpener:
 
 def _other_tokens(tokens: list[Token]) -> str:
     """The next step where none of these tokens fits."""
-    labels = [repr(token.label) for token in tokens if token.flags & TokenFlag.TOKEN_INITIALIZED]
-    shown = f"It shows tokens labelled {', '.join(labels)}" if labels else "It shows no initialised token"
+    known = [
+        f"{token.label!r} (serial {serial_of(token)}, slot {token.slot.slot_id})"
+        for token in tokens
+        if token.flags & TokenFlag.TOKEN_INITIALIZED
+    ]
+    shown = f"It shows tokens labelled {', '.join(known)}" if known else "It shows no initialised token"
     return f"{shown}: connect the right one, correct the backend's token, or initialise it with the vendor's tool."
 
 
