@@ -171,10 +171,9 @@ def _check_names_and_values(claims: Mapping[str, object]) -> None:
             plain = name.isascii() and name.isprintable()
             if not plain or name.lower().replace(" ", "") in REGISTERED:
                 _check_unusual_name(name)
-        kind = type(value)
-        if kind is str or value is None or kind is bool:
+        if type(value) is str or (type(value) is int and -MAX_INTEGER <= value <= MAX_INTEGER):
             continue
-        if kind is dict or kind is list:
+        if isinstance(value, dict | list):
             _check_nested(name, value)
         else:
             _check_scalar(name, value)
