@@ -7,7 +7,9 @@ against the same rules and changes no byte of them. Neither knows the caller or 
 from __future__ import annotations
 
 import math
+import re
 import secrets
+import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -18,7 +20,7 @@ from kms_jwks.errors import ClaimsRefused, MalformedBody, SigningInputRefused
 from kms_jwks.jose import b64u_decode, b64u_encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 MAX_INTEGER: Final = 2**53
 """Receivers that read numbers as doubles get another number beyond ± this (RFC 7493 §2.2)."""
@@ -27,6 +29,12 @@ MAX_DEPTH: Final = strictjson.MAX_DEPTH
 _MAX_HEADER_LENGTH: Final = 4096
 
 _JTI_BYTES: Final = 16
+
+OPTIONAL_TYP: Final = "JWT"
+"""The typ that a signing input may leave out: a token without one is a JWT to its verifiers (RFC 7519 §5.1)."""
+
+REGISTERED: Final = frozenset({"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "client_id"})
+"""The claims that a profile checks (RFC 7519 §4.1, RFC 9068 §2.2). No other name may fold to one of them."""
 
 _REQUIRED_BY_TYP: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"at+jwt": ("iss", "exp", "aud", "sub", "client_id", "iat", "jti")}  # RFC 9068 §2.2
@@ -66,38 +74,40 @@ def issue(rules: IssueRules, claims: Mapping[str, object], *, now: int, expires_
     """Complete a caller's claims under the rules: iss, iat, exp and jti come first, then the caller's in their order.
 
     `now` is a NumericDate; `expires_in` a lifetime in whole seconds, or None for the claims' exp or else the default
-    lifetime. Raises ClaimsRefused, naming the claim.
+    lifetime. A lifetime counts from `now`, or from the caller's iat where that is later. Raises ClaimsRefused, naming
+    the claim.
     """
-    _check_values(claims)
-    _check_registered(rules, claims, now=now)
-    exp = claims.get("exp")
+    lifetime = min(rules.default_lifetime, rules.max_token_ttl)
     if expires_in is not None:
         if "exp" in claims:
             raise ClaimsRefused("exp and expires_in are both given; send one of them.", fields={"claim": "exp"})
-        exp = now + _lifetime(rules, expires_in)
-    elif exp is None:
-        exp = now + min(rules.default_lifetime, rules.max_token_ttl)
-    assert isinstance(exp, int)
-    _check_not_before(claims, exp)
+        if type(expires_in) is not int or expires_in < 1:
+            raise ClaimsRefused("expires_in is not an integer of at least 1 second.", fields={"claim": "expires_in"})
+        if expires_in > rules.max_token_ttl:
+            raise _too_long("expires_in", expires_in, rules)
+        lifetime = expires_in
+    iat = claims.get("iat")
+    start = max(now, iat) if type(iat) is int else now
+    jti = claims["jti"] if "jti" in claims else b64u_encode(secrets.token_bytes(_JTI_BYTES))
 
-    jti = claims.get("jti")
-    if not isinstance(jti, str):
-        jti = b64u_encode(secrets.token_bytes(_JTI_BYTES))
-    complete: dict[str, object] = {"iss": rules.issuer, "iat": now, "exp": exp, "jti": jti}
+    complete: dict[str, object] = {"iss": rules.issuer, "iat": now, "exp": start + lifetime, "jti": jti}
     complete.update(claims)
-    _check_required(rules, complete)
+    _check_names_and_values(complete)
+    _check_registered(rules, complete)
+    exp = _check_times(rules, complete, now)
     try:
         payload = strictjson.dumps(complete)
     except (ValueError, TypeError):
         raise ClaimsRefused("The claims cannot be written as JSON.") from None
+    assert isinstance(jti, str)
     return IssuedClaims(payload=payload, jti=jti, expires_at=exp)
 
 
 def check_signing_input(rules: IssueRules, signing_input: str, *, alg: str, kid: str, now: int) -> CheckedInput:
     """Check a caller's signing input, ``base64url(header).base64url(payload)``, against the rules of `issue`.
 
-    The header has exactly alg, kid and typ with exactly the pinned version's values; iss and exp are mandatory, since
-    nothing is added. Raises SigningInputRefused.
+    The header has alg, kid and typ with exactly the pinned version's values and no other member; typ may be missing
+    where it is JWT. iss and exp are mandatory, since nothing is added. Raises SigningInputRefused.
     """
     head, dot, body = signing_input.partition(".")
     if not dot or "." in body:
@@ -105,17 +115,15 @@ def check_signing_input(rules: IssueRules, signing_input: str, *, alg: str, kid:
     _check_header(head, alg, kid, rules.typ)
     claims = _object("payload", body)
     try:
-        _check_values(claims)
-        _check_registered(rules, claims, now=now)
         for name in ("iss", "exp"):
             if name not in claims:
                 raise ClaimsRefused(f"{name} is missing; nothing is added to a signing input.", fields={"claim": name})
-        exp, jti = claims["exp"], claims.get("jti")
-        assert isinstance(exp, int)
-        _check_not_before(claims, exp)
-        _check_required(rules, claims)
+        _check_names_and_values(claims)
+        _check_registered(rules, claims)
+        exp = _check_times(rules, claims, now)
     except ClaimsRefused as error:
         raise SigningInputRefused(error.detail, fields=error.fields) from None
+    jti = claims.get("jti")
     return CheckedInput(data=signing_input.encode("ascii"), jti=jti if isinstance(jti, str) else None, expires_at=exp)
 
 
@@ -130,6 +138,8 @@ def _check_header(segment: str, alg: str, kid: str, typ: str) -> None:
     header = _object("header", segment)
     for name, value in (("alg", alg), ("kid", kid), ("typ", typ)):
         if name not in header:
+            if name == "typ" and typ == OPTIONAL_TYP:
+                continue
             raise SigningInputRefused(f"The header has no {name}; it must be {value!r}.", fields={"header": name})
         if header[name] != value:
             raise SigningInputRefused(f"The header's {name} is not {value!r}.", fields={"header": name})
@@ -149,19 +159,68 @@ def _object(name: str, segment: str) -> dict[str, object]:
         raise SigningInputRefused(f"The {name}: {error}.") from None
 
 
-# --- values of every claim --------------------------------------------------------------------------------------------
+# --- names and values of every claim ----------------------------------------------------------------------------------
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def _check_values(claims: Mapping[str, object]) -> None:
-    """Integers within ±2^53 at any depth, finite numbers, JSON's types, and no deeper than JSON is read."""
+def _check_names_and_values(claims: Mapping[str, object]) -> None:
+    """Names that each decoder reads alike; integers within ±2^53 at any depth, finite numbers, and JSON's types."""
     for name, value in claims.items():
-        kind = type(value)
-        if kind is str or value is None or kind is bool:
+        if name not in REGISTERED:
+            plain = name.isascii() and name.isprintable()
+            if not plain or name.lower().replace(" ", "") in REGISTERED:
+                _check_unusual_name(name)
+        if type(value) is str or (type(value) is int and -MAX_INTEGER <= value <= MAX_INTEGER):
             continue
-        if kind is dict or kind is list:
+        if isinstance(value, dict | list):
             _check_nested(name, value)
         else:
             _check_scalar(name, value)
+
+
+def _check_unusual_name(name: str) -> None:
+    """Refuse control characters, and a name that some decoder takes for a registered claim that the profile checks.
+
+    Go's encoding/json, for one, matches names without regard to case, ſ for s and K (Kelvin) for k included, and the
+    last match wins.
+    """
+    if _CONTROL.search(name):
+        raise _control_character(name, name)
+    folded = _fold(name)
+    if folded in REGISTERED:
+        raise ClaimsRefused(
+            f"Some decoders read the claim {_short(name)} as {folded} (Go's encoding/json ignores case). "
+            f"Send {folded} itself, or rename the claim.",
+            fields={"claim": name[:64], "read_as": folded},
+        )
+
+
+def _fold(name: str) -> str:
+    """A name as the most tolerant decoder reads it, without what comes after more characters than any claim here has.
+
+    Tolerant is: without regard to case, to compatibility forms (NFKD: ſ, K, full-width letters), to accents (Java's
+    equalsIgnoreCase takes U+0130 and U+0131 for i), to spaces, and to characters that are not shown.
+    """
+    folded = ""
+    for char in name:
+        for plain in unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).casefold()):
+            if unicodedata.category(plain)[0] not in "MCZ" and plain not in _FILLERS:
+                folded += "i" if plain == "\u0131" else plain
+        if len(folded) > _LONGEST:
+            break
+    return folded
+
+
+_LONGEST: Final = max(map(len, REGISTERED))
+_FILLERS: Final = "\u115f\u1160"
+"""Letters to Unicode that are not shown (Default_Ignorable_Code_Point); NFKD makes the other two fillers of these."""
+
+
+def _control_character(claim: str, name: str) -> ClaimsRefused:
+    return ClaimsRefused(
+        f"The name {_short(name)} holds a control character. Rename the claim.", fields={"claim": claim[:64]}
+    )
 
 
 def _check_nested(name: str, value: object) -> None:
@@ -169,6 +228,10 @@ def _check_nested(name: str, value: object) -> None:
     for _ in range(MAX_DEPTH):
         deeper: list[object] = []
         for node in level:
+            if isinstance(node, dict):
+                for member in node:
+                    if _CONTROL.search(member):
+                        raise _control_character(name, member)
             for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
                 if isinstance(child, dict | list):
                     deeper.append(child)
@@ -196,110 +259,72 @@ def _check_scalar(name: str, value: object) -> None:
 # --- registered claims (RFC 7519 §4.1) --------------------------------------------------------------------------------
 
 
-def _check_registered(rules: IssueRules, claims: Mapping[str, object], *, now: int) -> None:
-    for name, check in _CHECKS.items():
-        if name in claims:
-            check(rules, claims[name], now)
-
-
-def _check_iss(rules: IssueRules, value: object, now: int) -> None:
-    if value != rules.issuer:
+def _check_registered(rules: IssueRules, claims: Mapping[str, object]) -> None:
+    """Check the registered claims of a payload that has iss, besides its times."""
+    if claims["iss"] != rules.issuer:
         raise ClaimsRefused(f"iss is not the key set's issuer {rules.issuer!r}; leave it out.", fields={"claim": "iss"})
+    for name in _REQUIRED_BY_TYP.get(rules.typ, ()):
+        if name not in claims:
+            raise ClaimsRefused(f"{name} is missing; typ {rules.typ} requires it (RFC 9068).", fields={"claim": name})
+    for name in ("sub", "client_id") if rules.typ in _REQUIRED_BY_TYP else ("sub",):
+        if not isinstance(claims.get(name, ""), str):
+            raise ClaimsRefused(f"{name} is not a string.", fields={"claim": name})
+    if "aud" in claims:
+        aud = claims["aud"]
+        audiences = aud if isinstance(aud, list) else [aud]
+        if not audiences or not all(isinstance(audience, str) and audience for audience in audiences):
+            raise ClaimsRefused(
+                "aud is neither a non-empty string nor a non-empty array of them.", fields={"claim": "aud"}
+            )
+    if "jti" in claims:
+        jti = claims["jti"]
+        if not isinstance(jti, str) or not 1 <= len(jti) <= MAX_JTI_LENGTH:
+            raise ClaimsRefused(
+                f"jti is not a string of 1 to {MAX_JTI_LENGTH} characters.",
+                fields={"claim": "jti", "limit": MAX_JTI_LENGTH},
+            )
 
 
-def _check_sub(rules: IssueRules, value: object, now: int) -> None:
-    if not isinstance(value, str):
-        raise ClaimsRefused("sub is not a string.", fields={"claim": "sub"})
+def _check_times(rules: IssueRules, claims: Mapping[str, object], now: int) -> int:
+    """Check iat, exp and nbf of a payload that has exp, which is returned.
 
-
-def _check_client_id(rules: IssueRules, value: object, now: int) -> None:
-    if rules.typ == "at+jwt" and not isinstance(value, str):
-        raise ClaimsRefused("client_id is not a string.", fields={"claim": "client_id"})
-
-
-def _check_aud(rules: IssueRules, value: object, now: int) -> None:
-    audiences = value if isinstance(value, list) else [value]
-    if not audiences or not all(isinstance(audience, str) and audience for audience in audiences):
-        raise ClaimsRefused("aud is neither a non-empty string nor a non-empty array of them.", fields={"claim": "aud"})
-
-
-def _check_exp(rules: IssueRules, value: object, now: int) -> None:
-    exp = _numeric_date("exp", value)
-    if exp <= now:
-        raise ClaimsRefused(
-            f"exp {exp} is not in the future; it is {now}.", fields={"claim": "exp", "given": exp, "now": now}
-        )
-    if exp - now > rules.max_token_ttl:
-        raise _too_long("exp", rules, exp - now)
-
-
-def _check_iat(rules: IssueRules, value: object, now: int) -> None:
-    iat = _numeric_date("iat", value)
+    I3: the lifetime counts from `now`, or from iat where the issuer's clock is ahead, by clock_skew at most. So exp is
+    never after now + clock_skew + max_token_ttl, and I2 counts on that (timeline/invariants.py).
+    """
+    dates = {"iat": now, "nbf": now}
+    for name in ("iat", "exp", "nbf"):
+        if name in claims:
+            date = claims[name]
+            if type(date) is not int:
+                raise ClaimsRefused(
+                    f"{name} is not an integer NumericDate, seconds since 1970.", fields={"claim": name}
+                )
+            dates[name] = date
+    iat, exp, nbf = dates["iat"], dates["exp"], dates["nbf"]
     if abs(iat - now) > rules.clock_skew:
         raise ClaimsRefused(
             f"iat {iat} is {abs(iat - now)} s from now, {now}; {rules.clock_skew} s are allowed.",
             fields={"claim": "iat", "given": iat, "now": now, "limit": rules.clock_skew},
         )
-
-
-def _check_nbf(rules: IssueRules, value: object, now: int) -> None:
-    _numeric_date("nbf", value)
-
-
-def _check_jti(rules: IssueRules, value: object, now: int) -> None:
-    if not isinstance(value, str) or not 1 <= len(value) <= MAX_JTI_LENGTH:
+    if exp <= now:
         raise ClaimsRefused(
-            f"jti is not a string of 1 to {MAX_JTI_LENGTH} characters.",
-            fields={"claim": "jti", "limit": MAX_JTI_LENGTH},
+            f"exp {exp} is not in the future; it is {now}.", fields={"claim": "exp", "given": exp, "now": now}
         )
-
-
-_CHECKS: Final[Mapping[str, Callable[[IssueRules, object, int], None]]] = MappingProxyType(
-    {
-        "iss": _check_iss,
-        "sub": _check_sub,
-        "aud": _check_aud,
-        "exp": _check_exp,
-        "nbf": _check_nbf,
-        "iat": _check_iat,
-        "jti": _check_jti,
-        "client_id": _check_client_id,
-    }
-)
-
-
-def _check_not_before(claims: Mapping[str, object], exp: int) -> None:
-    nbf = claims.get("nbf")
-    if isinstance(nbf, int) and nbf > exp:
+    if exp <= iat:
+        raise ClaimsRefused(f"exp {exp} is not after iat {iat}.", fields={"claim": "exp", "given": exp, "iat": iat})
+    if exp - max(now, iat) > rules.max_token_ttl:
+        raise _too_long("exp", exp - max(now, iat), rules)
+    if nbf > exp:
         raise ClaimsRefused(f"nbf {nbf} is after exp {exp}.", fields={"claim": "nbf", "given": nbf, "limit": exp})
+    return exp
 
 
-def _check_required(rules: IssueRules, claims: Mapping[str, object]) -> None:
-    for name in _REQUIRED_BY_TYP.get(rules.typ, ()):
-        if name not in claims:
-            raise ClaimsRefused(f"{name} is missing; typ {rules.typ} requires it (RFC 9068).", fields={"claim": name})
-
-
-def _lifetime(rules: IssueRules, expires_in: object) -> int:
-    if type(expires_in) is not int or expires_in < 1:
-        raise ClaimsRefused("expires_in is not an integer of at least 1 second.", fields={"claim": "expires_in"})
-    if expires_in > rules.max_token_ttl:
-        raise _too_long("expires_in", rules, expires_in)
-    return expires_in
-
-
-def _too_long(name: str, rules: IssueRules, given: int) -> ClaimsRefused:
+def _too_long(name: str, given: int, rules: IssueRules) -> ClaimsRefused:
     shown = str(given) if given <= MAX_INTEGER else "more than 2^53"
     return ClaimsRefused(
         f"{name} asks for a lifetime of {shown} s; this key signs at most {rules.max_token_ttl} s (I3).",
         fields={"claim": name, "given": min(given, MAX_INTEGER), "limit": rules.max_token_ttl},
     )
-
-
-def _numeric_date(name: str, value: object) -> int:
-    if type(value) is not int:
-        raise ClaimsRefused(f"{name} is not an integer NumericDate, seconds since 1970.", fields={"claim": name})
-    return value
 
 
 def _short(text: str) -> str:

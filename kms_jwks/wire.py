@@ -888,6 +888,8 @@ def convert(value: object, into: type[T]) -> T:
         found = _PATH.search(text)
         field = found["path"] if found else ""
         reason = text[: found.start()] if found else text
+        if reason.startswith("Object contains unknown field") and not field:
+            reason += f"; the fields here are {', '.join(getattr(into, '__struct_fields__', ()))}"
         raise errors.InvalidField(
             f"{field}: {reason}" if field else reason, fields={"field": field} if field else {}
         ) from None

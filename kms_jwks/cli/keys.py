@@ -38,7 +38,7 @@ _DURATIONS = {
     "rotate_every": "How often a new version takes over.",
     "publish_lead": "How long verifiers can fetch a version before it signs.",
     "max_token_ttl": "The longest life of a token.",
-    "clock_skew": "How far verifiers' clocks may be off.",
+    "clock_skew": "The most by which the clocks of issuers, verifiers and the service differ.",
     "handover": "How long a pinned kid signs on after a rotation.",
     "destroy_after": "How long a retired version stays in the module.",
     "rotate_jitter": "How much earlier a rotation may come, by chance.",

@@ -8,7 +8,7 @@ from kms_jwks import errors, timeline
 from kms_jwks.algorithms import ALGORITHMS
 from kms_jwks.model import Key, KeySet, KeyVersion, VersionState
 from kms_jwks.store import ReadTx
-from kms_jwks.times import optional, to_datetime
+from kms_jwks.times import format_instant, optional
 from kms_jwks.worker.snapshot import document_entries, in_document, render_jwks
 
 _S = VersionState
@@ -60,7 +60,7 @@ def _how_to_make_room(tx: ReadTx, key_set: KeySet, alg: str) -> str:
     if not externals:
         return errors.LimitReached.next_step
     leaving = sorted(externals, key=lambda e: e.remove_at)
-    listed = ", ".join(f"{e.kid} ({to_datetime(e.remove_at).isoformat()})" for e in leaving)
+    listed = ", ".join(f"{e.kid} ({format_instant(e.remove_at)})" for e in leaving)
     return (
         "Add a key that no live token names later, or remove an external key whose tokens have expired. "
         f"These leave by their dates: {listed}."

@@ -23,6 +23,7 @@ from kms_jwks import errors, strictjson, wire
 from kms_jwks.http import problems
 from kms_jwks.http.exchange import JSON, Request, Response, Route
 from kms_jwks.service.guard import RequestContext
+from kms_jwks.service.signing_job import SigningOperation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -126,10 +127,10 @@ def receive(
     """How many bytes of a body are read at most, decided from the request's head; None where the route has no body.
 
     Where the route has a permission and a body, the caller is authenticated here: a body whose sender is unknown is
-    neither read nor decoded. `length` is the Content-Length header. Of a chunked body, the first byte beyond the limit
-    is read too. Raises Unauthenticated, StoreUnavailable,
-    RouteNotFound (a control character in the path), LengthMismatch (no usable length where a body is needed) and
-    BodyTooLarge.
+    neither read nor decoded. On the signing routes, neither is the body of a caller whom no grant lets sign with this
+    key. `length` is the Content-Length header. Of a chunked body, the first byte beyond the limit is read too. Raises
+    Unauthenticated, Forbidden, KeySetNotFound, KeyNotFound, StoreUnavailable, RouteNotFound (a control character in the
+    path), LengthMismatch (no usable length where a body is needed) and BodyTooLarge.
     """
     if not all(value.isprintable() for value in request.params.values()):
         raise errors.RouteNotFound
@@ -137,6 +138,9 @@ def receive(
         return None
     if route.permission:
         service.authenticate(request.context, data_plane=route.hot)
+        if route.batch:
+            operation = SigningOperation(route.path.rpartition("/")[2])
+            service.signing.refuse_early(operation, request.context, **request.params)
     limit = limits.batch if route.batch else limits.single
     if chunked:
         return limit + 1

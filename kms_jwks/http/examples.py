@@ -130,6 +130,9 @@ _EXTERNAL = {
     "remove_at": "2035-01-01T00:00:00Z",
     "removed_at": None,
     "created_by": "admin",
+    "warnings": [],
+    "changes": [{"what": "added", "at": _MADE, "remove_at": "2035-01-01T00:00:00Z", "who": "admin"}],
+    "ignored": [],
 }
 _EXPOSURE = {
     "withdrawn_at": "2026-11-20T14:30:00.400000Z",
@@ -184,6 +187,7 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
     wire.RevocationCreate: {"backend": "softhsm", "reason": "its PIN was on a slide", "dry_run": True},
     wire.DestroyRequest: {"destroy_at": "2035-01-01T00:00:00Z"},
     wire.ExternalKeyCreate: {"kid": "2025-old", "alg": "ES256", "remove_at": "2035-01-01T00:00:00Z", "jwk": _OLD_POINT},
+    wire.ExternalKeyPatch: {"remove_at": "2035-06-30T00:00:00Z"},
     wire.JwtRequest: {"claims": {"sub": "alice", "aud": ["shop", "stock"], "scope": "read"}, "expires_in": 600},
     wire.SigningInputRequest: {"signing_input": f"{_HEADER}.{_PAYLOAD}", "kid": _KID},
     wire.JwsRequest: {"payload": "aGVsbG8", "detached": True, "cty": "text/plain"},
@@ -243,6 +247,7 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
         "next_at": _ROTATES,
         "external_keys": [],
         "external_keys_removed": 0,
+        "warnings": [],
     },
     wire.Attributes: {
         "kid": _KID,
@@ -262,8 +267,12 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
         "unconfirmed": [_UNCONFIRMED],
         "exposure": _EXPOSURE,
         "dry_run": False,
+        "external_keys": [],
+        "same_key": [],
     },
     wire.Revocation: {
+        "external_keys": [],
+        "same_key": [],
         "reason": "its PIN was on a slide",
         "versions": [
             {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kms_jwks import errors, jose, wire
-from kms_jwks.access import Permission
+from kms_jwks.access import Permission, Scope, allow
 from kms_jwks.backends.calling import Backends, PendingSignature
 from kms_jwks.model import SECOND, Instant, Purpose
 from kms_jwks.service.guard import Guard, RequestContext
@@ -131,8 +131,26 @@ class Signing:
             alg=signer.alg.name,
             public_jwk=jose.published_jwk(signer.public_jwk, alg=signer.alg.name, kid=signer.kid),
             next=coming,
-            refresh_after=to_datetime(Instant(now + found.handover * SECOND)),
+            # A kid that is deactivated right after this answer is honoured for the handover. Half of it is left for the
+            # caller's next look, and for signing with what it saw before.
+            refresh_after=to_datetime(Instant(now + found.handover * SECOND // 2)),
         )
+
+    def refuse_early(self, operation: SigningOperation, context: RequestContext, key_set: str, key: str) -> None:
+        """Raise before a body is read what `steps` would raise after it where no grant lets the caller sign here.
+
+        `context.caller` is known. A caller that may sign is not reported: `steps` admits it under the snapshot it uses.
+        Raises Forbidden, KeySetNotFound, KeyNotFound.
+        """
+        assert context.caller is not None
+        snapshot = self._sync.snapshot()
+        found = snapshot.key_sets.get(key_set)
+        found_key = found.keys.get(key) if found else None
+        if found and found_key:
+            permission = _PERMISSIONS[operation, found.purpose]
+            if allow(context.caller.grants, permission, Scope(found.id, found_key.id)):
+                return
+        self._admit(_Call(operation, context, key_set, key), snapshot)
 
     # --- inside
 
@@ -163,8 +181,11 @@ class Signing:
             if wait and made.ticket is not None:
                 yield made.ticket
                 made.ticket.result()
+            latest = self._sync.leased()
+            if latest is attempt.snapshot:
+                return made
             try:
-                self._check(attempt, job)
+                self._check(attempt, job, latest)
             except errors.KidNotActive:
                 if job.pinned or last:
                     raise
@@ -203,17 +224,13 @@ class Signing:
         if isinstance(result, errors.Error):
             return result
         try:
-            self._check(attempt, result.job)
+            self._check(attempt, result.job, self._sync.leased())
         except errors.Conflict as error:
             return error
         return finish(result.job, result.signature)
 
-    def _check(self, attempt: _Attempt, job: SigningJob) -> None:
-        """Check lease, caller and version under the snapshot of this moment.
-
-        Raises RegistryStale, Unauthenticated, Forbidden, Conflict.
-        """
-        snapshot = self._sync.leased()
+    def _check(self, attempt: _Attempt, job: SigningJob, snapshot: Snapshot) -> None:
+        """Check caller and version under `snapshot`, this moment's. Raises Unauthenticated, Forbidden, Conflict."""
         if snapshot is attempt.snapshot:
             return
         self._admit(attempt.call, snapshot)

@@ -132,6 +132,7 @@ def _prepare_jwt(key: SigningKey, item: object, now: Instant) -> SigningJob:
 
 
 def _prepare_signing_input(key: SigningKey, item: object, now: Instant) -> SigningJob:
+    _refuse_form(item, ("input", "digest"), "jwt", "signing_input (header.payload of a JWT) and kid")
     request = wire.convert(item, wire.SigningInputRequest)
     signer = _pinned(key, request.kid, now)
     checked = profiles.check_signing_input(
@@ -163,6 +164,7 @@ def _prepare_jws(key: SigningKey, item: object, now: Instant) -> SigningJob:
 
 
 def _prepare_raw(key: SigningKey, item: object, now: Instant) -> SigningJob:
+    _refuse_form(item, ("signing_input",), "raw", "input or digest (base64url), and kid if it is to be pinned")
     request = wire.convert(item, wire.RawSignatureRequest)
     if (request.input is UNSET) == (request.digest is UNSET):
         raise errors.InvalidField("Exactly one of input and digest must be there.", fields={"field": "input"})
@@ -182,6 +184,15 @@ _PREPARERS: Mapping[tuple[SigningOperation, Purpose], Preparer] = {
     (SigningOperation.JWS, Purpose.RAW): _prepare_jws,
     (SigningOperation.SIGNATURE, Purpose.RAW): _prepare_raw,
 }
+
+
+def _refuse_form(item: object, wrong: tuple[str, ...], purpose: str, right: str) -> None:
+    """The route `signature` has a form for each purpose: refuse the other purpose's by name, and name the right one."""
+    for field in wrong:
+        if isinstance(item, dict) and field in item:
+            raise errors.InvalidField(
+                f"{field}: not in a key set with purpose {purpose}; send {right}", fields={"field": field}
+            )
 
 
 def _binary(text: str, field: str) -> bytes:

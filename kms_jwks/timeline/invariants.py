@@ -53,6 +53,13 @@ def retirable_at(version: KeyVersion) -> Instant | None:
     """I2: the first instant at which no token that a deactivated version signed can be alive.
 
     A retiring version may leave the JWKS then. None for a version that never signed or still signs.
+
+    clock_skew is the most by which two clocks differ: of issuer, service and verifier, any two. A token's lifetime
+    counts from its iat, which the issuer may state up to clock_skew ahead of the service (I3, profiles.py), so by the
+    service's clock its exp is at most the last signature + clock_skew + max_token_ttl: the sum here. The sum holds for
+    a verifier whose clock is behind as well, because it is not further behind the issuer's clock than clock_skew. An
+    issuer that states a later iat than its own clock shows gains nothing: verifiers that are behind may only find the
+    key withdrawn in the last moments of such a token.
     """
     last = last_possible_signature(version)
     if last is None:

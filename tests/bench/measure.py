@@ -1,4 +1,7 @@
-"""`./dev bench`: signatures a second of the module and of the service over HTTP, and their ratios, in one run."""
+"""`./dev bench`: signatures a second of the module and of the service over HTTP, and their ratios, in one run.
+
+Also what hostile JSON costs (parser.py).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import Any
 
 import jwt
 
-from tests.bench import load, module
+from tests.bench import load, module, parser
 from tests.bench.service import KEY, make_key_set, throwaway, wait_for_standby
 from tests.integration.conftest import Server
 
@@ -118,6 +121,8 @@ def measure(options: Options) -> dict[str, Any]:
         token = server.client("signer")
         rows = [_measure_row(server, row, token, options) for row in options.rows]
         jwks = _measure_jwks(server, options.rows[0], options)
+    options.say("hostile JSON")
+    json_rates = parser.rates()
     return {
         "machine": {
             "cpus": os.cpu_count(),
@@ -134,6 +139,7 @@ def measure(options: Options) -> dict[str, Any]:
         },
         "algorithms": rows,
         "jwks": jwks,
+        "json_ms_per_mib": json_rates,
         "took_seconds": round(time.monotonic() - began, 1),
     }
 
@@ -232,6 +238,7 @@ def table(report: dict[str, Any]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
     shown = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     full, unchanged = report["jwks"]["full"], report["jwks"]["not_modified"]
+    slowest, milliseconds = max(report["json_ms_per_mib"].items(), key=lambda rate: rate[1])
     return f"""\
 {report["workers"]} workers, {report["load"]["connections"]} connections, {report["seconds_per_figure"]:g} s a figure, \
 {report["machine"]["cpus"]} CPUs shared with the load generator; {report["took_seconds"]:.0f} s in all
@@ -242,6 +249,7 @@ def table(report: dict[str, Any]) -> str:
 
 JWKS {full["per_second"]:,.0f}/s (p50 {full["p50_ms"]:.1f} ms, p99 {full["p99_ms"]:.1f} ms), \
 not modified {unchanged["per_second"]:,.0f}/s
+JSON that was made to take long: at most {milliseconds:.1f} ms of CPU a mebibyte ({slowest})
 
 module    bare python-pkcs11 sessions, as many processes as workers
 backend   the same key through kms-jwks' backend, as many processes as workers

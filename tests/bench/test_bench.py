@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.bench import measure
+from kms_jwks import errors, strictjson
+from tests.bench import measure, parser
 
 ROOT = Path(__file__).parents[2]
 LONG = os.environ.get("KMS_JWKS_TEST_LONG") == "1"
@@ -49,6 +50,7 @@ def test_the_report_has_its_shape() -> None:
         "load",
         "algorithms",
         "jwks",
+        "json_ms_per_mib",
         "took_seconds",
     }
     assert [row["name"] for row in report["algorithms"]] == ROWS
@@ -61,6 +63,22 @@ def test_the_report_has_its_shape() -> None:
         assert all(ratio > 0 for ratio in row["ratios"].values())
     assert figures(report["jwks"]["full"])
     assert figures(report["jwks"]["not_modified"])
+    assert set(report["json_ms_per_mib"]) == {name for name, _ in parser.shapes()}
+
+
+def test_hostile_json_is_a_mebibyte_and_is_read_or_refused() -> None:
+    outcomes = {}
+    for name, body in parser.shapes():
+        assert 0.75 * parser.MIB < len(body) <= parser.MIB, name
+        try:
+            strictjson.loads(body)
+        except errors.MalformedBody as error:
+            outcomes[name] = error.detail
+    assert "20000 structural characters" in outcomes["arrays nested 29 deep"]
+    assert "truncated" in outcomes["allowed: the same, truncated"]
+    assert "twice" in outcomes["allowed: the same, a name twice"]
+    assert "twice" in outcomes["allowed: many names, one twice"]
+    assert "allowed: objects nested 29 deep" not in outcomes
 
 
 def test_every_kind_of_key_is_measured_unless_some_are_named() -> None:

@@ -1,4 +1,4 @@
-"""Verifiers that we did not write, each fetching the JWKS that the service serves: PyJWT, joserfc, and jose in Node.
+"""Verifiers that we did not write, with the JWKS that the service serves: PyJWT, joserfc, jose (Node), golang-jwt.
 
 Each call is a verifier that has never seen the service before.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import urllib.request
@@ -23,6 +25,7 @@ from joserfc.jwk import KeySet
 from joserfc.jwt import JWTClaimsRegistry
 
 NODE = Path(__file__).parent / "node"
+GO = Path(__file__).parent / "go"
 
 
 def fetch(url: str) -> Any:
@@ -151,3 +154,52 @@ class Jose:
             raise JoseError(answer["error"])
         claims: dict[str, Any] = answer["payload"]
         return claims
+
+
+class GolangJwtError(Exception):
+    """What golang-jwt returned."""
+
+
+class GolangJwt:
+    """golang-jwt, in a program that is built here (tests/interop/go); skips the test where that is not possible."""
+
+    def __init__(self, folder: Path) -> None:
+        go = shutil.which("go")
+        if go is None:
+            pytest.skip("Go is not installed: what its decoders make of our tokens is not tested here")
+        # No toolchain of another version is fetched; a program without C and optimisation takes less long to build.
+        environment = {**os.environ, "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly", "CGO_ENABLED": "0"}
+
+        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [go, *arguments], cwd=GO, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+
+        version = re.match(r"go1\.(\d+)", run("env", "GOVERSION").stdout)
+        if version is None or int(version[1]) < 21:
+            pytest.skip("Go is older than 1.21, which tests/interop/go needs")
+        fetched = run("mod", "download")
+        if fetched.returncode != 0:
+            pytest.skip(f"the Go modules of tests/interop/go cannot be had here: {fetched.stderr.strip()[-300:]}")
+        self._program = folder / "verify"
+        built = run("build", "-gcflags=all=-N -l", "-o", str(self._program), ".")
+        assert built.returncode == 0, built.stderr
+
+    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        done = subprocess.run(
+            [self._program], input=json.dumps(job) + "\n", capture_output=True, text=True, timeout=60, check=True
+        )
+        answer: dict[str, Any] = json.loads(done.stdout)
+        if "error" in answer:
+            raise GolangJwtError(answer["error"])
+        return answer
+
+    def claims(self, token: str, jwks: dict[str, Any]) -> dict[str, Any]:
+        """The RegisteredClaims of an ES256 token, verified with a key of `jwks`. Raises GolangJwtError."""
+        claims: dict[str, Any] = self._ask({"token": token, "jwks": jwks})["claims"]
+        return claims
+
+    def spellings(self, name: str) -> list[str]:
+        """The names that its decoder, encoding/json, takes for `name`."""
+        spellings: list[str] = self._ask({"spell": name})["spellings"]
+        return spellings

@@ -96,6 +96,23 @@ def test_fields_that_are_refused(world: World, body: dict[str, Any]) -> None:
         call(world, SigningOperation.JWT, body)
 
 
+@pytest.mark.parametrize("name", ["EXP", "I\u017fS", "exp\0"])
+def test_a_claim_that_a_decoder_reads_as_another_is_signed_by_no_route(world: World, name: str) -> None:
+    kid = world.create().keys[0].active_kid or ""
+    body = {"claims": {"sub": "alice", name: 32_503_680_000}, "expires_in": 5}
+    with pytest.raises(errors.ClaimsRefused):
+        call(world, SigningOperation.JWT, body)
+    shown = {"signing_input": signing_input(world, kid, {name: 32_503_680_000}), "kid": kid}
+    with pytest.raises(errors.SigningInputRefused):
+        call(world, SigningOperation.SIGNATURE, shown)
+    good = {"claims": {"sub": "alice"}}
+    first, second = call(world, SigningOperation.JWT, {"batch": [body, good]}).items
+    assert isinstance(first, errors.ClaimsRefused)
+    assert isinstance(second, wire.SignedJwt)
+    (only,) = call(world, SigningOperation.SIGNATURE, {"batch": [shown]}).items
+    assert isinstance(only, errors.SigningInputRefused)
+
+
 # --- who may
 
 
@@ -131,6 +148,25 @@ def _admitted(world: World, who: RequestContext) -> bool:
         return False
 
 
+def test_a_caller_without_a_grant_is_refused_before_its_body_is_read(world: World) -> None:
+    """With the error that it would get afterwards; one that may sign is let through without a word."""
+    world.create()
+    world.create("raw", keys=RAW, purpose="raw")
+    jwt_, raw = SigningOperation.JWT, SigningOperation.SIGNATURE
+    for who, operation, names, error in [
+        (world.signer, jwt_, ("main", "default"), None),
+        (world.raw_signer, raw, ("raw", "default"), None),
+        (world.admin, jwt_, ("main", "default"), errors.Forbidden),
+        (world.raw_signer, jwt_, ("main", "default"), errors.Forbidden),
+        (world.signer, raw, ("raw", "default"), errors.Forbidden),
+        (world.signer, jwt_, ("main", "other"), errors.KeyNotFound),
+        (world.signer, jwt_, ("other", "default"), errors.KeySetNotFound),
+    ]:
+        world.service.authenticate(who, data_plane=True)
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            world.service.signing.refuse_early(operation, who, *names)
+
+
 def test_purposes_keep_apart(world: World) -> None:
     world.create()
     world.create("raw", keys=RAW, purpose="raw")
@@ -147,6 +183,48 @@ def test_purposes_keep_apart(world: World) -> None:
 
 
 # --- signing input and pinned kids
+
+
+def test_a_caller_that_pins_reads_again_before_the_handover_is_over(world: World) -> None:
+    """Half the handover is left: what it signs meanwhile is signed, whenever the rotation was."""
+    old = world.create().keys[0].active_kid or ""
+    world.standby()
+    world.advance(DAY + 1)
+    before = world.now()
+    active = world.service.signing.active(world.signer, "main", "default")
+    world.service.keys.rotate(world.admin, "main", "default", wire.RotateRequest())
+    assert active.kid == old
+    assert 29 < active.refresh_after.timestamp() - before / SECOND < 35
+    world.advance(50)
+    assert call(world, SigningOperation.SIGNATURE, {"signing_input": signing_input(world, old), "kid": old}).kid == old
+
+
+@pytest.mark.parametrize(
+    ("body", "right"),
+    [
+        ({"input": "eA"}, "send signing_input (header.payload of a JWT) and kid"),
+        ({"digest": "eA", "kid": "x"}, "send signing_input (header.payload of a JWT) and kid"),
+        ({"payload": "eA"}, "the fields here are signing_input, kid"),
+    ],
+)
+def test_the_form_of_a_raw_set_is_refused_with_the_fields_of_a_jwt_set(
+    world: World, body: dict[str, Any], right: str
+) -> None:
+    world.create()
+    with pytest.raises(errors.InvalidField) as refusal:
+        call(world, SigningOperation.SIGNATURE, body)
+    assert refusal.value.detail.endswith(right)
+
+
+def test_the_form_of_a_jwt_set_is_refused_with_the_fields_of_a_raw_set(world: World) -> None:
+    world.create("raw", keys=RAW, purpose="raw")
+    with pytest.raises(errors.InvalidField) as refusal:
+        call(world, SigningOperation.SIGNATURE, {"signing_input": "a.b", "kid": "x"}, world.raw_signer, "raw")
+    assert refusal.value.detail == (
+        "signing_input: not in a key set with purpose raw; "
+        "send input or digest (base64url), and kid if it is to be pinned"
+    )
+    assert refusal.value.fields == {"field": "signing_input"}
 
 
 def test_exactly_the_bytes_shown_are_signed(world: World) -> None:

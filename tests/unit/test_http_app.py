@@ -40,13 +40,15 @@ class FakeService:
         self.backend: str | None = None
         """The backend that a use case asks."""
         self.refuse: errors.Error | None = None
+        self.forbid: errors.Error | None = None
+        """What a caller gets whom no grant lets sign."""
         self.authenticated: list[bool] = []
         self.pins = 0
         self.sync = SimpleNamespace(pin=self._pin)
         self.verifiers = SimpleNamespace(
             default_key_set="main", jwks=self._use, discovery=self._use, verify_token=self._use
         )
-        self.signing = SimpleNamespace(handle=self._use, active=self._use)
+        self.signing = SimpleNamespace(handle=self._use, active=self._use, refuse_early=self._refuse_early)
         self.key_sets = SimpleNamespace(list=self._use, create=self._use, get=self._use, patch=self._use)
         self.keys = SimpleNamespace(rotate=self._use, disable=self._use)
         self.versions = SimpleNamespace(public_jwk=self._use)
@@ -71,6 +73,11 @@ class FakeService:
         if self.refuse is not None:
             raise self.refuse
         context.caller = CALLER
+
+    def _refuse_early(self, operation: object, context: RequestContext, **names: str) -> None:
+        assert context.caller is not None
+        if self.forbid is not None:
+            raise self.forbid
 
     def _pin(self) -> Callable[[], None]:
         self.pins += 1

@@ -143,6 +143,17 @@ class TestReceive:
         with pytest.raises(errors.CredentialsMissing):
             receive(service, row, request(None), length="5")
 
+    @pytest.mark.parametrize("row", [r for r in ROUTES if r.request is not None], ids=lambda r: f"{r.method} {r.path}")
+    def test_no_signing_route_reads_the_body_of_a_caller_whom_no_grant_lets_sign(self, row: Route) -> None:
+        service = FakeService()
+        service.forbid = errors.Forbidden("No grant.")
+        for length in ("5", "3000"):
+            if row.batch:
+                with pytest.raises(errors.Forbidden):
+                    receive(service, row, request(), length=length)
+            elif length == "5":
+                assert receive(service, row, request(), length=length) is not None
+
     def test_a_name_with_a_control_character_names_nothing(self) -> None:
         with pytest.raises(errors.RouteNotFound):
             receive(FakeService(), JWT, request(key_set="a\x00b"), length="5")
@@ -185,6 +196,18 @@ class TestAuthenticationComesFirst:
             response = Sender(app_of(service)).post(path, data=body, content_type=content_type)
             assert problem(response) == refuse.code
         assert not decoded
+        assert not service.asked
+
+    def test_a_body_of_a_caller_that_may_not_sign_never_reaches_the_decoder(
+        self, decoded: list[bytes], path: str
+    ) -> None:
+        service = FakeService()
+        service.forbid = errors.Forbidden("No grant.")
+        response = Sender(app_of(service)).post(path, data=HOSTILE, content_type="application/json")
+        if path == SIGN:
+            assert (response.status_code, problem(response), decoded) == (403, "forbidden", [])
+        else:
+            assert problem(response) == "malformed_body"
         assert not service.asked
 
     def test_a_bad_body_of_a_known_sender_gets_its_answer(self, decoded: list[bytes], path: str) -> None:

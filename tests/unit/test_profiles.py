@@ -2,15 +2,18 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_jwks import jose, strictjson
+from kms_jwks import jose, strictjson, timeline
 from kms_jwks.errors import ClaimsRefused, SigningInputRefused
-from kms_jwks.profiles import CheckedInput, IssueRules, check_signing_input, issue
+from kms_jwks.model import SECOND, Instant, Policy, VersionState
+from kms_jwks.profiles import REGISTERED, CheckedInput, IssueRules, check_signing_input, issue
+from tests.unit.builders import version
 
 NOW = 1_800_000_000
 ISSUER = "https://issuer.example/default"
@@ -114,6 +117,41 @@ def test_an_old_iat_does_not_lengthen_the_life() -> None:
     assert issued({"iat": NOW - 300}, 3600)["exp"] == NOW + 3600
 
 
+@pytest.mark.parametrize(
+    ("claims", "expires_in", "exp"),
+    [
+        ({"iat": NOW + 3, "exp": NOW + 3603}, None, NOW + 3603),  # an issuer whose clock is 3 s ahead
+        ({"iat": NOW + 300, "exp": NOW + 3900}, None, NOW + 3900),
+        ({"iat": NOW + 3}, 3600, NOW + 3603),
+        ({"iat": NOW + 3}, None, NOW + 303),
+        ({"iat": NOW - 60, "exp": NOW + 3600}, None, NOW + 3600),  # an issuer that dates its tokens back
+    ],
+)
+def test_a_lifetime_counts_from_an_iat_that_is_ahead(claims: dict[str, Any], expires_in: int | None, exp: int) -> None:
+    assert issued(claims, expires_in)["exp"] == exp
+    if "exp" in claims:
+        assert check(HEADER, CLAIMS | claims).expires_at == exp
+
+
+@pytest.mark.parametrize("skew", [60, 300, 3600])
+def test_no_token_outlives_what_the_retirement_of_its_key_waits_for(skew: int) -> None:
+    """I2 counts clock_skew once, and an iat that is ahead uses it: the latest exp is the sum exactly."""
+    rules = IssueRules(ISSUER, "JWT", default_lifetime=300, max_token_ttl=3600, clock_skew=skew)
+    policy = Policy(max_token_ttl=3600, clock_skew=skew, handover=0)
+    stopped = version(
+        1,
+        VersionState.RETIRING,
+        deactivated_at=Instant(NOW * SECOND),
+        bounds=timeline.bounds(policy, lease=0, cache_lifetime=300),
+    )
+    iat = NOW + skew
+    exp = issue(rules, {"iat": iat, "exp": iat + 3600}, now=NOW, expires_in=None).expires_at
+    assert exp * SECOND == timeline.retirable_at(stopped)
+    for later in ({"iat": iat, "exp": iat + 3601}, {"iat": iat + 1, "exp": iat + 3601}):
+        with pytest.raises(ClaimsRefused):
+            issue(rules, later, now=NOW, expires_in=None)
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 # claims, expires_in, what the detail says
@@ -168,6 +206,11 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
     ({"iat": float(NOW)}, None, "iat is not an integer"),
     ({"iat": None}, None, "iat is not an integer"),
     ({"iat": True}, None, "iat is not an integer"),
+    ({"iat": NOW + 3, "exp": NOW + 3604}, None, "lifetime of 3601 s; this key signs at most 3600 s"),
+    ({"iat": NOW - 3, "exp": NOW + 3601}, None, "lifetime of 3601 s; this key signs at most 3600 s"),
+    ({"iat": NOW + 301, "exp": NOW + 3901}, None, "iat 1800000301 is 301 s from now"),
+    ({"iat": NOW + 60, "exp": NOW + 60}, None, f"exp {NOW + 60} is not after iat {NOW + 60}"),
+    ({"iat": NOW + 60, "exp": NOW + 30}, None, f"exp {NOW + 30} is not after iat {NOW + 60}"),
     ({"jti": ""}, None, "jti is not a string of 1 to 255"),
     ({"jti": "x" * 256}, None, "jti is not a string of 1 to 255"),
     ({"jti": 7}, None, "jti is not a string"),
@@ -220,6 +263,84 @@ def test_nesting_has_an_end() -> None:
     loop.append(loop)
     with pytest.raises(ClaimsRefused, match="nested more than 32"):
         issue(RULES, {"n": loop}, now=NOW, expires_in=None)
+
+
+# --- names that some decoder takes for another ------------------------------------------------------------------------
+
+FOLDED = [
+    # name, what a tolerant decoder reads
+    ("EXP", "exp"),
+    ("Exp", "exp"),
+    ("eXp", "exp"),
+    ("ISS", "iss"),
+    ("I\u017fS", "iss"),  # U+017F, which Go takes for s
+    ("\u017fub", "sub"),
+    ("Sub", "sub"),
+    ("AUD", "aud"),
+    ("Nbf", "nbf"),
+    ("IAT", "iat"),
+    ("JTI", "jti"),
+    ("Client_ID", "client_id"),
+    ("\uff45\uff58\uff50", "exp"),  # full-width letters
+    ("\u24d4\u24e7\u24df", "exp"),  # circled letters
+    ("\U0001d41e\U0001d431\U0001d429", "exp"),  # mathematical bold letters
+    ("client\uff3fid", "client_id"),
+    ("\u0130ss", "iss"),  # İ and U+0131, which Java's equalsIgnoreCase takes for i
+    ("\u0131at", "iat"),
+    ("exp\u0301", "exp"),
+    ("e\u200bxp", "exp"),  # characters that are not shown
+    ("\ufeffexp", "exp"),
+    ("exp\ufe0f", "exp"),
+    ("exp\u115f", "exp"),
+    ("exp\u3164", "exp"),
+    ("\u202eexp", "exp"),
+    ("exp" + "\u200b" * 1000, "exp"),
+    (" exp", "exp"),
+    ("exp ", "exp"),
+    ("e X P", "exp"),
+    ("exp\u00a0", "exp"),
+]
+CONTROLLED = ["exp\0", "\0exp", "a\tb", "a\nb", "\x1b[2J", "\x7f", "a\x85", "\x9b"]
+
+
+@pytest.mark.parametrize(("name", "read_as"), FOLDED, ids=lambda value: value[:12].encode("unicode_escape").decode())
+def test_a_name_that_folds_to_a_registered_claim_is_refused(name: str, read_as: str) -> None:
+    with pytest.raises(ClaimsRefused, match=f"Some decoders read the claim .* as {read_as} ") as caught:
+        issue(RULES, {"sub": "alice", name: 32_503_680_000}, now=NOW, expires_in=5)
+    assert caught.value.fields == {"claim": name[:64], "read_as": read_as}
+    assert caught.value.detail.isprintable()
+    with pytest.raises(SigningInputRefused, match=f"Some decoders read the claim .* as {read_as} "):
+        check(HEADER, CLAIMS | {name: 1})
+
+
+@pytest.mark.parametrize("name", CONTROLLED, ids=ascii)
+@pytest.mark.parametrize("wrap", [lambda name: {name: 1}, lambda name: {"a": [{"b": {name: 1}}]}], ids=["top", "deep"])
+def test_a_name_with_a_control_character_is_refused_at_any_depth(
+    name: str, wrap: Callable[[str], dict[str, Any]]
+) -> None:
+    with pytest.raises(ClaimsRefused, match="holds a control character") as caught:
+        issue(RULES, wrap(name), now=NOW, expires_in=None)
+    assert caught.value.detail.isprintable()
+    with pytest.raises(SigningInputRefused, match="holds a control character"):
+        check(HEADER, CLAIMS | wrap(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["scope", "SCOPE", "Email", "expires", "EXPIRY", "issuer", "iss2", "au", "subs", "exp_", "client-id", "clientId",
+     "\u0435\u0445\u0440", "größe", "名前", "https://claims.example/exp",
+     "\u0646\u200c\u0645", "\u200b", "x" * 5000, "é" * 5000],
+)  # fmt: skip
+def test_names_that_no_decoder_takes_for_another_are_signed(name: str) -> None:
+    """U+0435 U+0445 U+0440 is Cyrillic: it looks like exp to people, not to decoders."""
+    assert issued({name: 1, "nested": {"EXP": 1}})[name] == 1
+    check(HEADER, CLAIMS | {name: 1, "nested": {"EXP": 1}})
+
+
+def test_exact_names_stand_beside_refused_ones() -> None:
+    for name in REGISTERED - {"client_id"}:
+        with pytest.raises(ClaimsRefused, match=f"as {name} "):
+            issue(RULES, {"exp": NOW + 5, "aud": "a", name.upper(): 1}, now=NOW, expires_in=None)
 
 
 # --- at+jwt (RFC 9068) ------------------------------------------------------------------------------------------------
@@ -277,6 +398,12 @@ def test_a_signing_input_that_keeps_the_rules_is_not_changed(header: object, cla
     assert checked == CheckedInput(data=text.encode(), jti=jti, expires_at=exp)
 
 
+def test_a_header_may_leave_typ_out_where_it_is_jwt() -> None:
+    assert check(without(HEADER, "typ"), CLAIMS).expires_at == NOW + 300
+    with pytest.raises(SigningInputRefused, match=r"header has no typ; it must be 'at\+jwt'"):
+        check(without(HEADER, "typ"), CLAIMS | ACCESS | {"iat": NOW, "jti": "x"}, AT_JWT)
+
+
 def test_what_issue_makes_passes() -> None:
     made = issue(RULES, {"sub": "u"}, now=NOW, expires_in=None)
     data = jose.signing_input(jose.header_segment(alg="ES256", kid=KID, typ="JWT"), made.payload)
@@ -294,8 +421,13 @@ def without(mapping: dict[str, Any], name: str) -> dict[str, Any]:
     [
         (without(HEADER, "alg"), "header has no alg"),
         (without(HEADER, "kid"), "header has no kid"),
-        (without(HEADER, "typ"), "header has no typ"),
         (HEADER | {"alg": "none"}, "header's alg is not 'ES256'"),
+        (HEADER | {"ALG": "none"}, "header holds 'ALG'"),
+        (HEADER | {"\u212aid": "mine"}, "header holds"),  # the Kelvin sign, which Go takes for k
+        (HEADER | {"Typ": "at+jwt"}, "header holds 'Typ'"),
+        (without(HEADER, "typ") | {"TYP": "JWT"}, "header holds 'TYP'"),
+        (HEADER | {"alg\0": "none"}, "header holds 'alg\\x00'"),
+        (without(HEADER, "typ") | {"typ": None}, "header's typ is not 'JWT'"),
         (HEADER | {"alg": "es256"}, "header's alg is not"),
         (HEADER | {"alg": ["ES256"]}, "header's alg is not"),
         (HEADER | {"kid": "other"}, "header's kid is not"),
@@ -426,10 +558,11 @@ def test_what_is_issued_keeps_the_promises(claims: dict[str, Any], expires_in: i
         result = issue(rules, claims, now=NOW, expires_in=expires_in)
     except ClaimsRefused:
         return
-    complete = strictjson.loads_object(result.payload)
+    complete: dict[str, Any] = strictjson.loads_object(result.payload)
     assert complete["iss"] == ISSUER
     assert complete["exp"] == result.expires_at
-    assert 1 <= result.expires_at - NOW <= rules.max_token_ttl
+    assert 1 <= result.expires_at - max(NOW, complete["iat"]) <= rules.max_token_ttl
+    assert result.expires_at <= NOW + rules.clock_skew + rules.max_token_ttl
     assert complete["jti"] == result.jti
     assert 1 <= len(result.jti) <= 255
     assert all(complete[name] == value for name, value in claims.items())

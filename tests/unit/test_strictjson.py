@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -51,6 +52,10 @@ REFUSED = [
     (b'{"o":{"b":1,"b":2}}', "'b' appears twice"),
     (b'[[{"b":1,"c":0,"b":2}]]', "'b' appears twice"),
     (b'{"":1,"":2}', "'' appears twice"),
+    (b'{"a":{"x":1},"a":2}', "'a' appears twice"),
+    (b'{"a":1,"a":2,"b":"\\u003a"}', "'a' appears twice"),  # as many colons as if there were one a
+    (b'{"\\u003A":1,"a":1,"a":2}', "'a' appears twice"),
+    (b'{"a":":","a":2,"b":"::"}', "'a' appears twice"),
     (b"NaN", "NaN is not JSON"),
     (b'{"a":NaN}', "NaN is not JSON"),
     (b'{"a":[Infinity]}', "Infinity is not JSON"),
@@ -67,6 +72,11 @@ REFUSED = [
     (b"1" * 5000, "An integer has 5000 characters"),
     (b'{"a":' + b"9" * 309 + b"}", "308 are read at most"),
     (b'{"a":-' + b"9" * 65_000 + b"}", "An integer has 65001 characters"),
+    (b"[" * 32_000 + b"]" * 32_000, "more than 20000 structural characters"),
+    (b'{"a":[' + b",".join([b"1"] * 20_000) + b"]}", "more than 20000 structural characters"),
+    (b"{" + b",".join(b'"%x":1' % n for n in range(10_001)) + b"}", "more than 20000 structural characters"),
+    (b'"' + b"," * 20_001 + b'"', "more than 20000 structural characters"),  # within strings too
+    (b'{"a":[' + b",".join([b"[]"] * 6_000) + b"]", "truncated"),
 ]
 
 
@@ -112,7 +122,7 @@ def test_nesting_is_bounded(opening: str, closing: str) -> None:
         strictjson.loads(f"{opening * (deepest + 1)}1{closing * (deepest + 1)}".encode())
 
 
-@pytest.mark.parametrize("levels", [900, 1100, 32_000])
+@pytest.mark.parametrize("levels", [900, 1100, 10_000])
 def test_deep_nesting_never_becomes_a_recursion_error(levels: int) -> None:
     with pytest.raises(MalformedBody, match="more than 32 deep"):
         strictjson.loads(b"[" * levels + b"]" * levels)
@@ -141,6 +151,14 @@ def test_near_the_end_of_the_stack_a_deep_body_is_still_a_refusal() -> None:
 
 def test_many_containers_side_by_side_are_not_deep() -> None:
     assert strictjson.loads(b"[" + b",".join([b'{"a":[[]]}'] * 300) + b"]") == [{"a": [[]]}] * 300
+
+
+def test_a_text_has_20000_structural_characters_at_most() -> None:
+    numbers = b",".join([b"1"] * 19_999)
+    assert strictjson.loads(b"[" + numbers + b"]") == [1] * 19_999
+    with pytest.raises(MalformedBody, match="more than 20000 structural characters") as caught:
+        strictjson.loads(b"[" + numbers + b",1,1]")
+    assert caught.value.next_step == "Send less in one request."
 
 
 def test_max_depth_is_the_callers() -> None:
@@ -236,8 +254,29 @@ def test_a_truncated_document_is_refused_or_another_value(value: object, data: s
         strictjson.loads(whole[:cut])
 
 
+SHORT_TEXTS = st.binary(max_size=60) | st.text('{}[]",:0123456789eE+-.\\u dDfF8aNI', max_size=60).map(str.encode)
+MEMBERS = st.lists(
+    st.sampled_from([b'"a":1', b'"b":{"a":2}', b'"b":":"', b'"\\u0061":3', b'"c":"\\u003a"']), max_size=5
+)
+
+
 @settings(deadline=None)
-@given(st.binary(max_size=60) | st.text('{}[]",:0123456789eE+-.\\u dDfF8aNI', max_size=60).map(str.encode))
+@given(SHORT_TEXTS | MEMBERS.map(lambda members: b"{" + b",".join(members) + b"}"))
+def test_both_readers_agree(data: bytes) -> None:
+    """`loads` trusts the quick reader only where the other one would have read the same."""
+
+    def outcome(read: Callable[[bytes], object]) -> object:
+        try:
+            value = read(data)
+        except MalformedBody as error:
+            return error.detail
+        return type(value), value, json.dumps(value)
+
+    assert outcome(strictjson.loads) == outcome(lambda text: strictjson._read_again(text, strictjson.MAX_DEPTH))
+
+
+@settings(deadline=None)
+@given(SHORT_TEXTS)
 def test_nothing_but_malformed_body_ever_leaves(data: bytes) -> None:
     try:
         value = strictjson.loads(data)
