@@ -157,6 +157,8 @@ class _Supervisor:
                 child.signal(signal.SIGKILL)  # a child is still alive only after an error in this process
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = self._http.returncode or 0
+        if self._stopping and code == -signal.SIGTERM:
+            return 0  # it was told to stop before gunicorn had its handlers, and before it listened
         return 128 - code if code < 0 else code
 
     # --- watching

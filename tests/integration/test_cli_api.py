@@ -249,7 +249,7 @@ def test_a_whole_jwks_is_taken_key_by_key(run: Run, server: Server, tmp_path: Pa
 
     moved = run("external-key", "update", name, "k5", "--remove-at", "2031-02-03").stdout
     assert "moved" in moved
-    assert "2031-02-03 00:00:00Z" in moved
+    assert "2031-02-03T00:00:00Z" in moved
     run("external-key", "remove", name, "k5", "--yes")
     jwk = json.dumps(json.loads(repaired)["keys"][0])
     assert "removed" in run("external-key", "add", name, "--remove-at", "30d", "--jwk", jwk).stdout

@@ -15,7 +15,7 @@ from kms_jwks.http.exchange import Filter, Route
 from kms_jwks.http.routes import ROUTES
 from tests.integration.conftest import Run, Server, fresh
 
-FILTERS = [(route, by) for route in ROUTES for by in route.filters]
+FILTERS = [(route, by) for route in ROUTES if route.paged for by in route.filters]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_list_of_key_sets_is_short(server: Server, names: dict[str, str]) -> N
     items = server.must("GET", "/v1/key-sets?limit=200")["items"]
     (item,) = [item for item in items if item["name"] == names["key_set"]]
     whole = server.must("GET", f"/v1/key-sets/{names['key_set']}")
-    del whole["external_keys_removed"]
+    del whole["external_keys_removed"], whole["warnings"]
     assert {**whole, "keys": item["keys"]} == item
     for short, key in zip(item["keys"], whole["keys"], strict=True):
         assert short == {member: key[member] for member in ("name", "alg", "enabled", "active_kid")}

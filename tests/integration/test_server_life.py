@@ -231,8 +231,8 @@ def a_graceful_end(server: Server) -> None:
 
 def request_lines(server: Server) -> None:
     """One line per request, with what helps to find it and nothing of what was said."""
-    for path, request_id in ((SIGN, "find-me"), (f"{SIGN}?token=kj_secret", "a-query")):
-        server.call("POST", path, {"claims": {"sub": "somebody"}}, headers={"X-Request-Id": request_id})
+    for path, request_id, who in ((SIGN, "find-me", server.admin), (f"{SIGN}?token=kj_x", "a-query", server.signer)):
+        server.call("POST", path, {"claims": {"sub": "somebody"}}, token=who, headers={"X-Request-Id": request_id})
     found = [json.loads(line) for line in server.log.splitlines() if "find-me" in line]
     assert [line["event"] for line in found] == ["request"]
     (line,) = found
@@ -246,6 +246,6 @@ def request_lines(server: Server) -> None:
     assert line["ms"] > 0
     (line,) = (json.loads(line) for line in server.log.splitlines() if "a-query" in line)
     assert (line["path"], line["status"], line["code"]) == (SIGN, 400, "invalid_field")
-    assert line["client"] == "admin-bootstrap"
+    assert line["client"] == "signer-default"
     for secret in ("somebody", "kj_", "eyJ"):
         assert secret not in server.log

@@ -234,4 +234,5 @@ def put_back(copy: Path, registry: Path) -> None:
         registry.with_name(registry.name + suffix).unlink(missing_ok=True)
     placed = registry.with_name("placed")
     placed.write_bytes(copy.read_bytes())
+    placed.chmod(0o600)
     placed.replace(registry)
