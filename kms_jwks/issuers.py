@@ -33,6 +33,8 @@ _LABEL = re.compile("[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMERIC = re.compile("[0-9]+|0x[0-9a-f]*")
 _DEVIATIONS = frozenset("\u00df\u03c2\u200c\u200d")
 """ß, ς, ZWNJ and ZWJ: IDNA 2003 and IDNA 2008 make different A-labels of them (RFC 5894 §7.2)."""
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""Letters and marks to Unicode that are not shown (Default_Ignorable_Code_Point)."""
 _LOOKALIKE_SCRIPTS = frozenset({"LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE", "COPTIC", "LISU"})
 """Scripts with letters that look like those of another one; a label mixes none of them (after UTS 39 §5.2)."""
 _TRUST_DOMAIN = re.compile("[a-z0-9._-]{1,255}")
@@ -173,7 +175,8 @@ def _check_a_label(label: str) -> None:
     """Refuse an A-label that decodes to nothing usable, or to letters of scripts that look alike."""
     written = label.removeprefix("xn--").encode("ascii").decode("punycode")
     usable = not written.isascii() and all(c == "-" or unicodedata.category(c)[0] in "LMN" for c in written)
-    stable = unicodedata.normalize("NFC", written.lower()) == written
+    # RFC 5892 §2.2 and §2.3: no full-width or mathematical letters, nothing that is not shown.
+    stable = unicodedata.normalize("NFKC", written.lower()) == written and not _UNSEEN.search(written)
     if not (usable and stable and f"xn--{written.encode('punycode').decode('ascii')}" == label):
         raise ValueError(f"has a host with {label!r}, which is not an A-label")
     scripts = {unicodedata.name(c, "").partition(" ")[0] for c in written if c.isalpha()} & _LOOKALIKE_SCRIPTS

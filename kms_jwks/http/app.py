@@ -39,7 +39,7 @@ _DRAINED = 2_097_152
 _BODILESS = frozenset({204, 304})
 _NOTHING: Callable[[], None] = lambda: None  # noqa: E731
 _NO_QUERY: dict[str, str] = {}
-_AUTHORITY = re.compile(r"https?://[^/?]*", re.IGNORECASE)
+_AUTHORITY = re.compile(r"https?://[^/?]+", re.IGNORECASE)
 """The beginning of a request target in absolute form (RFC 9112 §3.2.2)."""
 
 
@@ -79,8 +79,8 @@ class App(Flask):
         else:
             path = _AUTHORITY.sub("", target, count=1) if target[:1] != "/" else target
             path = path.partition("?")[0]
-        # Werkzeug drops leading slashes; no route begins with "/.".
-        environ["PATH_INFO"] = f"/.{path}" if path.startswith("//") else path
+        # Werkzeug drops leading slashes and adds one that is missing; no route begins with "/.//".
+        environ["PATH_INFO"] = path if path[:1] == "/" and path[1:2] != "/" else f"/.//{path}"
         return super().wsgi_app(environ, start_response)
 
 

@@ -51,7 +51,13 @@ def _document(name: str, path: str, endpoint: Endpoint, summary: str, *media: st
     )
 
 
-_NOT_SIGNED = (errors.PurposeMismatch, errors.KeyDisabled, errors.NoActiveVersion, errors.KidNotActive)
+_NOT_SIGNED = (
+    errors.PurposeMismatch,
+    errors.KeyDisabled,
+    errors.KeyRetired,
+    errors.NoActiveVersion,
+    errors.KidNotActive,
+)
 
 
 def _signing(
@@ -260,7 +266,7 @@ ROUTES: tuple[Route, ...] = (
         wire.Active,
         name="get_active_version",
         hot=True,
-        problems=(errors.KeyDisabled, errors.NoActiveVersion, errors.Unavailable),
+        problems=(errors.KeyDisabled, errors.KeyRetired, errors.NoActiveVersion, errors.Unavailable),
     ),
     Route(
         method="POST",

@@ -86,6 +86,8 @@ def tls_context(config: Any, make: Callable[[], ssl.SSLContext]) -> ssl.SSLConte
     if found is None:
         found = make()
         found.minimum_version = ssl.TLSVersion.TLSv1_2
+        # Once `_stop_reading` has ended a late request, OpenSSL would refuse to send the answer.
+        found.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
         _tls_contexts.clear()
         _tls_contexts[key] = found
     return found
@@ -315,9 +317,20 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             log.error("request_failed", request_id=request_id, peer=peer, exc_info=exc)
             answer = _whole(problems.response(errors.InternalError(), request_id), request_id)
         try:
-            util.write_nonblock(client, answer)
+            if getattr(exc, "reason", None) == "HTTP_REQUEST":
+                _answer_in_plain_text(client, answer)
+            else:
+                util.write_nonblock(client, answer)
         except OSError:
             self.log.debug("the refusal could not be sent")
+
+
+def _answer_in_plain_text(client: ssl.SSLSocket, answer: bytes) -> None:
+    """Answer a peer that spoke HTTP where HTTPS is expected. What it sent is read first: else the kernel resets."""
+    client.settimeout(0)
+    with contextlib.suppress(OSError):
+        socket.socket.recv(client, 65_536)
+    socket.socket.send(client, answer)
 
 
 def _stop_reading(conn: Any) -> None:

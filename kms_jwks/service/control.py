@@ -196,10 +196,10 @@ def read_instant(moment: datetime, name: str, *, field: str | None = None) -> In
 def find_version(tx: ReadTx, key: Key, version: str) -> KeyVersion:
     """A version of `key` by number or kid; a kid that looks like a number is found by kid when no number fits.
 
-    Raises VersionNotFound.
+    `01` is no number: each version has one path with its number. Raises VersionNotFound.
     """
     value = None
-    if looks_like_number(version):
+    if looks_like_number(version) and not version.startswith("0"):
         value = tx.version_by_number(key.id, int(version))
     if value is None:
         by_kid = tx.version_by_kid(key.key_set_id, version)

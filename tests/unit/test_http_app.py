@@ -328,6 +328,13 @@ class TestRouting:
             "ftp://keys.example/v1/key-sets",
             "http://keys.example//v1/key-sets",
             "https://keys.example",
+            "http:///v1/key-sets",
+            "v1/key-sets",
+            "v1/key-sets/s/external-keys/https://keys.example/1",
+            "v1/key-sets?limit=://",
+            "well-known/jwks.json?://",
+            ".well-known/jwks.json?://",
+            "s/.well-known/jwks.json?://",
             "*",
         ],
     )

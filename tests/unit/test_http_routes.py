@@ -216,13 +216,14 @@ class TestOpenApi:
             (
                 "post /v1/key-sets/{key_set}/keys/{key}/jwt",
                 409,
-                "purpose_mismatch key_disabled no_active_version kid_not_active",
+                "purpose_mismatch key_disabled key_retired no_active_version kid_not_active",
             ),
             (
                 "post /v1/key-sets/{key_set}/keys/{key}/jwt",
                 400,
                 "invalid_field malformed_body length_mismatch claims_refused invalid_batch",
             ),
+            ("get /v1/key-sets/{key_set}/keys/{key}/active", 409, "key_disabled key_retired no_active_version"),
             ("post /v1/key-sets/{key_set}/verify", 400, "invalid_field malformed_body length_mismatch"),
             ("get /v1/clients", 400, "invalid_field"),
             ("delete /v1/nodes/{worker}", 404, "route_not_found worker_not_found"),

@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import ssl
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,16 @@ from gunicorn.http import errors as parser  # type: ignore[import-untyped]
 from kms_jwks.cli import supervisor
 from kms_jwks.config import Settings, load_settings
 from kms_jwks.http.protections import RefusalCounts
-from kms_jwks.http.server import _REFUSED, Worker, gunicorn_settings, refusal, tls_context
+from kms_jwks.http.server import (
+    _REFUSED,
+    IncompleteHead,
+    Worker,
+    _stop_reading,
+    gunicorn_settings,
+    refusal,
+    tls_context,
+)
+from tests.unit.test_client import certificate
 
 
 def test_gunicorn_knows_every_setting() -> None:
@@ -60,6 +71,54 @@ def test_what_gunicorn_refuses_is_a_problem_document(cls: type[Exception]) -> No
     assert headers["Connection"] == "close"
     assert headers["X-Request-Id"] == document["request_id"]
     assert secret not in answer.decode()
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Iterator[tuple[socket.socket, ssl.SSLSocket]]:
+    """A plain socket, and the server's end of it, which expects TLS."""
+    crt, key = certificate(tmp_path)
+
+    def make() -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(crt, key)
+        return context
+
+    ours, theirs = socket.socketpair()
+    context = tls_context(SimpleNamespace(certfile=crt, keyfile=key), make)
+    with ours, context.wrap_socket(theirs, server_side=True, do_handshake_on_connect=False) as server:
+        ours.settimeout(10)
+        yield ours, server
+
+
+def test_plain_http_where_https_is_expected_is_answered_in_plain_text(tls: tuple[socket.socket, ssl.SSLSocket]) -> None:
+    ours, server = tls
+    ours.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    with pytest.raises(ssl.SSLError) as refused:
+        server.recv(100)
+    worker: Any = SimpleNamespace(_refusals=RefusalCounts())
+    Worker.handle_error(worker, None, server, ("192.0.2.1", 1), refused.value)
+    server.close()
+    head, _, body = ours.recv(65_536).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 403 Forbidden\r\n")
+    assert "HTTPS" in json.loads(body)["detail"]
+
+
+def test_a_request_that_is_late_is_answered_over_tls_too(tls: tuple[socket.socket, ssl.SSLSocket]) -> None:
+    ours, server = tls
+    handshake = threading.Thread(target=server.do_handshake)
+    handshake.start()
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    with trusting.wrap_socket(ours) as client:
+        handshake.join()
+        client.sendall(b"GET /hea")
+        assert server.recv(100) == b"GET /hea"
+        _stop_reading(SimpleNamespace(sock=server))
+        assert server.recv(100) == b""
+        deadlines = SimpleNamespace(received=lambda _: False)
+        worker: Any = SimpleNamespace(_refusals=RefusalCounts(), _deadlines=deadlines)
+        Worker.handle_error(worker, None, server, ("192.0.2.1", 1), IncompleteHead())
+        assert client.recv(65_536).startswith(b"HTTP/1.1 408 Request Timeout\r\n")
 
 
 def test_what_is_not_the_callers_fault_is_left_to_gunicorn() -> None:

@@ -102,6 +102,9 @@ NONE = [
     "https://[::ffff:1.2.3.4]",
     "https://xn--a.example",
     "https://xn--abc-.example",
+    "https://xn--pple-zg0y.example",  # a full-width letter
+    "https://xn--pple-4u20c.example",  # a mathematical letter
+    "https://xn--apple-0613a.example",  # a variation selector, not shown
     "https://straße.example",
     "https://аpple.example",
     "https://xn--pple-43d.example",
