@@ -41,7 +41,10 @@ def find_created(
         )
     found = find(record.created_id)
     if found is None or (isinstance(found, Client | Grant | Key | KeySet) and found.deleted_at is not None):
-        raise errors.NotFound("What the first call with this Idempotency-Key made was deleted.")
+        raise errors.NotFound(
+            "What the first call with this Idempotency-Key made was deleted.",
+            next_step="To make it anew, send the creation with a fresh Idempotency-Key.",
+        )
     return found
 
 
