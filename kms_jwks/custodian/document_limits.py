@@ -6,7 +6,7 @@ from collections import Counter
 
 from kms_jwks import errors, timeline
 from kms_jwks.algorithms import ALGORITHMS
-from kms_jwks.model import Key, KeySet, KeyVersion, VersionState
+from kms_jwks.model import IN_JWKS, Key, KeySet, KeyVersion, VersionState
 from kms_jwks.store import ReadTx
 from kms_jwks.times import format_instant, optional
 from kms_jwks.worker.snapshot import document_entries, in_document, render_jwks
@@ -102,7 +102,9 @@ def require_rotation_room(tx: ReadTx, key_set: KeySet, key: Key, versions: list[
 def check_compatible_algorithms(tx: ReadTx, key_set: KeySet, alg: str) -> None:
     """Raise LimitReached where verifiers that do not know one key's algorithm would reject the whole set (I5)."""
     row = ALGORITHMS[alg]
-    others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id)]
+    shown = {v.key_id for v in tx.versions(key_set_id=key_set.id, states=IN_JWKS)}
+    # A retired key counts until its last version has left the JWKS.
+    others = [ALGORITHMS[k.alg] for k in tx.keys(key_set.id) if k.retired_at is None or k.id in shown]
     others += [ALGORITHMS[e.alg] for e in tx.external_keys(key_set.id)]
     # Algorithms of the other document (JWKS or post-quantum JWKS) do not count.
     conflicting = [o for o in others if o.is_post_quantum is row.is_post_quantum and o.exclusive != row.exclusive]

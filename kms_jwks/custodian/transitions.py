@@ -466,14 +466,18 @@ def start_new_incarnation(tx: WriteTx, superseded: Epoch | None = None) -> list[
     for intent in tx.intents(states={IntentState.PENDING, IntentState.STARTED}):
         tx.save(replace(intent, state=IntentState.ABANDONED, finished_at=now, error="the registry was restored"))
     counter = tx.next_epoch().counter
-    for version in tx.versions(states={_S.CREATING, _S.PUBLISHED}):
+    keys = tx.keys()
+    living = {key.id for key in keys}
+    for version in tx.versions(states={_S.CREATING, _S.PUBLISHED, _S.REVOKED}):
         if version.state is _S.CREATING and version.failure is not None:
             add_intent(tx, IntentKind.DESTROY, version, now)
         elif version.state is _S.CREATING and version.kid is None:
             add_intent(tx, IntentKind.GENERATE, version, now)
         elif version.state is _S.PUBLISHED:
             tx.save(replace(version, published_epoch=counter, visible_since=None, first_fill=False))
-    keys = tx.keys()
+        elif version.state is _S.REVOKED and version.key_id not in living and version.origin is Origin.GENERATED:
+            # No plan covers a deleted key (`delete_key`).
+            add_intent(tx, IntentKind.DESTROY, version, now)
     disabled = [replace(key, disabled_at=now, revision=key.revision + 1) for key in keys if key.disabled_at is None]
     for key in disabled:
         tx.save(key)

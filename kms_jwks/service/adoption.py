@@ -141,6 +141,8 @@ def _require_free(tx: ReadTx, key_set_id: Id, candidate: Candidate) -> None:
     require_not_revoked(tx, candidate.public_jwk)
     ref = candidate.ref.as_dict()
     for version in tx.versions():
+        if version.key_set_id != key_set_id and _was_given_up(version):
+            continue
         same_key = version.public_jwk is not None and dict(version.public_jwk) == dict(candidate.public_jwk)
         same_place = version.backend == candidate.backend and version.ref == ref
         if not same_key and not same_place:
@@ -180,6 +182,7 @@ def _find_sharers(tx: ReadTx, key_set_id: Id, candidate: Candidate) -> list[str]
     found = [
         f"key set {_set_name(tx, version.key_set_id)!r} has the same key, with kid {version.kid}"
         for version in tx.versions(public_jwk=candidate.public_jwk)
+        if not _was_given_up(version)
     ]
     for external in tx.external_keys(public_jwk=candidate.public_jwk):
         if external.key_set_id != key_set_id:
@@ -191,6 +194,11 @@ def _find_sharers(tx: ReadTx, key_set_id: Id, candidate: Candidate) -> list[str]
                 "version takes its place)"
             )
     return found
+
+
+def _was_given_up(version: KeyVersion) -> bool:
+    """Whether an adopted pair was never published, because its key was deleted or retired: the module still has it."""
+    return version.origin is Origin.ADOPTED and version.failure is not None
 
 
 def _replace_external(tx: WriteTx, key_set_id: Id, candidate: Candidate, who: str | None) -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from kms_jwks import errors, wire
-from kms_jwks.model import IDEMPOTENCY_LIFETIME, Id, IdempotencyRecord, Key, KeySet, new_id
+from kms_jwks.model import IDEMPOTENCY_LIFETIME, Client, Grant, Id, IdempotencyRecord, Key, KeySet, new_id
 from kms_jwks.service.guard import RequestContext
 from kms_jwks.store import ReadTx, WriteTx
 from kms_jwks.times import later
@@ -40,8 +40,11 @@ def find_created(
             "This Idempotency-Key came with another route, other names or another body before."
         )
     found = find(record.created_id)
-    if found is None or (isinstance(found, Key | KeySet) and found.deleted_at is not None):
-        raise errors.NotFound("What the first call with this Idempotency-Key made was deleted.")
+    if found is None or (isinstance(found, Client | Grant | Key | KeySet) and found.deleted_at is not None):
+        raise errors.NotFound(
+            "What the first call with this Idempotency-Key made was deleted.",
+            next_step="To make it anew, send the creation with a fresh Idempotency-Key.",
+        )
     return found
 
 

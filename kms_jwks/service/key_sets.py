@@ -180,7 +180,15 @@ class KeySets:
 
 
 def _first_versions(tx: ReadTx, key_set: KeySet, request: wire.KeySetCreate) -> list[Id]:
-    """The first versions of the keys that an earlier call made with the key set."""
+    """The first versions of the keys that an earlier call made with the key set.
+
+    Also of a key that was deleted since, unless there is a newer one of its name: a key that was refused to the first
+    call is missing for the second one too.
+    """
     names = {wanted.name for wanted in request.keys}
-    keys = {key.id for key in tx.keys(key_set.id) if key.name in names}
-    return [v.id for v in tx.versions(key_set_id=key_set.id) if v.key_id in keys and v.number == 1]
+    newest: dict[str, Id] = {}
+    for version in tx.versions(key_set_id=key_set.id):
+        key = tx.key_by_id(version.key_id)
+        if key is not None and key.name in names and version.number == 1:
+            newest[key.name] = version.id
+    return list(newest.values())

@@ -411,6 +411,17 @@ def test_a_retired_key_makes_room_and_lets_the_others_rotate(plant: Plant) -> No
     assert len(rotated) >= 3
 
 
+def test_the_algorithm_of_a_retired_key_binds_its_set_until_its_last_version_has_left(plant: Plant) -> None:
+    plant.create({"name": "main", "alg": "ES256K", "policy": POLICY})
+    plant.settle()
+    api(plant).keys.retire(plant.who, "main", "main")
+    with pytest.raises(errors.LimitReached):
+        api(plant).keys.create(plant.who, "main", spec("other"))
+    plant.advance(RETIRABLE + 1)
+    assert jwks(plant) == []
+    assert api(plant).keys.create(plant.who, "main", spec("other")).answer.enabled
+
+
 def test_a_retired_key_set_serves_an_empty_jwks_and_takes_nothing_more(plant: Plant) -> None:
     start(plant)
     api(plant).keys.create(plant.who, "main", spec("young"))  # published, and not old enough to sign
@@ -480,6 +491,21 @@ def test_after_a_restore_what_ended_stays_ended_and_what_waits_is_not_made_twice
     assert [v.state for v in kept] == [S.ACTIVE, S.ACTIVE]
     assert len(plant.backend.keys) == 4, "two keys with a standby each, and nothing of the deleted set"
     assert find_orphans(plant.view, plant.backends()) == []
+
+
+def test_after_a_restore_the_revoked_pair_of_a_deleted_key_is_still_destroyed(plant: Plant) -> None:
+    plant.on_commit.clear()  # the oracle knows no revocation of a pair that was never published
+    decline(plant, errors.BackendUnavailable("away"), "ES256")
+    api(plant).key_sets.create(plant.who, wire.KeySetCreate(name="main", keys=[spec("a"), spec("b", "ES256")]))
+    api(plant).revocation.revoke_version(plant.who, "main", "a", "1", wire.RevokeRequest())
+    plant.backend.fail = errors.BackendUnavailable("away")
+    api(plant).key_sets.delete(plant.who, "main")
+    with plant.nodes[0].store().write() as tx:
+        transitions.start_new_incarnation(tx)
+    plant.backend.fail = None
+    plant.advance(61, rounds=8)
+    assert plant.backend.keys == {}
+    assert {v.state for v in plant.versions()} == {S.DESTROYED}
 
 
 # --- crashes

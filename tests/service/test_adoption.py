@@ -429,6 +429,24 @@ def test_a_pair_that_two_sets_use_is_not_destroyed(world: World) -> None:
 SPECIAL = "2024/ключ+=%2F ~"
 
 
+def test_a_pair_whose_key_set_was_deleted_before_it_published_is_adopted_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kms_jwks.service.control.CUSTODIAN_WAIT", 0.0)
+    foreign(world)
+
+    def be_away(*_: Any, **__: Any) -> GeneratedKey:
+        raise errors.BackendUnavailable
+
+    monkeypatch.setattr(world.backend, "generate", be_away)
+    moved = adopt(world, kid="old-1")
+    world.create(keys=[moved, {"name": "slow", "alg": "ES256"}])  # the first document waits for both pairs
+    world.service.key_sets.delete(world.admin, "main")
+    monkeypatch.undo()
+    world.create(keys=[moved])
+    assert signing_kid(world) == "old-1"
+
+
 def test_two_sets_with_one_kid_for_two_pairs_sign_with_their_own(world: World) -> None:
     """Nothing that is kept by kid mixes them up: the check of signatures, the last check, `versions/{kid}`."""
     for name in ("main", "second"):

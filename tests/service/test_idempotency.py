@@ -13,6 +13,8 @@ import pytest
 
 from kms_jwks import errors, wire
 from kms_jwks.access import Role
+from kms_jwks.algorithms import Algorithm
+from kms_jwks.backends.base import GeneratedKey
 from kms_jwks.model import DAY, VersionState
 from kms_jwks.service import RequestContext, Service
 from tests.service.test_lost_answers import lose_answers
@@ -97,8 +99,40 @@ def test_a_grant_that_was_deleted_meanwhile_is_not_given_again(shared: World, na
     grant = wire.convert({"client": "signer", "role": "verifier", "scope": {"key_set": "main"}}, wire.GrantCreate)
     made = shared.service.clients.create_grant(keyed(shared.admin, name), grant)
     shared.service.clients.delete_grant(shared.admin, made.id)
-    assert shared.service.clients.create_grant(keyed(shared.admin, name), grant) == made
+    with pytest.raises(errors.NotFound):
+        shared.service.clients.create_grant(keyed(shared.admin, name), grant)
     assert made.id not in {g.id for g in shared.service.clients.grants(shared.admin, 200, None).items}
+
+
+def test_a_client_that_was_deleted_meanwhile_was_not_created(shared: World, name: str) -> None:
+    create_client(shared.service, keyed(shared.admin, name), name)
+    shared.service.clients.delete(shared.admin, name)
+    with pytest.raises(errors.NotFound):
+        create_client(shared.service, keyed(shared.admin, name), name)
+
+
+def test_a_key_that_was_refused_to_the_first_call_is_refused_to_the_second_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The set stays, with the keys of its other document: without its answer a caller would take it for complete."""
+    generate = world.backend.generate
+
+    def refuse(label: str, alg: Algorithm, **rest: Any) -> GeneratedKey:
+        if alg.is_post_quantum:
+            raise errors.BackendRefused("not this one")
+        return generate(label, alg, **rest)
+
+    monkeypatch.setattr(world.backend, "generate", refuse)
+    keys = [{"name": "main", "alg": "ES256"}, {"name": "pq", "alg": "ML-DSA-44"}]
+    request = wire.convert({"name": "shop", "keys": keys}, wire.KeySetCreate)
+    for _ in range(2):
+        with pytest.raises(errors.BackendRefused) as refusal:
+            world.service.key_sets.create(keyed(world.admin, "k"), request)
+        assert refusal.value.fields == {"key": "pq", "number": 1, "created": ["main"]}
+    monkeypatch.undo()
+    world.service.keys.create(world.admin, "shop", wire.KeyCreate(name="pq", alg="ML-DSA-44"))
+    made = world.service.key_sets.create(keyed(world.admin, "k"), request)
+    assert [key.name for key in made.answer.keys] == ["main", "pq"]
 
 
 def test_a_further_version_is_requested_once(quiet: World, monkeypatch: pytest.MonkeyPatch) -> None:
