@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 import itertools
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,41 @@ def test_other_nodes_accept_what_was_announced_where_at_least_as_much_was_known(
     behind.sync.poll()
     put_back(copy, registry)
     poll_until_refused(behind)
+
+
+def change_with_the_older_program(world: World, count: int = 1) -> None:
+    """What a process does that was started before the upgrade to this program: it counts, and knows no links."""
+    with sqlite3.connect(world.folder / "registry.sqlite3") as connection:
+        for _ in range(count):
+            connection.execute("UPDATE epoch SET counter = counter + 1")
+    connection.close()
+
+
+def test_changes_of_an_older_program_that_still_runs_are_no_rollback(silent: World) -> None:
+    """While the nodes of an installation are upgraded one after the other, both programs write."""
+    first, second = silent.workers
+    change_with_the_older_program(silent)
+    first.sync.poll()
+    change_with_the_older_program(silent, 2)
+    for worker in (first, second):
+        worker.sync.poll()
+    change_elsewhere(silent.store())
+    for worker in (first, second):
+        worker.sync.poll()
+        assert worker.sync.trouble is None
+        assert worker.sync.has_lease()
+
+
+def test_a_copy_from_before_a_change_of_an_older_program_is_refused(silent: World) -> None:
+    registry, copy = silent.folder / "registry.sqlite3", silent.folder / "copy"
+    silent.service.sync.poll()
+    back_up(registry, copy)
+    change_with_the_older_program(silent, 2)
+    silent.service.sync.poll()
+    put_back(copy, registry)
+    for _ in range(5):
+        poll_until_refused(silent.service)
+        change_elsewhere(silent.store())
 
 
 def refusal(worker: Service) -> errors.Error:
