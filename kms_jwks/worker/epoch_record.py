@@ -145,7 +145,7 @@ def _give_away(fd: int, folder: Path) -> None:
 def _decode(data: bytes) -> Epoch:
     try:
         found = msgspec.json.decode(data, type=_File)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         step = "Bring the file back. If it is lost, run `kms-jwks db restored --accept` on this node."
         raise _failure("is damaged", step) from error
     return Epoch(found.incarnation, found.counter, found.link)
