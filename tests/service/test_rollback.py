@@ -350,7 +350,18 @@ def test_another_registry_is_refused_until_it_is_accepted(silent: World) -> None
     assert registry.exists()
 
 
-# --- the record cannot be written
+# --- the record is lost, or cannot be written
+
+
+def test_a_record_that_is_removed_is_written_again_at_once(silent: World) -> None:
+    """Without a change: a worker that is started after it would believe whatever registry it finds."""
+    record = EpochRecord(silent.settings.state_dir)
+    record.file.unlink()
+    silent.service.sync.poll()
+    found = record.load()
+    assert found is not None
+    assert found.is_same(silent.registry.poll()[0])
+    assert silent.service.sync.has_lease()
 
 
 def test_an_epoch_that_cannot_be_recorded_is_not_confirmed_and_not_signed_under(silent: World) -> None:
