@@ -691,6 +691,9 @@ def test_a_node_accepts_another_registry_where_its_operator_says_so(node: Node) 
     assert "--yes" in node.command("db", "restored", "--accept", code=2).stderr
     assert "accepts the registry at epoch 1" in node.command("db", "restored", "--accept", "--yes").stdout
     assert "refuses" not in node.command("init").stderr
+    assert "continues what this node has confirmed" in node.process("doctor").stdout
+    (node.folder / "state" / "epoch.json").unlink()
+    assert "has confirmed no epoch" in node.process("doctor").stdout
     (node.folder / "state" / "epoch.json").write_text("{")
     finding = next(found for found in node.findings(code=1) if found[0] == "registry history")
     assert "is damaged" in finding[2]
