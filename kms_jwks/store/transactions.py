@@ -107,7 +107,14 @@ class ReadTx:
         superseded = self.superseded(known.incarnation) if found.incarnation != known.incarnation else None
         if superseded is not None and superseded >= known.counter:
             return
-        raise _rolled_back(known, found, past, superseded)
+        raise _rolled_back(known, found, past, superseded, restored=self._began_with(known.incarnation))
+
+    def _began_with(self, incarnation: str) -> bool:
+        """Whether an earlier part of this registry's history is of that incarnation."""
+        c = t.history.c
+        return (
+            self._connection.execute(select(c.counter).where(c.incarnation == incarnation).limit(1)).first() is not None
+        )
 
     def _was_counted_by_older_program(self, known: Epoch, found: Epoch) -> bool:
         """Whether `known` has no row because a program of schema 0002, which still ran after the upgrade, made it.
@@ -521,12 +528,21 @@ def next_link(link: str, epoch: Epoch) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def _rolled_back(known: Epoch, found: Epoch, past: Epoch | None, superseded: int | None) -> errors.RegistryRolledBack:
+def _rolled_back(
+    known: Epoch, found: Epoch, past: Epoch | None, superseded: int | None, *, restored: bool
+) -> errors.RegistryRolledBack:
     """What is wrong with a registry at `found` for a node that has confirmed `known`.
 
-    `past` is what the registry has at the counter of `known`; `superseded` is how far `db restored` reached.
+    `past` is what the registry has at the counter of `known`; `superseded` is how far `db restored` reached; `restored`
+    is whether the registry was once of the incarnation of `known`.
     """
     if found.incarnation != known.incarnation:
+        if superseded is None and restored:
+            return errors.RegistryRolledBack(
+                "`kms-jwks db restored` was run on a node that had confirmed no epoch of this node's incarnation. This"
+                f" node had confirmed epoch {known.counter} of {known.incarnation}; later changes may be lost.",
+                next_step=_ACCEPT,
+            )
         if superseded is None:
             return errors.RegistryRolledBack(
                 f"The registry is another one: its incarnation is {found.incarnation}, and this node last confirmed"

@@ -333,6 +333,24 @@ def test_a_copy_from_before_a_change_of_an_older_program_is_refused(silent: Worl
         change_elsewhere(silent.store())
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_restore_that_was_announced_for_others_alone_is_accepted_and_not_announced_again(
+    silent: World, times: int
+) -> None:
+    """It was announced where no epoch was known, or after a second restore; announcing again disables every key."""
+    registry, copy = silent.folder / "registry.sqlite3", silent.folder / "copy"
+    back_up(registry, copy)
+    change_elsewhere(silent.store())
+    silent.service.sync.poll()
+    known = None
+    for _ in range(times):
+        put_back(copy, registry)
+        announce(silent.store(), known)
+        known = silent.registry.poll()[0]
+    poll_until_refused(silent.service)
+    assert "db restored --accept" in refusal(silent.service).next_step
+
+
 def refusal(worker: Service) -> errors.Error:
     with pytest.raises(errors.RegistryRolledBack) as refused:
         worker.sync.leased()
