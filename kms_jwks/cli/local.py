@@ -208,7 +208,7 @@ def doctor(config: Path | None, as_json: bool, strict: bool, remove_orphans: boo
     with _registry(settings) as store:
         try:
             if remove_orphans:
-                _remove_orphans(store, backends, sure=sure)
+                _remove_orphans(settings, store, backends, sure=sure)
             for check in examination.examine(settings, store, backends):
                 checks.append(check)
                 if not as_json:
@@ -236,9 +236,12 @@ def _print_check(check: Check) -> None:
         print_line(f"         → {check.next_step}")
 
 
-def _remove_orphans(store: Store, backends: Backends, *, sure: bool) -> None:
+def _remove_orphans(settings: Settings, store: Store, backends: Backends, *, sure: bool) -> None:
     from kms_jwks import doctor as examination
 
+    # For a registry that has lost changes, the key pairs that were made since are orphans.
+    if (rollback := examination.find_rollback(settings, store)) is not None:
+        raise rollback
     found = examination.find_orphans(store, backends)
     if not found:
         note("There are no orphans.")

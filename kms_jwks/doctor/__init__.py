@@ -56,7 +56,7 @@ def examine(
         yield Check(
             "registry", State.OK, f"{store.url}: epoch {registry.epoch.counter} of {registry.epoch.incarnation}"
         )
-        yield registry_checks.history(registry.epoch, find_rollback(settings, store))
+        yield registry_checks.history(settings, registry.epoch, find_rollback(settings, store))
         yield from registry_checks.clocks(registry, registry.now - wall())
         yield from registry_checks.custodian(registry)
         yield from registry_checks.intents(registry)

@@ -115,10 +115,12 @@ def find_rollback(settings: Settings, store: Store) -> errors.StoreUnavailable |
     return None
 
 
-def history(epoch: Epoch, rollback: errors.StoreUnavailable | None) -> Check:
+def history(settings: Settings, epoch: Epoch, rollback: errors.StoreUnavailable | None) -> Check:
     """Whether the registry, at `epoch`, holds what this node has confirmed."""
     if rollback is not None:
         return Check("registry history", State.FAILURE, rollback.detail.rstrip("."), rollback.next_step)
+    if not EpochRecord(settings.state_dir).file.exists():
+        return Check("registry history", State.OK, "this node has confirmed no epoch: it takes the registry as it is")
     return Check("registry history", State.OK, f"epoch {epoch.counter} continues what this node has confirmed")
 
 

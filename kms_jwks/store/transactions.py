@@ -102,12 +102,29 @@ class ReadTx:
         if found.is_same(known):
             return
         past = self.past_epoch(known.counter)
-        if known.is_same(past):
+        if known.is_same(past) or (past is None and self._was_counted_by_older_program(known, found)):
             return
         superseded = self.superseded(known.incarnation) if found.incarnation != known.incarnation else None
         if superseded is not None and superseded >= known.counter:
             return
-        raise _rolled_back(known, found, past, superseded)
+        raise _rolled_back(known, found, past, superseded, restored=self._began_with(known.incarnation))
+
+    def _began_with(self, incarnation: str) -> bool:
+        """Whether an earlier part of this registry's history is of that incarnation."""
+        c = t.history.c
+        return (
+            self._connection.execute(select(c.counter).where(c.incarnation == incarnation).limit(1)).first() is not None
+        )
+
+    def _was_counted_by_older_program(self, known: Epoch, found: Epoch) -> bool:
+        """Whether `known` has no row because a program of schema 0002, which still ran after the upgrade, made it.
+
+        Such a program counts without a link: its epochs have the link of the last row before them.
+        """
+        c = t.history.c
+        before = select(c.link).where(c.counter < known.counter).order_by(c.counter.desc()).limit(1)
+        row = self._connection.execute(before).first()
+        return row is not None and row.link == known.link and known.counter <= found.counter
 
     def installation(self) -> Installation:
         """Which registry this is."""
@@ -511,12 +528,21 @@ def next_link(link: str, epoch: Epoch) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
-def _rolled_back(known: Epoch, found: Epoch, past: Epoch | None, superseded: int | None) -> errors.RegistryRolledBack:
+def _rolled_back(
+    known: Epoch, found: Epoch, past: Epoch | None, superseded: int | None, *, restored: bool
+) -> errors.RegistryRolledBack:
     """What is wrong with a registry at `found` for a node that has confirmed `known`.
 
-    `past` is what the registry has at the counter of `known`; `superseded` is how far `db restored` reached.
+    `past` is what the registry has at the counter of `known`; `superseded` is how far `db restored` reached; `restored`
+    is whether the registry was once of the incarnation of `known`.
     """
     if found.incarnation != known.incarnation:
+        if superseded is None and restored:
+            return errors.RegistryRolledBack(
+                "`kms-jwks db restored` was run on a node that had confirmed no epoch of this node's incarnation. This"
+                f" node had confirmed epoch {known.counter} of {known.incarnation}; later changes may be lost.",
+                next_step=_ACCEPT,
+            )
         if superseded is None:
             return errors.RegistryRolledBack(
                 f"The registry is another one: its incarnation is {found.incarnation}, and this node last confirmed"

@@ -42,11 +42,13 @@ class EpochRecord:
         """What this process last read from the file or wrote to it: it counts where the file is gone."""
         self._ahead: tuple[Epoch | None, Epoch] | None = None
         """What the file holds, and the later epoch that could not be written to it; only `advance` changes this."""
+        self._gone = False
+        """Whether the file was not there when it was last read, although this process remembers what was in it."""
 
     @property
     def unwritten(self) -> bool:
-        """Whether this process remembers an epoch that it could not write to the file."""
-        return self._ahead is not None
+        """Whether this process remembers an epoch that is not in the file: it could not be written, or was removed."""
+        return self._ahead is not None or self._gone
 
     def load(self) -> Epoch | None:
         """The recorded epoch; None on a node that has confirmed none.
@@ -55,8 +57,9 @@ class EpochRecord:
         """
         try:
             self._last = _decode(self.file.read_bytes())
+            self._gone = False
         except FileNotFoundError:
-            pass
+            self._gone = self._last is not None
         except OSError as error:
             raise _failure(f"cannot be read: {error.strerror}", _NEXT_STEP) from error
         found, ahead = self._last, self._ahead
@@ -145,7 +148,7 @@ def _give_away(fd: int, folder: Path) -> None:
 def _decode(data: bytes) -> Epoch:
     try:
         found = msgspec.json.decode(data, type=_File)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         step = "Bring the file back. If it is lost, run `kms-jwks db restored --accept` on this node."
         raise _failure("is damaged", step) from error
     return Epoch(found.incarnation, found.counter, found.link)

@@ -673,6 +673,8 @@ def test_an_old_registry_is_refused_until_the_restore_is_announced(node: Node) -
         wait_until(lambda: state_of_registry(server, "/readyz") == "registry_rolled_back")
         check_refusals(server, stolen, first, revoked=(503, "registry_rolled_back"))
         assert "refuses the registry" in node.command("db", "check").stderr
+        # A key pair that was made since the copy looks like an orphan to it.
+        assert "went back from epoch" in node.process("doctor", "--remove-orphans", "--yes", code=4).stderr
         assert "1 key(s) are disabled" in node.command("db", "restored", "--yes").stdout
         wait_until(lambda: state_of_registry(server, "/readyz/sign") == "ok")
         refused = server.call("POST", f"{key}/jwt", {"claims": {}}, token=server.signer)
@@ -689,6 +691,9 @@ def test_a_node_accepts_another_registry_where_its_operator_says_so(node: Node) 
     assert "--yes" in node.command("db", "restored", "--accept", code=2).stderr
     assert "accepts the registry at epoch 1" in node.command("db", "restored", "--accept", "--yes").stdout
     assert "refuses" not in node.command("init").stderr
+    assert "continues what this node has confirmed" in node.process("doctor").stdout
+    (node.folder / "state" / "epoch.json").unlink()
+    assert "has confirmed no epoch" in node.process("doctor").stdout
     (node.folder / "state" / "epoch.json").write_text("{")
     finding = next(found for found in node.findings(code=1) if found[0] == "registry history")
     assert "is damaged" in finding[2]

@@ -7,6 +7,7 @@ changes.
 from __future__ import annotations
 
 import itertools
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,59 @@ def test_other_nodes_accept_what_was_announced_where_at_least_as_much_was_known(
     poll_until_refused(behind)
 
 
+def change_with_the_older_program(world: World, count: int = 1) -> None:
+    """What a process does that was started before the upgrade to this program: it counts, and knows no links."""
+    with sqlite3.connect(world.folder / "registry.sqlite3") as connection:
+        for _ in range(count):
+            connection.execute("UPDATE epoch SET counter = counter + 1")
+    connection.close()
+
+
+def test_changes_of_an_older_program_that_still_runs_are_no_rollback(silent: World) -> None:
+    """While the nodes of an installation are upgraded one after the other, both programs write."""
+    first, second = silent.workers
+    change_with_the_older_program(silent)
+    first.sync.poll()
+    change_with_the_older_program(silent, 2)
+    for worker in (first, second):
+        worker.sync.poll()
+    change_elsewhere(silent.store())
+    for worker in (first, second):
+        worker.sync.poll()
+        assert worker.sync.trouble is None
+        assert worker.sync.has_lease()
+
+
+def test_a_copy_from_before_a_change_of_an_older_program_is_refused(silent: World) -> None:
+    registry, copy = silent.folder / "registry.sqlite3", silent.folder / "copy"
+    silent.service.sync.poll()
+    back_up(registry, copy)
+    change_with_the_older_program(silent, 2)
+    silent.service.sync.poll()
+    put_back(copy, registry)
+    for _ in range(5):
+        poll_until_refused(silent.service)
+        change_elsewhere(silent.store())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_restore_that_was_announced_for_others_alone_is_accepted_and_not_announced_again(
+    silent: World, times: int
+) -> None:
+    """It was announced where no epoch was known, or after a second restore; announcing again disables every key."""
+    registry, copy = silent.folder / "registry.sqlite3", silent.folder / "copy"
+    back_up(registry, copy)
+    change_elsewhere(silent.store())
+    silent.service.sync.poll()
+    known = None
+    for _ in range(times):
+        put_back(copy, registry)
+        announce(silent.store(), known)
+        known = silent.registry.poll()[0]
+    poll_until_refused(silent.service)
+    assert "db restored --accept" in refusal(silent.service).next_step
+
+
 def refusal(worker: Service) -> errors.Error:
     with pytest.raises(errors.RegistryRolledBack) as refused:
         worker.sync.leased()
@@ -314,7 +368,18 @@ def test_another_registry_is_refused_until_it_is_accepted(silent: World) -> None
     assert registry.exists()
 
 
-# --- the record cannot be written
+# --- the record is lost, or cannot be written
+
+
+def test_a_record_that_is_removed_is_written_again_at_once(silent: World) -> None:
+    """Without a change: a worker that is started after it would believe whatever registry it finds."""
+    record = EpochRecord(silent.settings.state_dir)
+    record.file.unlink()
+    silent.service.sync.poll()
+    found = record.load()
+    assert found is not None
+    assert found.is_same(silent.registry.poll()[0])
+    assert silent.service.sync.has_lease()
 
 
 def test_an_epoch_that_cannot_be_recorded_is_not_confirmed_and_not_signed_under(silent: World) -> None:

@@ -233,6 +233,7 @@ def put_back(copy: Path, registry: Path) -> None:
     for suffix in ("-wal", "-shm"):
         registry.with_name(registry.name + suffix).unlink(missing_ok=True)
     placed = registry.with_name("placed")
+    placed.touch(mode=0o600)
     placed.write_bytes(copy.read_bytes())
     placed.chmod(0o600)
     placed.replace(registry)

@@ -135,6 +135,13 @@ class _Read(ReadTx):
     def past_epoch(self, counter: int) -> Epoch | None:
         return self.contents_now.history.get(counter, (None, None))[0]
 
+    def _was_counted_by_older_program(self, known: Epoch, found: Epoch) -> bool:
+        """No older program runs here."""
+        return False
+
+    def _began_with(self, incarnation: str) -> bool:
+        return any(epoch.incarnation == incarnation for epoch, _ in self.contents_now.history.values())
+
     def superseded(self, incarnation: str) -> int | None:
         found = (s for _, s in self.contents_now.history.values() if s is not None and s.incarnation == incarnation)
         return max((epoch.counter for epoch in found), default=None)

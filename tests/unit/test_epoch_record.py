@@ -62,7 +62,15 @@ def test_a_file_that_is_removed_is_not_forgotten_by_a_process_that_runs(record: 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"null", b'{"incarnation":"a","counter":"1","link":"b"}', b'{"counter":1}']
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b'{"incarnation":"a","counter":"1","link":"b"}',
+        b'{"counter":1}',
+        b'{"incarnation":"\xff","counter":1,"link":"b"}',
+    ],
 )
 def test_a_damaged_file_is_believed_by_nobody(record: EpochRecord, content: bytes) -> None:
     record.advance(None, epoch(2))
