@@ -28,7 +28,7 @@ _S = VersionState
 
 RETRY_AFTER_REFUSAL = 3600
 """Seconds until another version is requested, after a module declined to make one."""
-_OUTAGES = frozenset({errors.BackendUnavailable.code, errors.BackendThrottled.code})
+_OUTAGES = frozenset({errors.BackendUnavailable.code, errors.BackendThrottled.code, errors.BackendTimeout.code})
 """Failures of a module that did not decline. The attempts for a version are over, those for the next one begin."""
 
 

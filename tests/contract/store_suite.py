@@ -579,9 +579,9 @@ class StoreContract:
             (lambda past: Epoch("never-seen", 2, "aa"), "another one"),
             (lambda past: replace(past[6], link="aa"), "went back and was changed again"),
             (lambda past: replace(past[5], link="aa"), "went back and was changed again"),
-            (lambda past: replace(past[3], link="aa"), "another one"),
+            (lambda past: replace(past[3], link="aa"), "had confirmed no epoch of this node's incarnation"),
             (lambda past: Epoch(past[6].incarnation, 7, "aa"), "went back from epoch 7 to 6"),
-            (lambda past: Epoch(past[2].incarnation, 7, past[2].link), "another one"),
+            (lambda past: Epoch(past[2].incarnation, 7, past[2].link), "had confirmed no epoch of this node's"),
         ],
     )
     def test_a_registry_that_lacks_what_a_node_has_confirmed_is_refused(
