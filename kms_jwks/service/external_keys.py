@@ -88,11 +88,16 @@ class ExternalKeys:
     def update(
         self, context: RequestContext, key_set: str, kid: str, request: wire.ExternalKeyPatch
     ) -> wire.ExternalKey:
-        """Move the date at which an external key leaves the JWKS. Raises ExternalKeyNotFound, InvalidField."""
+        """Move the date at which an external key leaves the JWKS.
+
+        Raises ExternalKeyNotFound, InvalidField, and KeyTaken for a later date of a key that was revoked anywhere.
+        """
         with self._control.change() as tx:
             found = self._control.guard.enter_set(tx, context, Permission.EXTERNAL_KEY_MANAGE, key_set)
             value = _find(tx, found.key_set, kid)
             remove_at = _read_date(request.remove_at, found.now)
+            if remove_at > value.remove_at:
+                adoption.require_not_revoked(tx, value.public_jwk)
             if remove_at != value.remove_at:
                 if len(value.changes) >= _MOST_CHANGES:
                     raise errors.LimitReached(

@@ -266,3 +266,15 @@ def test_a_full_document_says_how_many_fit_and_what_leaves_first(world: World) -
     assert refusal.value.fields["room"] == 0
     step = refusal.value.next_step
     assert step.index("k4 (") < step.index("k0 (")
+
+
+def test_the_date_of_a_key_that_was_revoked_in_another_set_moves_to_earlier_ones_alone(world: World) -> None:
+    world.create()
+    world.service.key_sets.create(world.admin, wire.KeySetCreate(name="second"))
+    jwk = public_key()
+    add(world, "main", jwk=jwk, kid="old", alg="ES256", days=30)
+    add(world, "second", jwk=jwk, kid="old", alg="ES256", days=30)
+    revoke_set(world, key_set="second", external_keys=True)
+    with pytest.raises(errors.KeyTaken, match="revoked"):
+        move(world, "old", 40 * DAY)
+    assert move(world, "old", DAY).changes[-1].what == "moved"
