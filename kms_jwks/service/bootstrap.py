@@ -50,14 +50,16 @@ def initialise(
             else:
                 report.append(f"key set {key_set!r}: reused (issuer {found.issuer})")
             key = tx.key(found.id, _KEY)
-            if signer_token_file is not None:
+            if signer_token_file is not None and (key is None or key.retired_at is not None):
+                # A grant on the whole set would reach further than this command says.
+                ended = "has no key" if key is None else "has retired its key"
+                report.append(f"no token for a signer: key set {key_set!r} {ended} {_KEY!r}")
+            elif signer_token_file is not None and key is not None:
                 name = f"signer-{key_set}"
                 if len(name) > MAX_NAME:
                     # Cut off, the names of two key sets could lead to one client that signs for both.
                     name = f"signer-{found.id}"
-                report += _ensure_token_file(
-                    tx, name, Role.SIGNER, found.id, key.id if key else None, signer_token_file
-                )
+                report += _ensure_token_file(tx, name, Role.SIGNER, found.id, key.id, signer_token_file)
     return report
 
 

@@ -481,6 +481,17 @@ def test_init_makes_a_signer_for_each_key_set_however_long_its_name(node: Node, 
     assert node.sql(counted) == [(1,), (1,), (1,)]
 
 
+def test_init_makes_no_signer_for_a_key_that_is_not_there(node: Node, tmp_path: Path) -> None:
+    words = ("init", "--key-set", "bare", "--signer-token-file", str(tmp_path / "signer.token"))
+    node.command("init", "--key-set", "bare")
+    with sqlite3.connect(node.registry) as database:
+        database.execute(
+            "UPDATE keys SET name = 'other' WHERE key_set_id = (SELECT id FROM key_sets WHERE name = 'bare')"
+        )
+    assert "no token for a signer: key set 'bare' has no key 'default'" in node.command(*words).stdout
+    assert not (tmp_path / "signer.token").exists()
+
+
 def test_init_is_a_way_back_in_after_its_client_was_deleted(node: Node, tmp_path: Path) -> None:
     """A deleted client's name stays taken, and a client of the next name that is none of `init`'s gets no role."""
     node.sql("update clients set deleted_at = 1 where name = 'admin-bootstrap'")
