@@ -210,7 +210,9 @@ class Key(Answer):
     """Since when it signs no longer, for ever."""
 
 
-class KeySet(Answer):
+class KeySetFields(Answer, kw_only=True):
+    """What each view of a key set has."""
+
     name: str
     issuer: str
     access: str
@@ -227,13 +229,16 @@ class KeySet(Answer):
     created_at: datetime
     updated_at: datetime
     revision: int
+    retired_at: datetime | None = None
+    """Since when its keys are retired and it takes no new one."""
+
+
+class KeySet(KeySetFields, kw_only=True):
     keys: list[Key]
     external_keys: list[ExternalKey] = []
     """The foreign keys that it publishes: the owner of each can sign for its issuer."""
     external_keys_removed: int = 0
     """How many others it published before; `…/external-keys` lists them."""
-    retired_at: datetime | None = None
-    """Since when its keys are retired and it takes no new one."""
 
 
 class KeySummary(Answer):
@@ -254,27 +259,12 @@ class ExternalKeySummary(Answer):
     created_by: str | None
 
 
-class KeySetSummary(Answer):
+class KeySetSummary(KeySetFields, kw_only=True):
     """A key set as lists show it: its keys without their versions, policies and public keys."""
 
-    name: str
-    issuer: str
-    access: str
-    purpose: str
-    cache_lifetime: int
-    stale_if_error: int
-    existing_issuer: bool
-    jwks_uri: str
-    jwks_pq_uri: str | None
-    first_published_at: datetime | None
-    created_at: datetime
-    updated_at: datetime
-    revision: int
     keys: list[KeySummary]
     external_keys: list[ExternalKeySummary]
     """The owner of each can sign for the set's issuer."""
-    retired_at: datetime | None = None
-    """Since when its keys are retired and it takes no new one."""
 
 
 class ExternalKeyCreate(Request):

@@ -121,6 +121,7 @@ _KEY_SET = {
     "updated_at": _MADE,
     "revision": 2,
     "retired_at": None,
+    "warnings": [],
 }
 _EXTERNAL = {
     "kid": "2025-old",
@@ -198,7 +199,7 @@ EXAMPLES: Final[Mapping[type | str, dict[str, Any]]] = {
     wire.TokenRotate: {"overlap": 604_800, "expires_in": 2_592_000},
     wire.GrantCreate: {"client": "shop-issuer", "role": "signer", "scope": {"key_set": "shop", "key": "main"}},
     # key sets, keys, versions
-    wire.KeySet: {**_KEY_SET, "keys": [_KEY], "external_keys": [_EXTERNAL], "external_keys_removed": 0, "warnings": []},
+    wire.KeySet: {**_KEY_SET, "keys": [_KEY], "external_keys": [_EXTERNAL], "external_keys_removed": 0},
     wire.KeySetSummary: {
         **_KEY_SET,
         "keys": [{"name": "main", "alg": "ES256", "enabled": True, "active_kid": _KID}],

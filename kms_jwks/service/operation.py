@@ -171,7 +171,7 @@ class Operation:
     ) -> tuple[list[wire.Dependency], list[tuple[str, SigningKey]]]:
         """What is said of a key set or key that was asked for by name, and the enabled keys by `key_set/key`.
 
-        Whether a restricted key set exists is said to those alone who may read its JWKS.
+        The answer for a restricted key set is that of one that does not exist, unless the caller may read its JWKS.
         """
         try:
             snapshot = self._sync.snapshot()

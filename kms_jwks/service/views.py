@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import UNSET
 
@@ -53,25 +53,33 @@ class Created(Generic[A]):
 def key_set(tx: ReadTx, value: KeySet, public_url: str) -> wire.KeySet:
     """A key set with its keys."""
     return wire.KeySet(
-        name=value.name,
-        issuer=value.issuer,
-        access=value.access.value,
-        purpose=value.purpose.value,
-        cache_lifetime=value.cache_lifetime,
-        stale_if_error=value.stale_if_error,
-        existing_issuer=value.existing_issuer,
-        jwks_uri=f"{public_url}/{value.name}/.well-known/jwks.json",
-        jwks_pq_uri=f"{public_url}/{value.name}/.well-known/jwks-pq.json" if _has_post_quantum(tx, value) else None,
-        warnings=_metadata_warnings(value, public_url),
-        first_published_at=optional(value.first_published_at),
-        created_at=to_datetime(value.created_at),
-        updated_at=to_datetime(value.updated_at),
-        revision=value.revision,
+        **_key_set_fields(value, public_url, post_quantum=_has_post_quantum(tx, value)),
         keys=[key(tx, value, k) for k in tx.keys(value.id)],
         external_keys=external_keys(tx, value),
         external_keys_removed=tx.count_removed_external_keys(value.id),
-        retired_at=optional(value.retired_at),
     )
+
+
+def _key_set_fields(value: KeySet, public_url: str, *, post_quantum: bool) -> dict[str, Any]:
+    """The members of `wire.KeySetFields`; `post_quantum` is whether the set has or had ML-DSA keys."""
+    documents = f"{public_url}/{value.name}/.well-known"
+    return {
+        "name": value.name,
+        "issuer": value.issuer,
+        "access": value.access.value,
+        "purpose": value.purpose.value,
+        "cache_lifetime": value.cache_lifetime,
+        "stale_if_error": value.stale_if_error,
+        "existing_issuer": value.existing_issuer,
+        "jwks_uri": f"{documents}/jwks.json",
+        "jwks_pq_uri": f"{documents}/jwks-pq.json" if post_quantum else None,
+        "warnings": _metadata_warnings(value, public_url),
+        "first_published_at": optional(value.first_published_at),
+        "created_at": to_datetime(value.created_at),
+        "updated_at": to_datetime(value.updated_at),
+        "revision": value.revision,
+        "retired_at": optional(value.retired_at),
+    }
 
 
 def _metadata_warnings(value: KeySet, public_url: str) -> list[str]:
@@ -105,27 +113,13 @@ def key_set_summaries(tx: ReadTx, public_url: str) -> Callable[[KeySet], wire.Ke
     post_quantum |= {k.key_set_id for k in every if is_post_quantum(k.alg)}
 
     def summary(value: KeySet) -> wire.KeySetSummary:
-        documents = f"{public_url}/{value.name}/.well-known"
         return wire.KeySetSummary(
-            name=value.name,
-            issuer=value.issuer,
-            access=value.access.value,
-            purpose=value.purpose.value,
-            cache_lifetime=value.cache_lifetime,
-            stale_if_error=value.stale_if_error,
-            existing_issuer=value.existing_issuer,
-            jwks_uri=f"{documents}/jwks.json",
-            jwks_pq_uri=f"{documents}/jwks-pq.json" if value.id in post_quantum else None,
-            first_published_at=optional(value.first_published_at),
-            created_at=to_datetime(value.created_at),
-            updated_at=to_datetime(value.updated_at),
-            revision=value.revision,
+            **_key_set_fields(value, public_url, post_quantum=value.id in post_quantum),
             keys=[
                 wire.KeySummary(name=k.name, alg=k.alg, enabled=k.disabled_at is None, active_kid=active.get(k.id))
                 for k in keys.get(value.id, [])
             ],
             external_keys=external.get(value.id, []),
-            retired_at=optional(value.retired_at),
         )
 
     return summary

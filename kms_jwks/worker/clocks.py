@@ -19,7 +19,7 @@ def boot_clock() -> int:
 _SAMPLES = 8
 """How many polls' offsets are compared: while no clock steps, the poll with the fastest answer is the most exact."""
 _DRIFT = 1000
-"""Two clocks that nobody sets drift apart by less than one second in so many seconds."""
+"""Two clocks that are not set drift apart by less than one second in this many seconds."""
 
 
 class DatabaseClock:
