@@ -41,7 +41,7 @@ def test_a_revoked_version_signs_nowhere_and_is_gone_from_every_jwks(
 ) -> None:
     signatures, documents, calls = [], [], []
     for _ in range(ROUNDS):
-        name, token = cluster.key_set()
+        name, token = cluster.key_set(publish_lead=60)  # the second rotation comes after the test
         path = f"/v1/key-sets/{name}/keys/k1"
         old = cluster.admin.must("GET", path)["active_kid"]
         gone: list[float] = []
@@ -75,7 +75,7 @@ def test_a_node_that_the_database_cannot_reach_signs_nothing_once_the_call_retur
     cluster: Cluster, figure: Callable[[str], None], fault: str
 ) -> None:
     """Nobody can tell the cut-off node; its lease does. Its JWKS goes on, the old one."""
-    name, token = cluster.key_set()
+    name, token = cluster.key_set(publish_lead=60)
     path = f"/v1/key-sets/{name}/keys/k1"
     old = cluster.admin.must("GET", path)["active_kid"]
     lost = cluster.nodes[2]

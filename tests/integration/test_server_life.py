@@ -122,8 +122,8 @@ def a_broken_configuration_is_not_taken_over(server: Server) -> None:
 
 def test_nothing_is_left_when_the_parent_is_killed(own: Own) -> None:
     with running(own.folder, own.port) as server:
+        wait_until(lambda: len(server.family()) == 5)  # supervisor, gunicorn, two workers, custodian
         family = server.family()
-        assert len(family) == 5, "supervisor, gunicorn, two workers, custodian"
         server.process.kill()
         wait_until(lambda: gone(family))
 
